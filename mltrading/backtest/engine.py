@@ -22,7 +22,7 @@ from .costs import CostParams, fill_order, liquidity
 from ..core.errors import DataError, unknown
 from ..core.storage import read_parquet, write_parquet
 from ..market.panel import Panel, fill_price
-from ..portfolio.policy import Account, Forecast, Market, Policy, trailing_volatility
+from ..portfolio.policy import Account, Forecast, Market, Policy, Targets, trailing_volatility
 
 # %% auto #0
 __all__ = ['CASH', 'VALUE', 'EQUITY', 'GROSS', 'NET', 'TRADED', 'COSTS', 'BORROW', 'LOST', 'ORDER', 'FILLED', 'REFERENCE',
@@ -423,22 +423,26 @@ def forecast_blocks(
 # %% ../../nbs/backtest/10_engine.ipynb #d108406d
 @dataclass
 class _Diary:
-    "Decisions, gathered bar by bar."
+    "Decisions, gathered bar by bar as arrays and made a table once at the end."
 
     panel: Panel
-    parts: list[pd.DataFrame] = field(default_factory=list)
+    numbers: list[dict[str, Grid]] = field(default_factory=list)
+    places: list[tuple[NDArray[np.intp], NDArray[np.intp]]] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
 
-    def note(self, t: int, forecast: Forecast, held: Grid, weights: Grid, trace: dict[str, Grid], reasons: Sequence[str]) -> None:
-        concerned = ~np.isnan(forecast.prob_up) | (held != 0) | (weights != 0)
-        which = (np.flatnonzero(concerned) if concerned.any() else np.arange(len(held))).tolist()
-        self.parts.append(pd.DataFrame({
-            "timestamp": self.panel.index[np.full(len(which), t)], "symbol": pd.Series([self.panel.symbols[i] for i in which], dtype="str"),
-            "score": forecast.score[which], "prob_up": forecast.prob_up[which], "sigma": forecast.sigma[which], "held": held[which],
-            **{step: w[which] for step, w in trace.items()}, "target": weights[which], "reason": pd.Series([reasons[i] for i in which], dtype="str"),
-        }))
+    def note(self, t: int, forecast: Forecast, held: Grid, wanted: Targets) -> None:
+        concerned = ~np.isnan(forecast.prob_up) | (held != 0) | (wanted.weights != 0)
+        which = np.flatnonzero(concerned) if concerned.any() else np.arange(len(held))
+        self.places.append((np.full(len(which), t), which))
+        blocks = {"score": forecast.score, "prob_up": forecast.prob_up, "sigma": forecast.sigma, "held": held, **wanted.trace, "target": wanted.weights}
+        self.numbers.append({name: block[which] for name, block in blocks.items()})
+        self.reasons.extend(wanted.reasons[i] for i in which.tolist())
 
     def frame(self) -> pd.DataFrame:
-        return pd.concat(self.parts, ignore_index=True)
+        row, column = (np.concatenate(part) for part in zip(*self.places, strict=True))
+        numbers = {name: np.concatenate([part[name] for part in self.numbers]) for name in self.numbers[0]}
+        return pd.DataFrame({"timestamp": self.panel.index[row], "symbol": pd.Series(np.array(self.panel.symbols, dtype=object)[column], dtype="str"), **numbers,
+                             "reason": pd.Series(self.reasons, dtype="str")})
 
 # %% ../../nbs/backtest/10_engine.ipynb #a938efe1
 def replay(
@@ -468,13 +472,13 @@ def replay(
             wanted = policy.decide(panel.times[t], forecast, Account(held, float(equity), t), Market(~np.isnan(tape.close[t]), vol[t]))
             if wanted.decided:
                 targets[t], reasons[t] = wanted.weights, wanted.reasons
-                diary.note(t, forecast, held, wanted.weights, wanted.trace, wanted.reasons)
+                diary.note(t, forecast, held, wanted)
         if equity <= 0:
             place(shares, 0.0, shares, last, orders)
         elif acted >= 0 and acted in reasons:
             place(targets[acted], equity, shares, last, orders)
         log[ORDER, t], log[SHARES, t] = orders, shares
-    decided = _decisions(tape, targets, params)
+    decided = _decisions(tape, targets, params)  # checks the targets, and that there are any
     return _ledger(_Books(tape, out, log, targets, reasons, params, int(decided.argmax()) if params.start == "decision" else 0)), diary.frame()
 
 # %% ../../nbs/backtest/10_engine.ipynb #4cb008ac
