@@ -33,7 +33,7 @@ setup: $(READY) ## create .venv with the exact versions of constraints.txt (the 
 
 .PHONY: repro
 repro: $(READY) ## from the locked prices to reports/index.html; runs only what changed
-	@$(BIN)/python -m mltrading.core.pipeline
+	@$(BIN)/mltrading repro
 
 .PHONY: data
 data: $(READY) ## rebuild the price snapshot: SOURCE=embedded, or SOURCE=folder FROM=/path/to/parquet

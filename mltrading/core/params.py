@@ -17,7 +17,8 @@ from pydantic import BaseModel, ValidationError
 from .errors import DataError, ParameterError, unknown
 
 # %% auto #0
-__all__ = ['PARTS', 'M', 'root', 'read_yaml', 'merge', 'system_blocks', 'check_params', 'load_params', 'block', 'params_id']
+__all__ = ['PARTS', 'M', 'root', 'read_yaml', 'merge', 'system_blocks', 'check_params', 'read_params', 'load_params', 'block',
+           'params_id']
 
 # %% ../../nbs/core/20_params.ipynb #6eb8d49e
 def root() -> Path:
@@ -112,22 +113,31 @@ def check_params(
                 raise unknown("system", name, list(params["systems"]), f"{where}: profiles.{profile}")
             merge(params["systems"][name], change or {}, f"{where}: profiles.{profile}.{name}")
 
-# %% ../../nbs/core/20_params.ipynb #d158d883
+# %% ../../nbs/core/20_params.ipynb #8d44b52f
+def read_params(
+    folder: Path | None = None, # where params.yaml and dvc.yaml are; the project's root unless told
+) -> dict[str, Any]:            # the whole file
+    """params.yaml with its names checked. Raises `ParameterError` on one that is unknown or missing."""
+    folder = folder or root()
+    params = read_yaml(folder / "params.yaml")
+    check_params(params, read_yaml(folder / "dvc.yaml"))
+    return params
+
 def load_params(
-    system: str,                # a block under `systems`
+    system: str,                # a block under `systems`, or "" for none
     profile: str = "default",   # a block under `profiles`
     folder: Path | None = None, # where params.yaml and dvc.yaml are; the project's root unless told
 ) -> dict[str, Any]:            # the system's blocks, and `compute`
     """A system's parameters under a profile, names checked.
 
     Raises `ParameterError` on an unknown system, profile or block."""
-    folder = folder or root()
-    params, stages = read_yaml(folder / "params.yaml"), read_yaml(folder / "dvc.yaml")
-    check_params(params, stages, str(folder / "params.yaml"))
-    if system not in params["systems"]:
-        raise unknown("system", system, list(params["systems"]), f"{folder / 'params.yaml'}: systems")
+    params = read_params(folder)
+    if system and system not in params["systems"]:
+        raise unknown("system", system, list(params["systems"]), "params.yaml: systems")
     if profile not in params["profiles"]:
-        raise unknown("profile", profile, list(params["profiles"]), f"{folder / 'params.yaml'}: profiles")
+        raise unknown("profile", profile, list(params["profiles"]), "params.yaml: profiles")
+    if not system:
+        return {"run": params["run"], "compute": params["compute"]}
     change = (params["profiles"][profile] or {}).get(system) or {}
     return merge(params["systems"][system], change, f"profiles.{profile}.{system}") | {"compute": params["compute"]}
 
