@@ -47,15 +47,11 @@ smoke: $(READY) ## run every pipeline notebook once on a small configuration, in
 
 .PHONY: test
 test: $(READY) ## everything that has to hold, in minutes
-	@$(BIN)/python tests/sync.py
-	@$(BIN)/nbdev_test --path nbs --n_workers 2 --pause 0.1
 	@$(BIN)/python -m pytest -q -n 2 -m "not slow" $(ARGS)
 
 .PHONY: test-all
-test-all: $(READY) ## the long proofs, too
-	@$(BIN)/python tests/sync.py
-	@$(BIN)/nbdev_test --path nbs --n_workers 2 --pause 0.1 --flags slow
-	@$(BIN)/python -m pytest -q -n 2 $(ARGS)
+test-all: test ## the long proofs, too
+	@$(BIN)/python -m pytest -q -n 2 -m slow $(ARGS)
 
 .PHONY: coverage
 coverage: $(READY) ## which lines of the package the tests reach

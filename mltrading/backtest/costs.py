@@ -9,7 +9,7 @@ import math
 from typing import Literal
 
 import numpy as np
-from numba import njit
+from ..core.jit import njit
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -46,8 +46,8 @@ class CostParams(BaseModel):
         names = ("commission_bps", "half_spread_bps", "impact_coefficient", "borrow_bps_annual")
         return self.model_validate(self.model_dump() | {n: getattr(self, n) * factor for n in names})
 
-# %% ../../nbs/backtest/00_costs.ipynb #ac33f94e
-@njit(cache=True)
+# %% ../../nbs/backtest/00_costs.ipynb #84f260b6
+@njit
 def fill_order(
     quantity: float,            # shares, > 0 buys, < 0 sells
     reference: float,           # price before costs, > 0
@@ -69,8 +69,8 @@ def fill_order(
         price = reference * (1.0 + (spread + impact))
     return price, commission_bps * 1e-4 * abs(quantity) * price, spread * value, impact * value
 
-# %% ../../nbs/backtest/00_costs.ipynb #c347713f
-@njit(cache=True)
+# %% ../../nbs/backtest/00_costs.ipynb #8e00894b
+@njit
 def _trailing_value(close: NDArray[np.float64], volume: NDArray[np.float64], bars: int, floor: float, assumed: float) -> NDArray[np.float64]:
     "(N, T) mean of close times volume over the last `bars` bars that have both."
     n, m = close.shape

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
-from numba import njit
+from ..core.jit import njit
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -75,7 +75,7 @@ CASH, VALUE, EQUITY, GROSS, NET, TRADED, COSTS, BORROW, LOST = range(9)
 ORDER, FILLED, REFERENCE, PRICE, COMMISSION, SPREAD, IMPACT, SHARES = range(8)
 Grid = NDArray[np.float64]
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _fill(
     t: int, n: int, quantity: float, reference: Grid, vol: Grid, adv: Grid, rates: Grid, log: Grid,
 ) -> tuple[float, float, float]:  # money paid, value at the reference price, costs
@@ -87,7 +87,7 @@ def _fill(
         log[COMMISSION, t, n], log[SPREAD, t, n], log[IMPACT, t, n] = commission, spread, impact
     return quantity * price + commission, abs(quantity) * ref, commission + spread + impact
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _delist(
     t: int, n: int, shares: float, last: float, haircut: float, log: Grid,
 ) -> tuple[float, float]:         # money received, money lost to the haircut
@@ -97,8 +97,8 @@ def _delist(
         log[FILLED, t, n], log[REFERENCE, t, n], log[PRICE, t, n] = -shares, last, price
     return shares * price, abs(shares) * last * haircut
 
-# %% ../../nbs/backtest/10_engine.ipynb #1906587d
-@njit(cache=True, nogil=True)
+# %% ../../nbs/backtest/10_engine.ipynb #e29cc27f
+@njit(nogil=True)
 def settle(
     t: int,
     close: Grid, reference: Grid, vol: Grid, adv: Grid, years: Grid,  # the tape
@@ -135,8 +135,8 @@ def settle(
     out[t, TRADED], out[t, COSTS], out[t, BORROW], out[t, LOST] = traded, costs, borrow, lost
     return cash
 
-# %% ../../nbs/backtest/10_engine.ipynb #1f4363cd
-@njit(cache=True, nogil=True)
+# %% ../../nbs/backtest/10_engine.ipynb #0edf1108
+@njit(nogil=True)
 def place(
     weights: Grid,   # (N,) target weights, no NaN
     equity: float,   # at the close; not above zero: everything is closed
@@ -155,8 +155,8 @@ def place(
             quantity = w * equity / last[n] - shares[n]
             orders[n] = quantity if abs(quantity) * last[n] >= 1e-9 * equity else 0.0
 
-# %% ../../nbs/backtest/10_engine.ipynb #18f0c9f5
-@njit(cache=True, nogil=True)
+# %% ../../nbs/backtest/10_engine.ipynb #f8646d0a
+@njit(nogil=True)
 def _run(
     close: Grid, reference: Grid, vol: Grid, adv: Grid, years: Grid, rates: Grid, patience: int,
     targets: Grid, decided: NDArray[np.bool_], delay: int, cash: float, out: Grid, log: Grid,
@@ -178,8 +178,8 @@ def _rates(costs: CostParams, params: BacktestParams) -> Grid:
     "The numbers that the kernels need."
     return np.array([costs.commission_bps, costs.half_spread_bps, costs.impact_coefficient, costs.borrow_bps_annual * 1e-4, params.delist_haircut])
 
-# %% ../../nbs/backtest/10_engine.ipynb #4eb54028
-@njit(cache=True, nogil=True)
+# %% ../../nbs/backtest/10_engine.ipynb #983730cd
+@njit(nogil=True)
 def _first_fault(targets: Grid, first: NDArray[np.int64], max_gross: float, decided: NDArray[np.bool_]) -> tuple[int, int, int, float]:
     "Mark the rows that are decisions; kind, row, column and value of the first fault, kind 0 where there is none."
     for t in range(len(targets)):

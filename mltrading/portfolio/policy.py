@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numba import njit
+from ..core.jit import njit
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -235,8 +235,8 @@ class Policy:
                     said[i] = f"{said[i]}; {text}" if said[i] else text
         return Targets(w, trace, tuple(said))
 
-# %% ../../nbs/portfolio/00_policy.ipynb #ac33f94e
-@njit(cache=True)
+# %% ../../nbs/portfolio/00_policy.ipynb #84f260b6
+@njit
 def _trailing_std(close: NDArray[np.float64], bars: int, least: int) -> NDArray[np.float64]:
     "(N, T) deviation of the last `bars` returns, NaN before there are `least` of them."
     n, m = close.shape

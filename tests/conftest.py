@@ -1,0 +1,40 @@
+"""Shared by all tests: the project's root, and a small project in a temporary folder that the real pipeline notebooks run in."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+os.environ["MLTRADING_ROOT"] = str(ROOT)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    return ROOT
+
+
+def make_project(folder: Path) -> Path:
+    """A project without data or outputs: parameters, stages, notebooks, and the package by link."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("params.yaml", "dvc.yaml", "constraints.txt"):
+        shutil.copy(ROOT / name, folder / name)
+    for name in ("nbs", "mltrading"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = make_project(tmp_path / "project")
+    monkeypatch.setenv("MLTRADING_ROOT", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def new_project() -> Callable[[Path], Path]:
+    return make_project

@@ -1,0 +1,146 @@
+"""Bad input ends in one clear error with exit code 1, and what was there before is still there, whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from mltrading.cli import main
+from mltrading.core.storage import write_parquet
+from mltrading.market.panel import to_frame
+from mltrading.market.simulate import random_walk
+from mltrading.market.snapshot import empty_macro
+
+Frame = pd.DataFrame
+
+
+@pytest.fixture
+def shop(project: Path) -> Path:
+    """A project with a small simulated snapshot and outputs of an earlier run."""
+    (project / "data").mkdir()
+    save(project, to_frame(random_walk(3, 400, seed=1, ragged=False)))
+    write_parquet(empty_macro(), project / "data" / "macro.parquet")
+    (project / "data" / "manifest.json").write_text(json.dumps({"source": "simulated", "symbols": {f"S{i:03d}": {"name": f"S{i:03d}", "class": "simulated", "role": "traded"} for i in range(3)}}))
+    change(project, lambda p: p["systems"]["multiasset"]["panel"].update(benchmark=None))
+    change(project, lambda p: p["profiles"].update(smoke={"multiasset": {}}))
+    old = project / "build" / "smoke" / "multiasset" / "panel"
+    old.mkdir(parents=True)
+    (old / "panel.parquet").write_text("an earlier output")
+    return project
+
+
+def save(project: Path, frame: Frame) -> None:
+    write_parquet(frame, project / "data" / "bars.parquet")
+
+
+def change(project: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    path = project / "params.yaml"
+    params = yaml.safe_load(path.read_text())
+    edit(params)
+    path.write_text(yaml.safe_dump(params))
+
+
+def fails(project: Path, capsys: pytest.CaptureFixture[str], *says: str, stage: str = "panel", system: str = "multiasset") -> None:
+    """The stage ends with exit code 1, says all of that, and leaves the earlier output alone."""
+    assert main(["stage", stage, system, "--profile", "smoke"]) == 1
+    message = capsys.readouterr().err
+    for words in ("error: ", "→", *says):
+        assert words in message, message
+    assert "Traceback" not in message
+    assert (project / "build" / "smoke" / "multiasset" / "panel" / "panel.parquet").read_text() == "an earlier output"
+    staging = project / "build" / ".staging"
+    assert not staging.exists() or not list(staging.iterdir())
+
+
+def bars(edit: Callable[[Frame], Frame]) -> Frame:
+    return edit(to_frame(random_walk(3, 400, seed=1, ragged=False)))
+
+
+def at(column: str, row: int, value: float) -> Callable[[Frame], Frame]:
+    return lambda f: f.assign(**{column: f[column].where(f.index != row, value)})
+
+
+CASES: dict[str, tuple[Callable[[Frame], Frame], tuple[str, ...]]] = {
+    "missing column": (lambda f: f.drop(columns="close"), ("bars.parquet", "column `close`", "is missing")),
+    "duplicate bar": (lambda f: pd.concat([f, f.iloc[[-1]]], ignore_index=True), ("bars.parquet", "row 1200 (S002 at", "a second bar")),
+    "negative price": (at("close", 7, -3.5), ("bars.parquet", "column `close`", "row 7 (S001 at", "-3.5")),
+    "NaN price": (at("close", 8, np.nan), ("bars.parquet", "column `close`", "row 8 (S002 at", "nan")),
+    "unsorted times": (lambda f: f.iloc[::-1].reset_index(drop=True), ("bars.parquet", "column `timestamp`", "row 1 (", "not sorted")),
+    "naive times": (lambda f: f.assign(timestamp=f["timestamp"].dt.tz_localize(None)), ("bars.parquet", "column `timestamp`", "without a zone")),
+    "empty panel": (lambda f: f.iloc[:0], ("bars.parquet", "holds no bars")),
+    "constant price": (lambda f: f.assign(**{c: np.where(f["symbol"] == "S001", 10.0, f[c]) for c in ("open", "high", "low", "close")}), ("bars.parquet", "column `close`", "S001 has the constant price 10")),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_bars(shop: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
+    edit, says = CASES[case]
+    save(shop, bars(edit))
+    fails(shop, capsys, *says)
+
+
+def test_file_cut_short(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = shop / "data" / "bars.parquet"
+    path.write_bytes(path.read_bytes()[:2000])
+    fails(shop, capsys, "bars.parquet", "not a complete Parquet file")
+
+
+def test_unknown_parameter_in_a_block(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change(shop, lambda p: p["systems"]["multiasset"]["panel"].update(symbol="all"))
+    fails(shop, capsys, "systems.multiasset.panel: unknown parameter `symbol`", "did you mean `symbols`?")
+
+
+def test_unknown_block(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change(shop, lambda p: p["systems"]["multiasset"].update(polcy={"max_weight": 1}))
+    fails(shop, capsys, "params.yaml: systems.multiasset: unknown parameter block `polcy`", "did you mean `policy`?")
+
+
+def test_value_out_of_range(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change(shop, lambda p: p["systems"]["multiasset"]["panel"].update(start="soon"))
+    fails(shop, capsys, "systems.multiasset.panel.start: 'soon' is not allowed")
+
+
+def test_unknown_system(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fails(shop, capsys, "unknown system `multiaset`", "did you mean `multiasset`?", system="multiaset")
+
+
+def test_unknown_symbol(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change(shop, lambda p: p["systems"]["multiasset"]["panel"].update(symbols=["S0001"]))
+    fails(shop, capsys, "unknown symbol `S0001`", "did you mean `S001`?")
+
+
+def test_fewer_bars_than_a_warm_up(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(shop, to_frame(random_walk(3, 40, seed=1, ragged=False)))
+    assert main(["stage", "panel", "multiasset", "--profile", "smoke"]) == 0
+    (shop / "build" / "smoke" / "multiasset" / "features").mkdir()
+    (shop / "build" / "smoke" / "multiasset" / "features" / "old.txt").write_text("old")
+    capsys.readouterr()
+    assert main(["stage", "features", "multiasset", "--profile", "smoke"]) == 1
+    message = capsys.readouterr().err
+    assert "40 bars" in message, message
+    assert (shop / "build" / "smoke" / "multiasset" / "features" / "old.txt").read_text() == "old"
+
+
+def test_input_that_moves_while_a_stage_runs(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The notebook of this project appends to its own input."""
+    (shop / "nbs").unlink()
+    (shop / "nbs" / "pipeline").mkdir(parents=True)
+    notebook = {"nbformat": 4, "nbformat_minor": 5, "metadata": {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}, "cells": [
+        {"cell_type": "code", "id": "a", "metadata": {"tags": ["parameters"]}, "outputs": [], "execution_count": None, "source": "system = 'x'\nprofile = 'smoke'"},
+        {"cell_type": "code", "id": "b", "metadata": {}, "outputs": [], "execution_count": None, "source": f"open({str(shop / 'data' / 'manifest.json')!r}, 'a').write(' ')"}]}
+    (shop / "nbs" / "pipeline" / "10_panel.ipynb").write_text(json.dumps(notebook))
+    fails(shop, capsys, "data: changed while stage panel@multiasset was reading it")
+
+
+def test_notebook_without_its_tag(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (shop / "nbs").unlink()
+    (shop / "nbs" / "pipeline").mkdir(parents=True)
+    (shop / "nbs" / "pipeline" / "10_panel.ipynb").write_text(json.dumps({"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": []}))
+    fails(shop, capsys, "nbs/pipeline/10_panel.ipynb", "0 cells are tagged `parameters`")
