@@ -68,7 +68,7 @@ def feature_block(
     if not isinstance(X, pd.DataFrame):
         raise DataError(where, f"is a {type(X).__name__}, not a DataFrame", "give columns their feature names")
     if X.columns.has_duplicates:
-        raise DataError(f"{where}, column `{X.columns[X.columns.duplicated()][0]}`", "stands there twice", "keep one of the two")
+        raise DataError(f"{where}, column `{next(str(c) for c in X.columns[X.columns.duplicated()])}`", "stands there twice", "keep one of the two")
     for name, dtype in zip(map(str, X.columns), X.dtypes, strict=True):
         if not (pd.api.types.is_numeric_dtype(dtype) or pd.api.types.is_bool_dtype(dtype)):
             raise DataError(f"{where}, column `{name}`", f"is {dtype}, not a number", "leave the column out or convert it")
@@ -76,7 +76,7 @@ def feature_block(
         x = np.array(X.to_numpy(np.float32, na_value=np.nan), order="C", copy=True)
     if (bad := np.isinf(x)).any():
         i, j = (int(k) for k in np.argwhere(bad)[0])
-        raise DataError(f"{where}, column `{X.columns[j]}`, row {i}", f"{X.iloc[i, j]} is infinite as a 32-bit number",
+        raise DataError(f"{where}, column `{list(map(str, X.columns))[j]}`, row {i}", f"{X.iloc[i, j]} is infinite as a 32-bit number",
                         "look for a division by zero in the feature, or rescale it")
     return x
 
@@ -491,8 +491,8 @@ def _auc(y: NDArray[np.float64], score: Any) -> tuple[float, float]:
 def _check_skill(factory: Factory, seed: int, learns: bool, least_skill: float) -> list[tuple[str, str]]:
     "Finds what is there, and only that."
     rows = []
-    for name, rho in (("a planted signal", 0.4), ("noise", 0.0)):
-        d = planted(6000, seed + 100, rho)
+    for name, rho, data_seed in (("a planted signal", 0.4, seed + 100), ("noise", 0.0, seed + 101)):
+        d = planted(6000, data_seed, rho)
         test = d.cut(4000, 6000)
         out = _fitted(factory, seed, d.cut(0, 4000)).predict(test.X)
         (auc, error), (oracle, _) = _auc(test.y, out["score"]), _auc(test.y, test.truth)
