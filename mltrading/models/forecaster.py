@@ -76,7 +76,7 @@ def feature_block(
         x = np.array(X.to_numpy(np.float32, na_value=np.nan), order="C", copy=True)
     if (bad := np.isinf(x)).any():
         i, j = (int(k) for k in np.argwhere(bad)[0])
-        raise DataError(f"{where}, column `{list(map(str, X.columns))[j]}`, row {i}", f"{X.iloc[i, j]} is infinite as a 32-bit number",
+        raise DataError(f"{where}, column `{list(map(str, X.columns))[j]}`, row {i}", f"{X.to_numpy(np.float64, na_value=np.nan)[i, j]:g} is infinite as a 32-bit number",
                         "look for a division by zero in the feature, or rescale it")
     return x
 
