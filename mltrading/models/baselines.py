@@ -9,6 +9,7 @@ import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numba
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
@@ -112,6 +113,23 @@ class LogisticParams(BaseModel):
     missing_indicators: bool = Field(description="add a column for the holes of each feature that has some in training")
     max_iter: int = Field(ge=1, le=100_000, description="at most so many iterations of the solver")
 
+# %% ../../nbs/models/10_baselines.ipynb #8d34f0b3
+@numba.njit(cache=True)
+def _log_odds(x, median, low, high, mean, std, holes, hole_mean, hole_std, coef, intercept):  # type: ignore[no-untyped-def]
+    "(n,) log-odds of rows (n, F), row by row."
+    n, width = x.shape
+    out = np.empty(n)
+    for i in range(n):
+        total = intercept
+        for j in range(width):
+            v = median[j] if np.isnan(x[i, j]) else np.float64(x[i, j])
+            total += (min(max(v, low[j]), high[j]) - mean[j]) / std[j] * coef[j]
+        for k in range(len(holes)):
+            hole = 1.0 if np.isnan(x[i, holes[k]]) else 0.0
+            total += (hole - hole_mean[k]) / hole_std[k] * coef[width + k]
+        out[i] = total
+    return out
+
 # %% ../../nbs/models/10_baselines.ipynb #62e0bfe2
 @register
 class Logistic(DirectionModel):
@@ -139,10 +157,8 @@ class Logistic(DirectionModel):
         return terms
 
     def _prob(self, x: NDArray[np.float32]) -> NDArray[np.float64]:
-        odds = np.full(len(x), self.intercept)
-        for column in self._terms(x).T:
-            odds += column
-        return expit(odds)
+        s = self.scaling
+        return expit(_log_odds(x, s.median, s.low, s.high, s.mean, s.std, s.holes, s.hole_mean, s.hole_std, self.coef, self.intercept))
 
     def _learned(self) -> tuple[dict[str, Any], dict[str, bytes]]:
         return {"coef": self.coef.tolist(), "intercept": self.intercept, "scaling": {k: v.tolist() for k, v in asdict(self.scaling).items()}}, {}

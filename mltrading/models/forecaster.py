@@ -69,14 +69,17 @@ def feature_block(
         raise DataError(where, f"is a {type(X).__name__}, not a DataFrame", "give columns their feature names")
     if X.columns.has_duplicates:
         raise DataError(f"{where}, column `{next(str(c) for c in X.columns[X.columns.duplicated()])}`", "stands there twice", "keep one of the two")
-    for name, dtype in zip(map(str, X.columns), X.dtypes, strict=True):
-        if not (pd.api.types.is_numeric_dtype(dtype) or pd.api.types.is_bool_dtype(dtype)):
-            raise DataError(f"{where}, column `{name}`", f"is {dtype}, not a number", "leave the column out or convert it")
+    values = X.to_numpy()
+    if values.dtype.kind not in "fiub":  # mixed, nullable or text: look at each column
+        for name, dtype in zip(map(str, X.columns), X.dtypes, strict=True):
+            if not (pd.api.types.is_numeric_dtype(dtype) or pd.api.types.is_bool_dtype(dtype)):
+                raise DataError(f"{where}, column `{name}`", f"is {dtype}, not a number", "leave the column out or convert it")
+        values = X.to_numpy(np.float64, na_value=np.nan)
     with np.errstate(over="ignore"):
-        x = np.array(X.to_numpy(np.float32, na_value=np.nan), order="C", copy=True)
+        x = np.array(values, np.float32, order="C", copy=True)
     if (bad := np.isinf(x)).any():
         i, j = (int(k) for k in np.argwhere(bad)[0])
-        raise DataError(f"{where}, column `{list(map(str, X.columns))[j]}`, row {i}", f"{X.to_numpy(np.float64, na_value=np.nan)[i, j]:g} is infinite as a 32-bit number",
+        raise DataError(f"{where}, column `{list(map(str, X.columns))[j]}`, row {i}", f"{values[i, j]:g} is infinite as a 32-bit number",
                         "look for a division by zero in the feature, or rescale it")
     return x
 
@@ -124,7 +127,9 @@ def prediction_rows(
     if not features:
         raise ParameterError(where, "is not fitted yet", "call fit first, or load a fitted model")
     x = feature_block(X)
-    got = [str(c) for c in X.columns]
+    got = tuple(map(str, X.columns))
+    if got == features:
+        return x
     if missing := [f for f in features if f not in got]:
         raise DataError(f"{where}, features X", f"`{missing[0]}` is missing ({len(missing)} of {len(features)} fitted features are)", "compute the features that the model was fitted on")
     if extra := [c for c in got if c not in features]:
@@ -238,7 +243,7 @@ class Model(ABC):
         """Columns `score`, `prob_up`, `sigma` for each row of features. Raises `DataError` on other columns than the fitted ones."""
         x = prediction_rows(X, self.features, type(self).__name__)
         values = self._predict(x) if len(x) else (np.empty(0),) * 3
-        return pd.DataFrame(dict(zip(("score", "prob_up", "sigma"), values, strict=True)), index=X.index, dtype=np.float64)
+        return pd.DataFrame(np.column_stack(values), index=X.index, columns=["score", "prob_up", "sigma"])
 
     def save(self, folder: str | Path) -> None:
         """Write the fitted model's folder, equal models to equal bytes."""

@@ -71,6 +71,7 @@ class XGBoost(DirectionModel):
         self.losses = []
         self.trees = self._best_rounds(x, up, weight, times) if self.params.early_stopping_rounds else self.params.n_estimators
         self.booster = xgb.train(self._settings(weight, up), self._data(x, up, weight), self.trees)
+        self.booster.set_param({"nthread": 1})
 
     def _prob(self, x: NDArray[np.float32]) -> NDArray[np.float64]:
         odds = self.booster.inplace_predict(x, predict_type="margin", missing=np.nan, validate_features=False)
@@ -81,7 +82,7 @@ class XGBoost(DirectionModel):
 
     def _relearn(self, state: dict[str, Any], files: dict[str, bytes]) -> None:
         self.trees, self.losses = state["trees"], state["losses"]
-        self.booster = xgb.Booster({"nthread": self.threads})
+        self.booster = xgb.Booster({"nthread": 1})
         self.booster.load_model(bytearray(files["trees.ubj"]))
 
     def contributions(self, X: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
@@ -89,5 +90,8 @@ class XGBoost(DirectionModel):
         x = prediction_rows(X, self.features, "XGBoost")
         values = np.zeros((0, x.shape[1] + 1))
         if len(x):
-            values = self.booster.predict(xgb.DMatrix(x, missing=np.nan, nthread=self.threads), pred_contribs=True).astype(np.float64)
+            data = xgb.DMatrix(x, missing=np.nan, nthread=self.threads)
+            self.booster.set_param({"nthread": self.threads})
+            values = self.booster.predict(data, pred_contribs=True).astype(np.float64)
+            self.booster.set_param({"nthread": 1})
         return pd.DataFrame(values[:, :-1], index=X.index, columns=X.columns), pd.Series(values[:, -1], index=X.index, name="base")
