@@ -177,6 +177,8 @@ def write_model(
         raise DataError(str(folder), "exists and holds no model", "name another folder; this one is left as it is")
     part, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("part", "old"))
     card = {**card, "files": {name: _digest(data) for name, data in files.items()}}
+    for leftover in (part, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
         part.mkdir(parents=True)
         for name, data in {**files, "model.json": _canonical({**card, "digest": _digest(_canonical(card))})}.items():
@@ -185,6 +187,8 @@ def write_model(
             folder.replace(old)
         part.replace(folder)
     finally:
+        if old.exists() and not folder.exists():
+            old.replace(folder)
         for leftover in (part, old):
             shutil.rmtree(leftover, ignore_errors=True)
 
