@@ -33,6 +33,7 @@ def fixed_environment(
     n = str(threads)
     return {
         "OMP_NUM_THREADS": n, "OPENBLAS_NUM_THREADS": n, "MKL_NUM_THREADS": n, "NUMEXPR_NUM_THREADS": n, "NUMBA_NUM_THREADS": n,
+        "OMP_WAIT_POLICY": "passive",  # threads that spin while they wait make each other slow on a busy machine
         "PYTHONHASHSEED": str(seed % 2**32), "TZ": "UTC",
         "NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512_ICL AVX512_SPR",  # numpy
         "OPENBLAS_CORETYPE": "Haswell",                              # numpy's and scipy's linear algebra

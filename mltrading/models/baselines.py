@@ -9,7 +9,7 @@ import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numba
+from ..core.jit import njit
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
@@ -113,8 +113,8 @@ class LogisticParams(BaseModel):
     missing_indicators: bool = Field(description="add a column for the holes of each feature that has some in training")
     max_iter: int = Field(ge=1, le=100_000, description="at most so many iterations of the solver")
 
-# %% ../../nbs/models/10_baselines.ipynb #8d34f0b3
-@numba.njit(cache=True)
+# %% ../../nbs/models/10_baselines.ipynb #84f260b6
+@njit
 def _log_odds(x, median, low, high, mean, std, holes, hole_mean, hole_std, coef, intercept):  # type: ignore[no-untyped-def]
     "(n,) log-odds of rows (n, F), row by row."
     n, width = x.shape
