@@ -106,6 +106,21 @@ def _check_rows(t: NDArray[np.datetime64], end: NDArray[np.datetime64], bars: ND
         i = int(np.argmax(off))
         raise DataError(f"times, row {i} ({t[i]})", "is not on the time axis", "pass the axis of the panel that the rows were made from")
 
+# %% ../../nbs/validation/00_splits.ipynb #05d6f118
+def _fold(walk: WalkForward, number: int, s: int, t: NDArray[np.datetime64], end: NDArray[np.datetime64], bars: NDArray[np.datetime64]) -> Fold:
+    "The fold whose test window begins at bar `s`."
+    e, lo = min(s + walk.test_bars, len(bars)), 0 if walk.anchored else s - walk.train_bars
+    i, j = (int(x) for x in np.searchsorted(t, bars[[lo, s]]))
+    k = int(np.searchsorted(t, bars[e - 1], side="right"))
+    start, gap = bars[s], bars[s - walk.embargo_bars]
+    in_time, settled = end[i:j] < start, end[i:j] < gap
+    train = i + np.flatnonzero(settled)
+    if not len(train):
+        raise DataError(f"fold {number}", f"no row between {bars[lo]} and {bars[s]} has a label known before {gap}",
+                        "use more `validation.train_bars`, a shorter horizon or features with a shorter warm-up")
+    return Fold(number, train, np.arange(j, k), bars[lo], t[train[-1]], gap, start, bars[e - 1],
+                n_purged=int((~in_time).sum()), n_embargoed=int((in_time & ~settled).sum()))
+
 # %% ../../nbs/validation/00_splits.ipynb #f2267b21
 @dataclass(frozen=True)
 class WalkForward:
@@ -135,19 +150,6 @@ class WalkForward:
                             "use a longer history or smaller `validation.train_bars`")
         return range(self.train_bars, n_bars, self.test_bars)
 
-    def _fold(self, number: int, s: int, t: NDArray[np.datetime64], end: NDArray[np.datetime64], bars: NDArray[np.datetime64]) -> Fold:
-        "The fold whose test window begins at bar `s`."
-        e, lo = min(s + self.test_bars, len(bars)), 0 if self.anchored else s - self.train_bars
-        i, j = (int(x) for x in np.searchsorted(t, bars[[lo, s]]))
-        k = int(np.searchsorted(t, bars[e - 1], side="right"))
-        known, gap = bars[s], bars[s - self.embargo_bars]
-        in_time, settled = end[i:j] < known, end[i:j] < gap  # both False where NaT
-        train = i + np.flatnonzero(settled)
-        if not len(train):
-            raise DataError(f"fold {number}", f"no row between {bars[lo]} and {bars[s]} has a label known before {gap}", "use more `validation.train_bars`, a shorter horizon or features with a shorter warm-up")
-        return Fold(number, train, np.arange(j, k), bars[lo], t[train[-1]], gap, known, bars[e - 1],
-                    n_purged=int((~in_time).sum()), n_embargoed=int((in_time & ~settled).sum()))
-
     def folds(
         self,
         times: Any,        # (n,) decision instants of the long rows, ascending, many symbols per instant
@@ -162,7 +164,7 @@ class WalkForward:
         t, end = _instants(times, "times"), _instants(label_end, "label_end")
         axis = np.unique(t) if bars is None else _instants(bars, "bars")
         _check_rows(t, end, axis)
-        found = [self._fold(n, s, t, end, axis) for n, s in enumerate(self._starts(len(axis)))]
+        found = [_fold(self, n, s, t, end, axis) for n, s in enumerate(self._starts(len(axis)))]
         found = [f for f in found if len(f.test)]
         for fold in found:
             check_fold(fold, t, end)
