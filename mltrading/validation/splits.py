@@ -73,9 +73,13 @@ def check_fold(
     """Refuse a fold in which something learned overlaps something judged.
 
     Raises `LeakError` naming the first offending row."""
-    t, end, where = _instants(times, "times"), _instants(label_end, "label_end"), f"fold {fold.number}"
-    if len(both := np.intersect1d(fold.train, fold.test)):
-        raise LeakError(f"{where}, row {both[0]}", "is learned from and judged", "make every row either a training or a test row")
+    _seal(fold, _instants(times, "times"), _instants(label_end, "label_end"))
+
+def _seal(fold: Fold, t: NDArray[np.datetime64], end: NDArray[np.datetime64]) -> None:
+    where, used = f"fold {fold.number}", np.zeros(len(t), bool)
+    used[fold.train] = True
+    if (both := used[fold.test]).any():
+        raise LeakError(f"{where}, row {fold.test[int(np.argmax(both))]}", "is learned from and judged", "make every row either a training or a test row")
     start, learned = t[fold.train], end[fold.train]
     if (unknown := np.isnat(learned)).any():
         i = fold.train[int(np.argmax(unknown))]
@@ -167,7 +171,7 @@ class WalkForward:
         found = [_fold(self, n, s, t, end, axis) for n, s in enumerate(self._starts(len(axis)))]
         found = [f for f in found if len(f.test)]
         for fold in found:
-            check_fold(fold, t, end)
+            _seal(fold, t, end)
         return found
 
     def split(
