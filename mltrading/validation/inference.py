@@ -78,11 +78,21 @@ def resampled_positions(
 @njit(cache=True)
 def _measure_all(r: NDArray[np.float64], positions: NDArray[np.int64], bars_per_year: float, rf_bar: float, out: NDArray[np.float64]) -> None:
     "Fill `out` (B, 13) with the METRICS of each resample."
-    one = np.empty(len(r))
+    n, order = len(r), np.argsort(r)
+    ascending, one, ordered = r[order], np.empty(n), np.empty(n)
+    rank = np.empty(n, np.int64)
+    rank[order] = np.arange(n)
     for b in range(len(positions)):
-        for t in range(len(r)):
+        drawn = np.zeros(n, np.int64)
+        for t in range(n):
             one[t] = r[positions[b, t]]
-        measure(one, bars_per_year, rf_bar, out[b])
+            drawn[rank[positions[b, t]]] += 1
+        t = 0
+        for k in range(n):
+            for _ in range(drawn[k]):
+                ordered[t] = ascending[k]
+                t += 1
+        measure(one, ordered, bars_per_year, rf_bar, out[b])
 
 _CHUNK = 250  # resamples drawn at once: bounds the memory, and is part of what a seed means
 
@@ -136,7 +146,8 @@ def bootstrap_intervals(
             raise unknown("metric", name, list(METRICS), "bootstrap_intervals")
     samples = bootstrap_metrics(returns, seed, n_boot, bars_per_year, rf_annual, block)
     value = np.empty(len(METRICS))
-    measure(checked(returns), float(bars_per_year), rate_per_bar(rf_annual, bars_per_year), value)
+    r = checked(returns)
+    measure(r, np.sort(r), float(bars_per_year), rate_per_bar(rf_annual, bars_per_year), value)
     rows = [(name, value[METRICS.index(name)], *_interval(samples[name].to_numpy(), level)) for name in metrics]
     return pd.DataFrame(rows, columns=["metric", "value", "low", "high"])
 

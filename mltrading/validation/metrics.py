@@ -210,9 +210,8 @@ def _quantile(ordered: NDArray[np.float64], q: float) -> float:
     return ordered[i] + (place - i) * (ordered[i + 1] - ordered[i])
 
 @njit(cache=True, error_model="numpy")
-def _tails(r: NDArray[np.float64]) -> tuple[float, float, float]:
-    "Value at risk, expected shortfall, tail ratio."
-    ordered = np.sort(r)
+def _tails(ordered: NDArray[np.float64]) -> tuple[float, float, float]:
+    "Value at risk, expected shortfall, tail ratio of ascending returns."
     low, high = _quantile(ordered, 0.05), _quantile(ordered, 0.95)
     total, n = 0.0, 0
     for x in ordered:
@@ -240,15 +239,15 @@ def kurtosis(returns: Any) -> float:
 
 def var_95(returns: Any) -> float:
     "Historical value at risk: the 5 % quantile of returns, fraction per bar."
-    return float(_tails(checked(returns))[0])
+    return float(_tails(np.sort(checked(returns)))[0])
 
 def es_95(returns: Any) -> float:
     "Historical expected shortfall: the mean of the returns at or below the 5 % quantile, fraction per bar."
-    return float(_tails(checked(returns))[1])
+    return float(_tails(np.sort(checked(returns)))[1])
 
 def tail_ratio(returns: Any) -> float:
     "Size of the 95 % quantile over the size of the 5 % quantile."
-    return float(_tails(checked(returns))[2])
+    return float(_tails(np.sort(checked(returns)))[2])
 
 # %% ../../nbs/validation/10_metrics.ipynb #b3896a65
 def _amounts(values: Any, where: str) -> NDArray[np.float64]:
@@ -278,15 +277,15 @@ METRICS = ("cagr", "vol_annual", "sharpe_annual", "sortino_annual", "max_drawdow
            "skew", "kurtosis", "var_95", "es_95", "tail_ratio")
 
 @njit(cache=True, error_model="numpy")
-def measure(r: NDArray[np.float64], bars_per_year: float, rf_bar: float, out: NDArray[np.float64]) -> None:
-    "Fill `out` (13,) with the METRICS of returns `r` (T,); NaN or infinity where one is not defined."
+def measure(r: NDArray[np.float64], ordered: NDArray[np.float64], bars_per_year: float, rf_bar: float, out: NDArray[np.float64]) -> None:
+    "Fill `out` (13,) with the METRICS of returns `r` (T,), given ascending, too; NaN or infinity where one is not defined."
     out[0], out[1] = _cagr(r, bars_per_year), np.sqrt(bars_per_year) * _deviation(r)
     out[2], out[3] = _sharpe(r, bars_per_year, rf_bar), _sortino(r, bars_per_year, rf_bar)
     out[4] = _max_drawdown(r)
     out[5] = out[0] / -out[4]
     out[6], out[7] = _wins(r)
     out[8], out[9] = _shape(r)
-    out[10], out[11], out[12] = _tails(r)
+    out[10], out[11], out[12] = _tails(ordered)
 
 # %% ../../nbs/validation/10_metrics.ipynb #c59b57c7
 def performance(
@@ -298,7 +297,7 @@ def performance(
 
     Raises `DataError` on returns that cannot be measured."""
     r, out = checked(returns), np.empty(len(METRICS))
-    measure(r, float(bars_per_year), rate_per_bar(rf_annual, bars_per_year), out)
+    measure(r, np.sort(r), float(bars_per_year), rate_per_bar(rf_annual, bars_per_year), out)
     return {"n_bars": len(r)} | {k: float(v) for k, v in zip(METRICS, out, strict=True)} | {"longest_drawdown_bars": int(_longest(_drawdowns(r)))}
 
 # %% ../../nbs/validation/10_metrics.ipynb #11a0acaf
