@@ -110,7 +110,14 @@ def _check_rows(t: NDArray[np.datetime64], end: NDArray[np.datetime64], bars: ND
         i = int(np.argmax(off))
         raise DataError(f"times, row {i} ({t[i]})", "is not on the time axis", "pass the axis of the panel that the rows were made from")
 
-# %% ../../nbs/validation/00_splits.ipynb #05d6f118
+# %% ../../nbs/validation/00_splits.ipynb #7e5a0858
+def _starts(walk: WalkForward, n_bars: int) -> range:
+    "Positions on the axis at which test windows begin."
+    if n_bars <= walk.train_bars:
+        raise DataError("time axis", f"{n_bars} bars are too few: {walk.train_bars} to learn from and at least one to judge need {walk.train_bars + 1}",
+                        "use a longer history or smaller `validation.train_bars`")
+    return range(walk.train_bars, n_bars, walk.test_bars)
+
 def _fold(walk: WalkForward, number: int, s: int, t: NDArray[np.datetime64], end: NDArray[np.datetime64], bars: NDArray[np.datetime64]) -> Fold:
     "The fold whose test window begins at bar `s`."
     e, lo = min(s + walk.test_bars, len(bars)), 0 if walk.anchored else s - walk.train_bars
@@ -147,13 +154,6 @@ class WalkForward:
         "The walk that a block of `params.yaml` describes."
         return cls(**params.model_dump())
 
-    def _starts(self, n_bars: int) -> range:
-        "Positions on the axis at which test windows begin."
-        if n_bars <= self.train_bars:
-            raise DataError("time axis", f"{n_bars} bars are too few: {self.train_bars} to learn from and at least one to judge need {self.train_bars + 1}",
-                            "use a longer history or smaller `validation.train_bars`")
-        return range(self.train_bars, n_bars, self.test_bars)
-
     def folds(
         self,
         times: Any,        # (n,) decision instants of the long rows, ascending, many symbols per instant
@@ -168,7 +168,7 @@ class WalkForward:
         t, end = _instants(times, "times"), _instants(label_end, "label_end")
         axis = np.unique(t) if bars is None else _instants(bars, "bars")
         _check_rows(t, end, axis)
-        found = [_fold(self, n, s, t, end, axis) for n, s in enumerate(self._starts(len(axis)))]
+        found = [_fold(self, n, s, t, end, axis) for n, s in enumerate(_starts(self, len(axis)))]
         found = [f for f in found if len(f.test)]
         for fold in found:
             _seal(fold, t, end)
@@ -188,7 +188,7 @@ class WalkForward:
 
     def get_n_splits(self, X: pd.DataFrame, y: Any = None, groups: Any = None) -> int:
         "The number of test windows on the axis of `X`."
-        return len(self._starts(X.index.nunique()))
+        return len(_starts(self, X.index.nunique()))
 
 # %% ../../nbs/validation/00_splits.ipynb #e4363316
 def fold_table(
