@@ -5,6 +5,8 @@
 # %% ../../nbs/features/60_context.ipynb #35e0d873
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,8 +25,8 @@ def _circle(
     wave: str,                 # "sin" or "cos"
 ) -> Block:
     "A point on a circle, looked up in a table of exactly `period` values."
-    angle = 2 * np.pi * np.arange(period) / period
-    return np.round(np.sin(angle) if wave == "sin" else np.cos(angle), 12)[place]
+    f = math.sin if wave == "sin" else math.cos
+    return np.array([round(f(2 * math.pi * k / period), 12) for k in range(period)])[place]
 
 @feature("dow_{wave}", family="calendar", needs=(), unit="-1 to 1", formula="{wave} of the day of the week, Monday 0, period 7", source="definition", grid={"wave": ("sin", "cos")}, warmup=lambda wave: 0, over="time")
 def day_of_week(c: Context, wave: str) -> Block:

@@ -5,44 +5,77 @@
 # %% ../../nbs/features/00_kernels.ipynb #35e0d873
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit, types
+from numpy.typing import NDArray
 
 # %% auto #0
-__all__ = ['BLOCK', 'GIVEN', 'COUNT', 'lag', 'change', 'log', 'cumulate', 'roll_sum', 'roll_mean', 'roll_std', 'roll_skew',
-           'roll_max', 'roll_min', 'drawdown', 'roll_cov', 'roll_corr', 'roll_slope', 'roll_rank', 'roll_mad', 'ewm',
-           'true_range', 'directional', 'rank_across']
+__all__ = ['Block', 'BLOCK', 'GIVEN', 'COUNT', 'lag', 'change', 'log', 'cumulate', 'roll_sum', 'roll_mean', 'roll_std',
+           'roll_skew', 'roll_max', 'roll_min', 'drawdown', 'roll_cov', 'roll_corr', 'roll_slope', 'roll_rank',
+           'roll_mad', 'ewm', 'true_range', 'directional', 'rank_across']
 
-# %% ../../nbs/features/00_kernels.ipynb #bd86434b
-BLOCK = types.float64[:, ::1]                                    # what a kernel gives
-GIVEN = types.Array(types.float64, 2, "A", readonly=True)        # what a kernel takes: any layout, also read-only
+# %% ../../nbs/features/00_kernels.ipynb #40338bbb
+Block = NDArray[np.float64]
+BLOCK = types.float64[:, ::1]                              # what a kernel gives
+GIVEN = types.Array(types.float64, 2, "C", readonly=True)  # what a kernel takes: contiguous rows, also read-only
 COUNT = types.int64
 
-def _kernel(*takes: types.Type, gives: types.Type = BLOCK):
+def _kernel(*takes: Any, gives: Any = BLOCK) -> Any:
     "Compile ahead for one signature: called without the global lock, kept on disk."
     return njit(gives(*takes), nogil=True, cache=True)
 
 _helper = njit(nogil=True, cache=True)
 
 @_helper
-def _own(x, values, at):
+def _own(x: Block, values: Block, at: Block) -> int:
     "Finite values of a row, and their columns."
-    m = 0
-    for t in range(len(x)):
+    first, last, holes, m = 0, len(x), 0, 0
+    while first < last and not np.isfinite(x[first]):
+        first += 1
+    while last > first and not np.isfinite(x[last - 1]):
+        last -= 1
+    for t in range(first, last):
+        holes += not np.isfinite(x[t])
+    if holes == 0:  # the usual case, in wide registers
+        for k in range(last - first):
+            values[k], at[k] = x[first + k], first + k
+        return last - first
+    for t in range(first, last):
         if np.isfinite(x[t]):
-            values[m] = x[t]
-            at[m] = t
+            values[m], at[m] = x[t], t
             m += 1
     return m
 
 @_helper
-def _own2(x, y, values, others, at):
+def _put(r: Block, at: Block, first: int, m: int, out: Block) -> None:
+    "Results first..m-1 to where their bars stood."
+    if first < m and at[m - 1] - at[first] == m - 1 - first:
+        start = at[first] - first
+        for k in range(first, m):
+            out[start + k] = r[k]
+    else:
+        for k in range(first, m):
+            out[at[k]] = r[k]
+
+# %% ../../nbs/features/00_kernels.ipynb #db20c2eb
+@_helper
+def _own2(x: Block, y: Block, values: Block, others: Block, at: Block) -> int:
     "Values of two rows where both are finite, and their columns."
     m = 0
     for t in range(len(x)):
         if np.isfinite(x[t]) and np.isfinite(y[t]):
-            values[m] = x[t]
-            others[m] = y[t]
+            values[m], others[m], at[m] = x[t], y[t], t
+            m += 1
+    return m
+
+@_helper
+def _own3(x: Block, y: Block, z: Block, at: Block) -> int:
+    "Columns at which three rows are finite."
+    m = 0
+    for t in range(len(x)):
+        if np.isfinite(x[t]) and np.isfinite(y[t]) and np.isfinite(z[t]):
             at[m] = t
             m += 1
     return m
@@ -50,9 +83,9 @@ def _own2(x, y, values, others, at):
 # %% ../../nbs/features/00_kernels.ipynb #16b4cd6b
 @_kernel(GIVEN, COUNT)
 def lag(
-    x,  # (N, T)
-    n,  # own bars back, >= 0
-):      # (N, T)
+    x: Block, # (N, T)
+    n: int, # own bars back, >= 0
+) -> Block:  # (N, T)
     """The value `n` own bars ago."""
     out = np.full(x.shape, np.nan)
     at = np.empty(x.shape[1], np.int64)
@@ -69,9 +102,9 @@ def lag(
 # %% ../../nbs/features/00_kernels.ipynb #3a455397
 @_kernel(GIVEN, COUNT)
 def change(
-    x,  # (N, T)
-    n,  # own bars, >= 0
-):      # (N, T) relative change, NaN after a zero
+    x: Block, # (N, T)
+    n: int, # own bars, >= 0
+) -> Block:  # (N, T) relative change, NaN after a zero
     """The relative change over `n` own bars, $x_t / x_{t-n} - 1$."""
     out = lag(x, n)
     for i in range(x.shape[0]):
@@ -81,8 +114,8 @@ def change(
 
 @_kernel(GIVEN)
 def log(
-    x,  # (N, T)
-):      # (N, T) natural logarithm, NaN where x <= 0
+    x: Block, # (N, T)
+) -> Block:  # (N, T) natural logarithm, NaN where x <= 0
     """The natural logarithm. The C library's own is used, not a vectorized one, so that machines with wider registers give the same bits."""
     out = np.full(x.shape, np.nan)
     for i in range(x.shape[0]):
@@ -93,8 +126,8 @@ def log(
 
 @_kernel(GIVEN)
 def cumulate(
-    x,  # (N, T)
-):      # (N, T)
+    x: Block, # (N, T)
+) -> Block:  # (N, T)
     """The running total from the row's first bar on."""
     out = np.full(x.shape, np.nan)
     for i in range(x.shape[0]):
@@ -105,138 +138,160 @@ def cumulate(
                 out[i, t] = total
     return out
 
-# %% ../../nbs/features/00_kernels.ipynb #db20c2eb
+# %% ../../nbs/features/00_kernels.ipynb #e55b363d
 @_helper
-def _totals(v, m, n, suffix, out):
+def _grow(v: Block, start: int, step: int, count: int, total: Block) -> None:
+    "Sums of 1..count values from `start` on, forwards or backwards."
+    s = 0.0
+    for j in range(count):
+        s += v[start + step * j]
+        total[j] = s
+
+@_helper
+def _totals(v: Block, m: int, n: int, ahead: Block, back: Block, out: Block) -> None:
     "Sums of the last n values, from position n-1 on."
-    prefix, j = 0.0, 0
-    for k in range(m):
-        prefix = v[k] if j == 0 else prefix + v[k]
-        if j == n - 1:
-            out[k] = prefix
-            suffix[j] = v[k]
-            for q in range(n - 2, -1, -1):
-                suffix[q] = v[k - n + 1 + q] + suffix[q + 1]
-            j = 0
-        else:
-            if k >= n:
-                out[k] = suffix[j + 1] + prefix
-            j += 1
+    for start in range(0, m, n):
+        count = min(n, m - start)
+        _grow(v, start, 1, count, ahead)
+        if start > 0:
+            for j in range(min(count, n - 1)):
+                out[start + j] = back[n - 2 - j] + ahead[j]
+        if count == n:
+            out[start + n - 1] = ahead[n - 1]
+            _grow(v, start + n - 1, -1, n, back)
 
 @_kernel(GIVEN, COUNT)
 def roll_sum(
-    x,  # (N, T)
-    n,  # own bars in the window, >= 1
-):      # (N, T) from the n-th own bar on
+    x: Block,  # (N, T)
+    n: int,    # own bars in the window, >= 1
+) -> Block:    # (N, T) from the n-th own bar on
     """The sum of the last `n` own bars."""
     if n < 1:
         raise ValueError("a window needs at least one bar")
     rows, cols = x.shape
     out = np.full((rows, cols), np.nan)
-    v, r, at, suffix = np.empty(cols), np.empty(cols), np.empty(cols, np.int64), np.empty(n)
+    v, r, at, ahead, back = np.empty(cols), np.empty(cols), np.empty(cols, np.int64), np.empty(n), np.empty(n)
     for i in range(rows):
         m = _own(x[i], v, at)
-        _totals(v, m, n, suffix, r)
-        for k in range(n - 1, m):
-            out[i, at[k]] = r[k]
+        _totals(v, m, n, ahead, back, r)
+        _put(r, at, n - 1, m, out[i])
     return out
 
 @_kernel(GIVEN, COUNT)
 def roll_mean(
-    x,  # (N, T)
-    n,  # own bars in the window, >= 1
-):      # (N, T) from the n-th own bar on
+    x: Block,  # (N, T)
+    n: int,    # own bars in the window, >= 1
+) -> Block:    # (N, T) from the n-th own bar on
     """The mean of the last `n` own bars."""
-    return roll_sum(x, n) / n
-
-# %% ../../nbs/features/00_kernels.ipynb #e55b363d
-@_helper
-def _central(c, s1, s2, s3, ref):
-    "Mean and second and third central sums of c values from power sums around a reference."
-    d = s1 / c
-    m2 = s2 - s1 * d
-    m3 = s3 - 3.0 * d * s2 + 2.0 * d * d * s1
-    return ref + d, (m2 if m2 > 0.0 else 0.0), m3
-
-@_helper
-def _moments(v, m, n, suffix, mean, m2, m3):
-    "Mean and central sums of the last n values, from position n-1 on."
-    s1 = s2 = s3 = ref = 0.0
-    j = 0
-    for k in range(m):
-        if j == 0:
-            s1 = s2 = s3 = 0.0
-            ref = v[k]
-        d = v[k] - ref
-        s1 += d
-        s2 += d * d
-        s3 += d * d * d
-        a = j + 1
-        if j == n - 1:
-            mean[k], m2[k], m3[k] = _central(n, s1, s2, s3, ref)
-            last = v[k]
-            t1 = t2 = t3 = 0.0
-            for q in range(n - 1, -1, -1):
-                d = v[k - n + 1 + q] - last
-                t1 += d
-                t2 += d * d
-                t3 += d * d * d
-                suffix[0, q], suffix[1, q], suffix[2, q] = _central(n - q, t1, t2, t3, last)
-            j = 0
-            continue
-        if k >= n:
-            b = n - a
-            ma, pa, ca = _central(a, s1, s2, s3, ref)
-            mb, pb, cb = suffix[0, a], suffix[1, a], suffix[2, a]
-            d = mb - ma
-            mean[k] = ma + d * b / n
-            m2[k] = pa + pb + d * d * (a * b / n)
-            m3[k] = ca + cb + d * d * d * (a * b * (a - b) / n / n) + 3.0 * d * (a * pb - b * pa) / n
-        j += 1
-
-# %% ../../nbs/features/00_kernels.ipynb #13724b65
-@_kernel(GIVEN, COUNT)
-def roll_std(
-    x,  # (N, T)
-    n,  # own bars in the window, >= 2
-):      # (N, T) from the n-th own bar on; exactly 0 where the window is constant
-    """The sample standard deviation of the last `n` own bars."""
-    if n < 2:
-        raise ValueError("a standard deviation needs at least two bars")
-    rows, cols = x.shape
-    out = np.full((rows, cols), np.nan)
-    v, at, suffix = np.empty(cols), np.empty(cols, np.int64), np.empty((3, n))
-    mean, m2, m3 = np.empty(cols), np.empty(cols), np.empty(cols)
-    for i in range(rows):
-        m = _own(x[i], v, at)
-        _moments(v, m, n, suffix, mean, m2, m3)
-        for k in range(n - 1, m):
-            out[i, at[k]] = np.sqrt(m2[k] / (n - 1))
-    return out
-
-@_kernel(GIVEN, COUNT)
-def roll_skew(
-    x,  # (N, T)
-    n,  # own bars in the window, >= 3
-):      # (N, T) from the n-th own bar on; NaN where the window is constant
-    """The skewness of the last `n` own bars, adjusted for sample size (Fisher–Pearson $G_1$)."""
-    if n < 3:
-        raise ValueError("a skewness needs at least three bars")
-    rows, cols = x.shape
-    out = np.full((rows, cols), np.nan)
-    v, at, suffix = np.empty(cols), np.empty(cols, np.int64), np.empty((3, n))
-    mean, m2, m3 = np.empty(cols), np.empty(cols), np.empty(cols)
-    for i in range(rows):
-        m = _own(x[i], v, at)
-        _moments(v, m, n, suffix, mean, m2, m3)
-        for k in range(n - 1, m):
-            if m2[k] > 0.0:
-                out[i, at[k]] = n * np.sqrt(n - 1.0) / (n - 2.0) * m3[k] / (m2[k] * np.sqrt(m2[k]))
+    out = roll_sum(x, n)
+    for i in range(x.shape[0]):
+        for t in range(x.shape[1]):
+            out[i, t] /= n
     return out
 
 # %% ../../nbs/features/00_kernels.ipynb #409c7641
 @_helper
-def _highest(v, m, n, best, where, top, since):
+def _grow2(v: Block, start: int, step: int, count: int, inverse: Block, mean: Block, m2: Block) -> None:
+    "Means, less the first value, and central sums of squares of 1..count values from `start` on, forwards or backwards."
+    reference, s1, s2 = v[start], 0.0, 0.0
+    for j in range(count):
+        d = v[start + step * j] - reference
+        s1 += d
+        s2 += d * d
+        mean[j], m2[j] = s1, s2
+    for j in range(count):
+        mu = mean[j] * inverse[j]
+        square = m2[j] - mean[j] * mu
+        mean[j], m2[j] = mu, (square if square > 0.0 else 0.0)
+
+@_helper
+def _tables(n: int) -> tuple[Block, Block]:
+    "1/a, and a (n-a) / n, for a = 1..n."
+    inverse, share = np.empty(n), np.empty(n)
+    for j in range(n):
+        inverse[j], share[j] = 1.0 / (j + 1.0), (j + 1.0) * (n - 1.0 - j) / n
+    return inverse, share
+
+@_kernel(GIVEN, COUNT)
+def roll_std(
+    x: Block,  # (N, T)
+    n: int,    # own bars in the window, >= 2
+) -> Block:    # (N, T) from the n-th own bar on; exactly 0 where the window is constant
+    """The sample standard deviation of the last `n` own bars."""
+    if n < 2:
+        raise ValueError("a standard deviation needs at least two bars")
+    rows, cols = x.shape
+    out, (inverse, share) = np.full((rows, cols), np.nan), _tables(n)
+    v, r, at = np.empty(cols), np.empty(cols), np.empty(cols, np.int64)
+    mean, square, mean_back, square_back = np.empty(n), np.empty(n), np.empty(n), np.empty(n)
+    for i in range(rows):
+        m = _own(x[i], v, at)
+        for start in range(0, m, n):
+            count = min(n, m - start)
+            _grow2(v, start, 1, count, inverse, mean, square)
+            if start > 0:
+                shift = v[start - 1] - v[start]
+                for j in range(min(count, n - 1)):
+                    d = mean_back[n - 2 - j] + shift - mean[j]
+                    r[start + j] = np.sqrt((square[j] + square_back[n - 2 - j] + d * d * share[j]) / (n - 1))
+            if count == n:
+                r[start + n - 1] = np.sqrt(square[n - 1] / (n - 1))
+                _grow2(v, start + n - 1, -1, n, inverse, mean_back, square_back)
+        _put(r, at, n - 1, m, out[i])
+    return out
+
+# %% ../../nbs/features/00_kernels.ipynb #ce01cfeb
+@_helper
+def _grow3(v: Block, start: int, step: int, count: int, inverse: Block, mean: Block, m2: Block, m3: Block) -> None:
+    "As `_grow2`, with the central sums of cubes."
+    reference, s1, s2, s3 = v[start], 0.0, 0.0, 0.0
+    for j in range(count):
+        d = v[start + step * j] - reference
+        s1 += d
+        s2 += d * d
+        s3 += d * d * d
+        mean[j], m2[j], m3[j] = s1, s2, s3
+    for j in range(count):
+        mu = mean[j] * inverse[j]
+        m3[j] += mu * (2.0 * mu * mean[j] - 3.0 * m2[j])
+        square = m2[j] - mean[j] * mu
+        mean[j], m2[j] = mu, (square if square > 0.0 else 0.0)
+
+@_kernel(GIVEN, COUNT)
+def roll_skew(
+    x: Block,  # (N, T)
+    n: int,    # own bars in the window, >= 3
+) -> Block:    # (N, T) from the n-th own bar on; NaN where the window is constant
+    """The skewness of the last `n` own bars, adjusted for sample size (Fisher–Pearson $G_1$)."""
+    if n < 3:
+        raise ValueError("a skewness needs at least three bars")
+    rows, cols = x.shape
+    out, (inverse, share), adjust = np.full((rows, cols), np.nan), _tables(n), n * np.sqrt(n - 1.0) / (n - 2.0)
+    v, r, at = np.empty(cols), np.empty(cols), np.empty(cols, np.int64)
+    e1, e2, e3, b1, b2, b3 = np.empty(n), np.empty(n), np.empty(n), np.empty(n), np.empty(n), np.empty(n)
+    for i in range(rows):
+        m = _own(x[i], v, at)
+        for start in range(0, m, n):
+            count = min(n, m - start)
+            _grow3(v, start, 1, count, inverse, e1, e2, e3)
+            for j in range(count if start > 0 else 0):
+                q, a = n - 2 - j, j + 1.0
+                m2, m3 = e2[j], e3[j]
+                if q >= 0:
+                    d = b1[q] + (v[start - 1] - v[start]) - e1[j]
+                    m2 = e2[j] + b2[q] + d * d * share[j]
+                    m3 = e3[j] + b3[q] + d * d * d * share[j] * (2.0 * a - n) / n + 3.0 * d * (a * b2[q] - (n - a) * e2[j]) / n
+                r[start + j] = adjust * m3 / (m2 * np.sqrt(m2)) if m2 > 0.0 else np.nan
+            if count == n:
+                if start == 0:
+                    r[n - 1] = adjust * e3[n - 1] / (e2[n - 1] * np.sqrt(e2[n - 1])) if e2[n - 1] > 0.0 else np.nan
+                _grow3(v, start + n - 1, -1, n, inverse, b1, b2, b3)
+        _put(r, at, n - 1, m, out[i])
+    return out
+
+# %% ../../nbs/features/00_kernels.ipynb #a6e2f91c
+@_helper
+def _highest(v: Any, m: Any, n: Any, best: Any, where: Any, top: Any, since: Any) -> Any:
     "Maximum of the last n values and how many bars ago it was, from position n-1 on."
     p, pk, j = 0.0, 0, 0
     for k in range(m):
@@ -259,7 +314,7 @@ def _highest(v, m, n, best, where, top, since):
             j += 1
 
 @_helper
-def _extremes(x, n, sign):
+def _extremes(x: Any, n: Any, sign: Any) -> Any:
     "Maxima of sign * x and the bars since."
     if n < 1:
         raise ValueError("a window needs at least one bar")
@@ -280,25 +335,25 @@ def _extremes(x, n, sign):
 # %% ../../nbs/features/00_kernels.ipynb #6cf0d5dc
 @_kernel(GIVEN, COUNT, gives=types.UniTuple(BLOCK, 2))
 def roll_max(
-    x,  # (N, T)
-    n,  # own bars in the window, >= 1
-):      # two (N, T) blocks: the maximum, and the own bars since it (0 to n-1), from the n-th own bar on
+    x: Block, # (N, T)
+    n: int, # own bars in the window, >= 1
+) -> tuple[Block, Block]:  # two (N, T) blocks: the maximum, and the own bars since it (0 to n-1), from the n-th own bar on
     """The highest of the last `n` own bars, and how many bars ago it was."""
     return _extremes(x, n, 1.0)
 
 @_kernel(GIVEN, COUNT, gives=types.UniTuple(BLOCK, 2))
 def roll_min(
-    x,  # (N, T)
-    n,  # own bars in the window, >= 1
-):      # two (N, T) blocks: the minimum, and the own bars since it (0 to n-1), from the n-th own bar on
+    x: Block, # (N, T)
+    n: int, # own bars in the window, >= 1
+) -> tuple[Block, Block]:  # two (N, T) blocks: the minimum, and the own bars since it (0 to n-1), from the n-th own bar on
     """The lowest of the last `n` own bars, and how many bars ago it was."""
     return _extremes(x, n, -1.0)
 
 @_kernel(GIVEN, COUNT)
 def drawdown(
-    x,  # (N, T) prices, > 0
-    n,  # own bars in the window, >= 1
-):      # (N, T) in [-1, 0], from the n-th own bar on
+    x: Block, # (N, T) prices, > 0
+    n: int, # own bars in the window, >= 1
+) -> Block:  # (N, T) in [-1, 0], from the n-th own bar on
     """The fall from the highest of the last `n` own bars, $x_t/\\max - 1$."""
     top = _extremes(x, n, 1.0)[0]
     for i in range(x.shape[0]):
@@ -306,61 +361,59 @@ def drawdown(
             top[i, t] = x[i, t] / top[i, t] - 1.0 if top[i, t] > 0.0 else np.nan
     return top
 
-# %% ../../nbs/features/00_kernels.ipynb #ce01cfeb
+# %% ../../nbs/features/00_kernels.ipynb #0d692535
 @_helper
-def _joint(c, sx, sy, sxx, syy, sxy, rx, ry):
-    "Means, central sums of squares and of products of c pairs from power sums around a reference pair."
-    dx, dy = sx / c, sy / c
-    xx, yy = sxx - sx * dx, syy - sy * dy
-    return rx + dx, ry + dy, (xx if xx > 0.0 else 0.0), (yy if yy > 0.0 else 0.0), sxy - sx * dy
+def _grow_pairs(v: Block, w: Block, start: int, step: int, count: int, inverse: Block, to: Block) -> None:
+    "Means, less the first pair, and central sums of squares and products of 1..count pairs: rows x, y, xx, yy, xy of `to`."
+    rx, ry = v[start], w[start]
+    sx = sy = sxx = syy = sxy = 0.0
+    x, y, xx, yy, xy = to[0], to[1], to[2], to[3], to[4]
+    for j in range(count):
+        d, e = v[start + step * j] - rx, w[start + step * j] - ry
+        sx, sy, sxx, syy, sxy = sx + d, sy + e, sxx + d * d, syy + e * e, sxy + d * e
+        x[j], y[j], xx[j], yy[j], xy[j] = sx, sy, sxx, syy, sxy
+    for j in range(count):
+        mx, my = x[j] * inverse[j], y[j] * inverse[j]
+        a, b, xy[j] = xx[j] - x[j] * mx, yy[j] - y[j] * my, xy[j] - x[j] * my
+        x[j], y[j], xx[j], yy[j] = mx, my, (a if a > 0.0 else 0.0), (b if b > 0.0 else 0.0)
 
 @_helper
-def _comoments(v, w, m, n, suffix, xx, yy, xy):
+def _comoments(v: Block, w: Block, m: int, n: int, tables: Any, ahead: Block, back: Block, xx: Block, yy: Block, xy: Block) -> None:
     "Central sums of squares and products of the last n pairs, from position n-1 on."
-    sx = sy = sxx = syy = sxy = rx = ry = 0.0
-    j = 0
-    for k in range(m):
-        if j == 0:
-            sx = sy = sxx = syy = sxy = 0.0
-            rx, ry = v[k], w[k]
-        d, e = v[k] - rx, w[k] - ry
-        sx, sy, sxx, syy, sxy = sx + d, sy + e, sxx + d * d, syy + e * e, sxy + d * e
-        if j == n - 1:
-            _, _, xx[k], yy[k], xy[k] = _joint(n, sx, sy, sxx, syy, sxy, rx, ry)
-            lx, ly = v[k], w[k]
-            tx = ty = txx = tyy = txy = 0.0
-            for q in range(n - 1, -1, -1):
-                d, e = v[k - n + 1 + q] - lx, w[k - n + 1 + q] - ly
-                tx, ty, txx, tyy, txy = tx + d, ty + e, txx + d * d, tyy + e * e, txy + d * e
-                suffix[0, q], suffix[1, q], suffix[2, q], suffix[3, q], suffix[4, q] = _joint(n - q, tx, ty, txx, tyy, txy, lx, ly)
-            j = 0
-            continue
-        if k >= n:
-            a = j + 1
-            mx, my, pxx, pyy, pxy = _joint(a, sx, sy, sxx, syy, sxy, rx, ry)
-            d, e, share = mx - suffix[0, a], my - suffix[1, a], a * (n - a) / n
-            xx[k] = pxx + suffix[2, a] + d * d * share
-            yy[k] = pyy + suffix[3, a] + e * e * share
-            xy[k] = pxy + suffix[4, a] + d * e * share
-        j += 1
+    inverse, share = tables
+    for start in range(0, m, n):
+        count = min(n, m - start)
+        _grow_pairs(v, w, start, 1, count, inverse, ahead)
+        if start > 0:
+            sx, sy = v[start - 1] - v[start], w[start - 1] - w[start]
+            for j in range(min(count, n - 1)):
+                q = n - 2 - j
+                d, e = back[0, q] + sx - ahead[0, j], back[1, q] + sy - ahead[1, j]
+                xx[start + j] = ahead[2, j] + back[2, q] + d * d * share[j]
+                yy[start + j] = ahead[3, j] + back[3, q] + e * e * share[j]
+                xy[start + j] = ahead[4, j] + back[4, q] + d * e * share[j]
+        if count == n:
+            k = start + n - 1
+            xx[k], yy[k], xy[k] = ahead[2, n - 1], ahead[3, n - 1], ahead[4, n - 1]
+            _grow_pairs(v, w, k, -1, n, inverse, back)
 
 # %% ../../nbs/features/00_kernels.ipynb #93692880
 @_kernel(GIVEN, GIVEN, COUNT, gives=types.UniTuple(BLOCK, 3))
 def roll_cov(
-    x,  # (N, T)
-    y,  # (N, T)
-    n,  # own bars in the window, >= 2
-):      # three (N, T) blocks: sample covariance, variance of x, variance of y
+    x: Block, # (N, T)
+    y: Block, # (N, T)
+    n: int, # own bars in the window, >= 2
+) -> tuple[Block, Block, Block]:  # three (N, T) blocks: sample covariance, variance of x, variance of y
     """Covariance and variances of the last `n` bars at which both blocks have a value."""
     if n < 2:
         raise ValueError("a covariance needs at least two bars")
     rows, cols = x.shape
     cov, vx, vy = np.full((rows, cols), np.nan), np.full((rows, cols), np.nan), np.full((rows, cols), np.nan)
-    v, w, at, suffix = np.empty(cols), np.empty(cols), np.empty(cols, np.int64), np.empty((5, n))
+    v, w, at, ahead, back, tables = np.empty(cols), np.empty(cols), np.empty(cols, np.int64), np.empty((5, n)), np.empty((5, n)), _tables(n)
     xx, yy, xy = np.empty(cols), np.empty(cols), np.empty(cols)
     for i in range(rows):
         m = _own2(x[i], y[i], v, w, at)
-        _comoments(v, w, m, n, suffix, xx, yy, xy)
+        _comoments(v, w, m, n, tables, ahead, back, xx, yy, xy)
         for k in range(n - 1, m):
             cov[i, at[k]] = xy[k] / (n - 1)
             vx[i, at[k]] = xx[k] / (n - 1)
@@ -369,10 +422,10 @@ def roll_cov(
 
 @_kernel(GIVEN, GIVEN, COUNT)
 def roll_corr(
-    x,  # (N, T)
-    y,  # (N, T)
-    n,  # own bars in the window, >= 2
-):      # (N, T) in [-1, 1]; NaN where one of them is constant
+    x: Block, # (N, T)
+    y: Block, # (N, T)
+    n: int, # own bars in the window, >= 2
+) -> Block:  # (N, T) in [-1, 1]; NaN where one of them is constant
     """The correlation of the last `n` bars at which both blocks have a value."""
     out, vx, vy = roll_cov(x, y, n)
     for i in range(x.shape[0]):
@@ -384,31 +437,32 @@ def roll_corr(
 # %% ../../nbs/features/00_kernels.ipynb #424b0549
 @_kernel(GIVEN, COUNT, gives=types.UniTuple(BLOCK, 2))
 def roll_slope(
-    x,  # (N, T)
-    n,  # own bars in the window, >= 2
-):      # two (N, T) blocks: slope per own bar, and R² in [0, 1] (NaN where the window is constant)
+    x: Block, # (N, T)
+    n: int, # own bars in the window, >= 2
+) -> tuple[Block, Block]:  # two (N, T) blocks: slope per own bar, and R² in [0, 1] (NaN where the window is constant)
     """The least-squares line through the last `n` own bars: its slope and its $R^2$."""
     if n < 2:
         raise ValueError("a line needs at least two bars")
     rows, cols = x.shape
     slope, fit = np.full((rows, cols), np.nan), np.full((rows, cols), np.nan)
-    v, at, number, suffix = np.empty(cols), np.empty(cols, np.int64), np.arange(cols).astype(np.float64), np.empty((5, n))
+    v, at, number = np.empty(cols), np.empty(cols, np.int64), np.arange(cols).astype(np.float64)
+    ahead, back, tables = np.empty((5, n)), np.empty((5, n)), _tables(n)
     xx, yy, xy = np.empty(cols), np.empty(cols), np.empty(cols)
     for i in range(rows):
         m = _own(x[i], v, at)
-        _comoments(v, number, m, n, suffix, xx, yy, xy)
+        _comoments(v, number, m, n, tables, ahead, back, xx, yy, xy)
         for k in range(n - 1, m):
             slope[i, at[k]] = xy[k] / yy[k]
             if xx[k] > 0.0:
                 fit[i, at[k]] = min(1.0, xy[k] * (xy[k] / xx[k]) / yy[k])
     return slope, fit
 
-# %% ../../nbs/features/00_kernels.ipynb #6a8a0c39
+# %% ../../nbs/features/00_kernels.ipynb #13724b65
 @_kernel(GIVEN, COUNT)
 def roll_rank(
-    x,  # (N, T)
-    n,  # own bars in the window, >= 2
-):      # (N, T) in [0, 1], from the n-th own bar on
+    x: Block, # (N, T)
+    n: int, # own bars in the window, >= 2
+) -> Block:  # (N, T) in [0, 1], from the n-th own bar on
     """The rank of the newest bar among the last `n` own bars: 0 the lowest, 1 the highest."""
     if n < 2:
         raise ValueError("a rank needs at least two bars")
@@ -427,18 +481,18 @@ def roll_rank(
 
 @_kernel(GIVEN, COUNT)
 def roll_mad(
-    x,  # (N, T)
-    n,  # own bars in the window, >= 1
-):      # (N, T) from the n-th own bar on
+    x: Block, # (N, T)
+    n: int, # own bars in the window, >= 1
+) -> Block:  # (N, T) from the n-th own bar on
     """The mean absolute deviation of the last `n` own bars from their mean."""
     if n < 1:
         raise ValueError("a window needs at least one bar")
     rows, cols = x.shape
     out = np.full((rows, cols), np.nan)
-    v, r, at, suffix = np.empty(cols), np.empty(cols), np.empty(cols, np.int64), np.empty(n)
+    v, r, at, ahead, back = np.empty(cols), np.empty(cols), np.empty(cols, np.int64), np.empty(n), np.empty(n)
     for i in range(rows):
         m = _own(x[i], v, at)
-        _totals(v, m, n, suffix, r)
+        _totals(v, m, n, ahead, back, r)
         for k in range(n - 1, m):
             total, mean = 0.0, r[k] / n
             for q in range(k - n + 1, k + 1):
@@ -449,11 +503,11 @@ def roll_mad(
 # %% ../../nbs/features/00_kernels.ipynb #7a4f6709
 @_kernel(GIVEN, types.float64, COUNT, COUNT)
 def ewm(
-    x,      # (N, T)
-    alpha,  # weight of the newest bar, in (0, 1]
-    seed,   # own bars whose mean is the first value, >= 1
-    skip,   # own bars to leave out before those, >= 0
-):          # (N, T) from own bar skip + seed on
+    x: Block, # (N, T)
+    alpha: float, # weight of the newest bar, in (0, 1]
+    seed: int, # own bars whose mean is the first value, >= 1
+    skip: int, # own bars to leave out before those, >= 0
+) -> Block:  # (N, T) from own bar skip + seed on
     """The exponentially weighted mean of a symbol's own bars, started with a plain mean.
 
     Source: Wilder (1978), *New Concepts in Technical Trading Systems*, for `alpha = 1/n`; TA-Lib for the start."""
@@ -475,23 +529,13 @@ def ewm(
                     out[i, t] = y
     return out
 
-# %% ../../nbs/features/00_kernels.ipynb #a6e2f91c
-@_helper
-def _own3(x, y, z, at):
-    "Columns at which three rows are finite."
-    m = 0
-    for t in range(len(x)):
-        if np.isfinite(x[t]) and np.isfinite(y[t]) and np.isfinite(z[t]):
-            at[m] = t
-            m += 1
-    return m
-
+# %% ../../nbs/features/00_kernels.ipynb #e2f06f0f
 @_kernel(GIVEN, GIVEN, GIVEN)
 def true_range(
-    high,   # (N, T)
-    low,    # (N, T)
-    close,  # (N, T)
-):          # (N, T) in the unit of the prices, from the second own bar on
+    high: Block, # (N, T)
+    low: Block, # (N, T)
+    close: Block, # (N, T)
+) -> Block:  # (N, T) in the unit of the prices, from the second own bar on
     """The range of a bar, the previous close included."""
     out = np.full(high.shape, np.nan)
     at = np.empty(high.shape[1], np.int64)
@@ -502,20 +546,20 @@ def true_range(
             out[i, t] = max(high[i, t], previous) - min(low[i, t], previous)
     return out
 
-# %% ../../nbs/features/00_kernels.ipynb #0d692535
+# %% ../../nbs/features/00_kernels.ipynb #3d0f61a1
 @_helper
-def _movement(high, low, before, t):
+def _movement(high: Any, low: Any, before: Any, t: Any) -> Any:
     "Upward and downward directional movement between two bars."
     up, down = high[t] - high[before], low[before] - low[t]
     return (up if up > down and up > 0.0 else 0.0), (down if down > up and down > 0.0 else 0.0)
 
 @_kernel(GIVEN, GIVEN, GIVEN, COUNT, gives=types.UniTuple(BLOCK, 3))
 def directional(
-    high,   # (N, T)
-    low,    # (N, T)
-    close,  # (N, T)
-    n,      # own bars of the smoothing, >= 2
-):          # three (N, T) blocks in 0..100: +DI and -DI after n own bars, ADX after 2n-1
+    high: Block, # (N, T)
+    low: Block, # (N, T)
+    close: Block, # (N, T)
+    n: int, # own bars of the smoothing, >= 2
+) -> tuple[Block, Block, Block]:  # three (N, T) blocks in 0..100: +DI and -DI after n own bars, ADX after 2n-1
     """Wilder's directional indicators and their average index.
 
     Source: Wilder (1978), chapter 4, with TA-Lib's start."""
@@ -543,11 +587,11 @@ def directional(
 # %% ../../nbs/features/00_kernels.ipynb #54fe6627
 @_kernel(GIVEN, BLOCK, COUNT, COUNT, gives=types.void)
 def rank_across(
-    x,      # (N, T)
-    out,    # (N, T) written in columns first..last-1
-    first,  # column, >= 0
-    last,   # column, <= T
-):
+    x: Block, # (N, T)
+    out: Block, # (N, T) written in columns first..last-1
+    first: int, # column, >= 0
+    last: int, # column, <= T
+) -> None:
     """Ranks among the symbols at each instant, -0.5 to 0.5; NaN where fewer than two symbols have a value."""
     rows = x.shape[0]
     values, who = np.empty(rows), np.empty(rows, np.int64)

@@ -8,7 +8,19 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .kernels import change, directional, ewm, lag, log, roll_mad, roll_max, roll_mean, roll_min, roll_slope, roll_std
+from mltrading.features.kernels import (
+    change,
+    directional,
+    ewm,
+    lag,
+    log,
+    roll_mad,
+    roll_max,
+    roll_mean,
+    roll_min,
+    roll_slope,
+    roll_std,
+)
 from .registry import Bars, feature, shared
 
 # %% auto #0

@@ -93,7 +93,7 @@ class Feature:
     warmup: int              # own bars that pass before the first value
     over: Literal["symbol", "time", "cross"]
     params: dict[str, Any]
-    function: Callable[..., Block]
+    function: Callable[..., Any]  # see `over` above
 
 REGISTRY: dict[str, Feature] = {}
 
@@ -108,9 +108,9 @@ def feature(
     warmup: Callable[..., int],                  # of the parameters: own bars that pass before the first value
     grid: Mapping[str, Iterable[Any]] | None = None,  # parameter -> values; all combinations are registered
     over: Literal["symbol", "time", "cross"] = "symbol",
-) -> Callable[[Callable[..., Block]], Callable[..., Block]]:
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function as one feature per combination of the grid."""
-    def register(function: Callable[..., Block]) -> Callable[..., Block]:
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
         for values in itertools.product(*(grid or {}).values()):
             params = dict(zip(grid or {}, values, strict=True))
             key = name.format(**params)
@@ -197,7 +197,7 @@ class FeatureBlock:
 TILE_BYTES = 1 << 19  # of one field of a tile: some fields and intermediates together fit the cache
 
 @njit(nogil=True, cache=True)
-def _settle(given, alive, out, limit):
+def _settle(given: Any, alive: Any, out: Any, limit: float) -> None:
     "Copy what is finite where a bar exists."
     for i in range(out.shape[0]):
         for t in range(out.shape[1]):
@@ -230,23 +230,12 @@ def _spread(
 # %% ../../nbs/features/10_registry.ipynb #fbb6dc8a
 def _missing(
     f: Feature,
-    panel: Panel,
-    macro: pd.DataFrame | None,
-    benchmark: str | None,
+    given: set[str],  # fields, `benchmark`, `macro:<series>`
 ) -> list[str]:
     "What a feature needs and no symbol of the panel can have."
-    series = set() if macro is None else set(macro["series"])
-    missing = []
-    for need in f.needs:
-        if f.over == "cross":
-            missing += _missing(lookup([need])[0], panel, macro, benchmark)
-        elif need.startswith("macro:"):
-            missing += [need] if need.removeprefix("macro:") not in series else []
-        elif need == "benchmark":
-            missing += [need] if benchmark is None else []
-        elif need not in panel.fields:
-            missing.append(need)
-    return missing
+    if f.over == "cross":
+        return [m for base in lookup(f.needs) for m in _missing(base, given)]
+    return [need for need in f.needs if need not in given]
 
 def _choose(
     panel: Panel,
@@ -256,16 +245,19 @@ def _choose(
 ) -> list[Feature]:
     "The features to compute."
     features = lookup(names)
+    given = set(panel.fields) | ({"benchmark"} if benchmark is not None else set())
+    given |= {f"macro:{s}" for s in macro["series"].unique()} if macro is not None else set()
     if names is None:
-        return [f for f in features if not _missing(f, panel, macro, benchmark)]
+        return [f for f in features if not _missing(f, given)]
     for f in features:
-        for need in _missing(f, panel, macro, benchmark):
+        for need in _missing(f, given):
             if need == "benchmark":
                 raise ParameterError("features.benchmark", f"`{f.name}` needs a benchmark", "name one of the panel's symbols, or leave the feature out")
             if need.startswith("macro:") and macro is None:
                 raise ParameterError("features.names", f"`{f.name}` needs macro releases", "give a table of them, or leave the feature out")
     return features
 
+# %% ../../nbs/features/10_registry.ipynb #8bf47a3f
 def _context(
     panel: Panel,
     macro: pd.DataFrame | None,  # long: timestamp (release instant, UTC), series, value

@@ -10,7 +10,19 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from .kernels import drawdown, ewm, lag, log, roll_corr, roll_max, roll_mean, roll_min, roll_skew, roll_std, true_range
+from mltrading.features.kernels import (
+    drawdown,
+    ewm,
+    lag,
+    log,
+    roll_corr,
+    roll_max,
+    roll_mean,
+    roll_min,
+    roll_skew,
+    roll_std,
+    true_range,
+)
 from .price import returns
 from .registry import Bars, feature, shared
 
