@@ -233,8 +233,9 @@ def _exporter() -> Any:
     from nbconvert.exporters.html import HTMLExporter
     return HTMLExporter(template_name="slim", extra_template_basedirs=[str(SLIM.parent)], anchor_link_text="#", preprocessors=[], default_preprocessors=[])
 
-def _prepare(nb: Any, code: str) -> int:
-    figures = 0
+def _prepare(nb: Any, code: str) -> list[str]:
+    "Label the cells, and take the figures out: nbconvert need not parse them."
+    figures: list[str] = []
     for cell in nb.cells:
         if cell.cell_type != "code":
             continue
@@ -246,8 +247,8 @@ def _prepare(nb: Any, code: str) -> int:
         cell.metadata["slim"] = {"code": "hidden" if hidden else code, "label": "parameters" if parameters else "code", "alt": alt or "Figure"}
         for out in cell.outputs:
             if "image/svg+xml" in out.get("data", {}):
-                figures += 1
-                out.data = type(out.data)({"image/svg+xml": inline_svg(out.data["image/svg+xml"], figures, alt)})
+                figures.append(inline_svg(out.data["image/svg+xml"], len(figures) + 1, alt))
+                out.data = type(out.data)({"image/svg+xml": f"<!--figure {len(figures)}-->"})
     return figures
 
 # %% ../../nbs/core/50_render.ipynb #d1abe287
@@ -270,7 +271,7 @@ def page(
     nb = copy.deepcopy(nb)
     heading = re.search(r"^# +(.+)$", "\n".join(c.source for c in nb.cells if c.cell_type == "markdown"), re.MULTILINE)
     title = title or (re.sub(r"[*`]", "", heading[1]).strip() if heading else "Notebook")
-    _prepare(nb, code)
+    figures = _prepare(nb, code)
     ours = foot if foot is not None else dict(nb.metadata.get("mltrading", {}))
     slim = {"title": title, "css": _css(), "foot": foot_html(ours), "nav": f'<nav aria-label="Site">{nav}</nav>' if nav else ""}
     html, _ = _exporter().from_notebook_node(nb, resources={"slim": slim})
@@ -282,6 +283,7 @@ def page(
     start = re.match(r".*?</h1>(?:\s*<blockquote>.*?</blockquote>)?", body, re.DOTALL)
     cut = start.end() if start else 0
     body = body[:cut] + _contents(body) + body[cut:]
+    body = re.sub(r"<!--figure (\d+)-->", lambda m: figures[int(m[1]) - 1], body)
     return re.sub(r"\n{2,}", "\n", head) + mark + body + end + tail
 
 def render(
