@@ -16,7 +16,7 @@ from typing import Any
 from .errors import DataError
 from .params import root
 from .storage import atomic
-from .style import THEME
+from .style import THEME, compact
 
 # %% auto #0
 __all__ = ['SLIM', 'MAX_BYTES', 'normalise', 'inline_svg', 'frame_tables', 'foot_html', 'outside', 'page', 'render']
@@ -96,21 +96,10 @@ def normalise(
 
 # %% ../../nbs/core/50_render.ipynb #d2d52f1c
 _MARKS = {light: f"var(--{name})" for name, (light, _) in THEME.items()}
-_SPACE = re.compile(r"\s*\n\s*")
-_LONG = re.compile(r"-?\d+\.\d{3,}(?:e-?\d+)?")
 _MIN_PIXELS, _COLUMN = 9, 704  # smallest text on a phone; width of the column of text in pixels
 
-def _short(match: re.Match[str]) -> str:
-    number = f"{float(match[0]):.2f}".rstrip("0").rstrip(".")
-    return "0" if number == "-0" else number
-
-def _attribute(match: re.Match[str]) -> str:
-    name, value = match[1], match[2]
-    if name == "style":
-        return f' style="{re.sub("#[0-9a-f]{6}", lambda m: _MARKS.get(m[0], m[0]), value).replace("; ", ";").replace(": ", ":")}"'
-    if name == "d":
-        value = re.sub(r"\s*([A-Za-z])\s*", r"\1", _SPACE.sub(" ", value)).strip()
-    return f' {name}="{_LONG.sub(_short, value)}"'
+def _variables(match: re.Match[str]) -> str:
+    return re.sub("#[0-9a-f]{6}", lambda m: _MARKS.get(m[0], m[0]), match[0]).replace("; ", ";").replace(": ", ":")
 
 def inline_svg(
     text: str,       # an SVG file of matplotlib
@@ -118,6 +107,7 @@ def inline_svg(
     alt: str = "",   # what a screen reader says; the file's own title unless told
 ) -> str:            # a <figure> element
     """An SVG file as an element of a page."""
+    text = compact(text)
     title = re.search(r"<title>(.*?)</title>", text, re.DOTALL)
     alt = alt or (unescape(title[1]).strip() if title else "") or "Figure"
     text = re.sub(r"<metadata>.*?</metadata>|<title>.*?</title>|<!--.*?-->|<defs>\s*<style.*?</style>\s*</defs>", "", text[text.index("<svg"):], flags=re.DOTALL)
@@ -128,7 +118,7 @@ def inline_svg(
     text = text.replace("xlink:href", "href")
     text = re.sub(r' id="([^"]*)"', lambda m: f' id="f{number}-{m[1]}"' if m[1] in used else "", text)
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>f{number}-", text)
-    text = re.sub(r' (style|d|x|y|transform|width|height)="([^"]*)"', _attribute, text)
+    text = re.sub(r' style="[^"]*"', _variables, text)
     text = re.sub(r">\s+<", "><", text).strip()
     natural, least = width * 4 / 3, _MIN_PIXELS / smallest * width
     body = text[text.index(">") + 1 :]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import io
+import re
 import textwrap
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['THEME', 'PALETTE', 'CYCLE', 'WIDTH', 'svg', 'use_style', 'figure', 'label_ends']
+__all__ = ['THEME', 'PALETTE', 'CYCLE', 'WIDTH', 'compact', 'svg', 'use_style', 'figure', 'label_ends']
 
 # %% ../../nbs/core/40_style.ipynb #bf20c08a
 THEME: dict[str, tuple[str, str]] = {  # name -> (on light, on dark)
@@ -54,6 +55,25 @@ def _settings() -> dict[str, Any]:
         "axes.prop_cycle": cycler(color=[PALETTE[n] for n in CYCLE]), "image.cmap": "cividis",
     }
 
+# %% ../../nbs/core/40_style.ipynb #ae798532
+_LONG = re.compile(r"-?\d+\.\d{3,}(?:e-?\d+)?")
+
+def _short(match: re.Match[str]) -> str:
+    number = f"{float(match[0]):.2f}".rstrip("0").rstrip(".")
+    return "0" if number == "-0" else number
+
+def _coordinates(match: re.Match[str]) -> str:
+    value = match[2]
+    if match[1] == "d":
+        value = re.sub(r"\s*([A-Za-z])\s*", r"\1", re.sub(r"\s*\n\s*", " ", value)).strip()
+    return f' {match[1]}="{_LONG.sub(_short, value)}"'
+
+def compact(
+    text: str,  # SVG
+) -> str:
+    """SVG with its coordinates rounded to a hundredth of a point; compacting twice is compacting once."""
+    return re.sub(r' (d|x|y|transform|width|height)="([^"]*)"', _coordinates, text)
+
 # %% ../../nbs/core/40_style.ipynb #4073938e
 def svg(
     figure: Figure,  # its label, if it has one, becomes the title that a screen reader reads
@@ -64,7 +84,7 @@ def svg(
     buffer = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mltrading"}):
         figure.savefig(buffer, format="svg", metadata={**nothing, "Title": str(figure.get_label()) or None})
-    return buffer.getvalue()
+    return compact(buffer.getvalue())
 
 def use_style() -> None:
     """Set matplotlib (and seaborn, which takes its settings from there) to the look of this project; in a notebook, show figures as SVG."""
