@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.colors import ListedColormap, to_rgba
+from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Outline
@@ -50,6 +51,11 @@ def colours_of(
         quiet = any(word in name.lower() for word in ("index", "buy", "hold", "constant"))
         out[name] = PALETTE["system" if k == 0 else "index" if quiet and PALETTE["index"] not in out.values() else rest[(k - 1) % len(rest)]]
     return out
+
+def _dates(ax: Any) -> None:
+    places = AutoDateLocator(minticks=3, maxticks=8)
+    ax.xaxis.set_major_locator(places)
+    ax.xaxis.set_major_formatter(ConciseDateFormatter(places, show_offset=False))
 
 def _zero(ax: Any, at: float = 0.0, vertical: bool = False) -> None:
     (ax.axvline if vertical else ax.axhline)(at, color=PALETTE["ink"], lw=0.9, zorder=1.5)
@@ -91,6 +97,7 @@ def plot_folds(
     top.set_yticks(list(shown), [f"{folds['fold'].iloc[k]}" for k in shown])
     top.set_ylabel("fold")
     top.grid(False)
+    _dates(top)
     strip.grid(False)
     _strip(strip, folds.iloc[-1])
     return fig
@@ -132,6 +139,7 @@ def plot_equity(
     low.yaxis.set_major_formatter(_percent())
     low.yaxis.set_major_locator(MaxNLocator(4))
     low.set_ylim(top=0)
+    _dates(low)
     top.spines["bottom"].set_visible(False)
     top.tick_params(axis="x", length=0)
     for ax in (top, low):
