@@ -250,6 +250,15 @@ def _contents(html: str) -> str:
         return ""
     return '<nav class="toc" aria-label="Contents"><ol>' + "".join(f'<li><a href="#{i}">{re.sub("<[^>]+>", "", t)}</a></li>' for i, t in entries) + "</ol></nav>"
 
+def _prose(nb: Any) -> list[str]:
+    "The Markdown of a notebook in order, that of outputs included."
+    out = []
+    for c in nb.cells:
+        if c.cell_type == "markdown":
+            out.append(c.source)
+        out += [o.data["text/markdown"] for o in c.get("outputs", []) if "text/markdown" in o.get("data", {})]
+    return out
+
 def page(
     nb: Any,                             # a notebook in canonical form; not changed
     foot: dict[str, Any] | None = None,  # heading -> value or dict; the notebook's own metadata unless told
@@ -259,7 +268,7 @@ def page(
 ) -> str:
     """The HTML of a notebook, one self-contained page."""
     nb = copy.deepcopy(nb)
-    heading = re.search(r"^# +(.+)$", "\n".join(c.source for c in nb.cells if c.cell_type == "markdown"), re.MULTILINE)
+    heading = re.search(r"^# +(.+)$", "\n".join(_prose(nb)), re.MULTILINE)
     title = title or (re.sub(r"[*`]", "", heading[1]).strip() if heading else "Notebook")
     figures = _prepare(nb, code)
     ours = foot if foot is not None else dict(nb.metadata.get("mltrading", {}))
