@@ -45,8 +45,11 @@ def njit(
     *,
     parallel: bool = False,  # loops written with `prange` run over independent rows in parallel
     nogil: bool = False,     # release the interpreter's lock, so that calls run side by side
+    error_model: str = "python",  # "numpy": a division by zero gives infinity or NaN instead of an exception
+    signature: Any = None,   # types to compile for at once; None: those of the first call
 ) -> Any:
     """Compile a function without Python objects. `@njit` and `@njit(parallel=True)` both work."""
     def wrap(f: Callable[..., Any]) -> Any:
-        return numba.njit(f, cache=f.__module__ != "__main__", parallel=parallel, nogil=nogil)
+        options = {"cache": f.__module__ != "__main__", "parallel": parallel, "nogil": nogil, "error_model": error_model}
+        return numba.njit(signature, **options)(f) if signature is not None else numba.njit(f, **options)
     return wrap(function) if function is not None else wrap

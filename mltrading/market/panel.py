@@ -19,8 +19,8 @@ from ..core.errors import DataError, ParameterError
 from ..core.storage import write_parquet
 
 # %% auto #0
-__all__ = ['PRICES', 'OPTIONAL', 'COLUMNS', 'TIME', 'check_bars', 'Panel', 'from_frame', 'to_frame', 'select', 'between', 'until',
-           'fill_price', 'read_panel', 'write_panel']
+__all__ = ['PRICES', 'OPTIONAL', 'COLUMNS', 'TIME', 'check_bars', 'Panel', 'from_frame', 'to_frame', 'long_column', 'select',
+           'between', 'until', 'fill_price', 'read_panel', 'write_panel']
 
 # %% ../../nbs/market/00_panel.ipynb #f8e49504
 PRICES = ("open", "high", "low", "close")
@@ -174,6 +174,15 @@ def to_frame(
     for field, block in panel.fields.items():
         out[field] = block[row, column]
     return out
+
+# %% ../../nbs/market/00_panel.ipynb #c1e0ccc3
+def long_column(
+    panel: Panel,
+    block: NDArray[np.float64],  # (N, T)
+) -> NDArray[np.float64]:        # one value per bar, in the row order of `to_frame`
+    """The values of a block at the panel's bars, in long row order."""
+    column, row = np.nonzero(panel.alive.T)
+    return block[row, column]
 
 # %% ../../nbs/market/00_panel.ipynb #964e5a5a
 def select(

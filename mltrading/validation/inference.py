@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numba import njit
+from ..core.jit import njit
 from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri
 
@@ -50,8 +50,8 @@ def optimal_block(
     cap = math.ceil(min(3 * math.sqrt(n), n / 3))
     return float(np.clip((g * g / spectrum**2 * n) ** (1 / 3), 1, cap))
 
-# %% ../../nbs/validation/20_inference.ipynb #ac33f94e
-@njit(cache=True)
+# %% ../../nbs/validation/20_inference.ipynb #84f260b6
+@njit
 def _follow(starts: NDArray[np.int64], u: NDArray[np.float64], jump: float) -> None:
     "Turn `starts` (B, T) into resampled positions, in place."
     boots, n = starts.shape
@@ -74,8 +74,8 @@ def resampled_positions(
     _follow(starts, rng.random((n_boot, n)), 1 / block)
     return starts
 
-# %% ../../nbs/validation/20_inference.ipynb #c347713f
-@njit(cache=True)
+# %% ../../nbs/validation/20_inference.ipynb #8e00894b
+@njit
 def _measure_all(r: NDArray[np.float64], positions: NDArray[np.int64], bars_per_year: float, rf_bar: float, out: NDArray[np.float64]) -> None:
     "Fill `out` (B, 13) with the METRICS of each resample."
     n, order = len(r), np.argsort(r)

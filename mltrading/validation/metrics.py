@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numba import njit
+from ..core.jit import njit
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
@@ -62,15 +62,15 @@ def returns_of(
         raise DataError(f"equity, position {i}", f"{values[i]} is not a positive number", "an account that is gone has no returns: cut the series there")
     return equity.iloc[1:] / values[:-1] - 1
 
-# %% ../../nbs/validation/10_metrics.ipynb #794a0b41
-@njit(cache=True, error_model="numpy")
+# %% ../../nbs/validation/10_metrics.ipynb #332d5995
+@njit(error_model="numpy")
 def _cagr(r: NDArray[np.float64], bars_per_year: float) -> float:
     wealth = 1.0
     for x in r:
         wealth *= 1.0 + x
     return wealth ** (bars_per_year / len(r)) - 1.0
 
-@njit(cache=True, error_model="numpy")
+@njit(error_model="numpy")
 def _deviation(r: NDArray[np.float64]) -> float:
     "Standard deviation per bar, T - 1 in the denominator."
     mean = r.mean()
@@ -79,7 +79,7 @@ def _deviation(r: NDArray[np.float64]) -> float:
         total += (x - mean) ** 2
     return np.sqrt(total / (len(r) - 1))
 
-@njit(cache=True, error_model="numpy")
+@njit(error_model="numpy")
 def _sharpe(r: NDArray[np.float64], bars_per_year: float, rf_bar: float) -> float:
     return np.sqrt(bars_per_year) * (r.mean() - rf_bar) / _deviation(r)
 
@@ -110,15 +110,15 @@ def sharpe_annual(
     """Annualized Sharpe ratio."""
     return float(_sharpe(checked(returns), bars_per_year, rate_per_bar(rf_annual, bars_per_year)))
 
-# %% ../../nbs/validation/10_metrics.ipynb #7319c343
-@njit(cache=True, error_model="numpy")
+# %% ../../nbs/validation/10_metrics.ipynb #439ffb6a
+@njit(error_model="numpy")
 def _sortino(r: NDArray[np.float64], bars_per_year: float, rf_bar: float) -> float:
     down = 0.0
     for x in r:
         down += min(x - rf_bar, 0.0) ** 2
     return np.sqrt(bars_per_year) * (r.mean() - rf_bar) / np.sqrt(down / len(r))
 
-@njit(cache=True, error_model="numpy")
+@njit(error_model="numpy")
 def _drawdowns(r: NDArray[np.float64]) -> NDArray[np.float64]:
     "Drawdown after each bar."
     out = np.empty(len(r))
@@ -129,7 +129,7 @@ def _drawdowns(r: NDArray[np.float64]) -> NDArray[np.float64]:
         out[i] = wealth / peak - 1.0
     return out
 
-@njit(cache=True, error_model="numpy")
+@njit(error_model="numpy")
 def _max_drawdown(r: NDArray[np.float64]) -> float:
     wealth, peak, worst = 1.0, 1.0, 0.0
     for x in r:
@@ -138,7 +138,7 @@ def _max_drawdown(r: NDArray[np.float64]) -> float:
         worst = min(worst, wealth / peak - 1.0)
     return worst
 
-@njit(cache=True)
+@njit
 def _longest(d: NDArray[np.float64]) -> int:
     "Longest run of negative values."
     longest = run = 0
@@ -182,8 +182,8 @@ def calmar(
     r = checked(returns)
     return float(np.divide(_cagr(r, bars_per_year), -_max_drawdown(r)))
 
-# %% ../../nbs/validation/10_metrics.ipynb #96446855
-@njit(cache=True, error_model="numpy")
+# %% ../../nbs/validation/10_metrics.ipynb #d28e3dca
+@njit(error_model="numpy")
 def _wins(r: NDArray[np.float64]) -> tuple[float, float]:
     "Hit rate and profit factor."
     up, moved, gain, loss = 0, 0, 0.0, 0.0
@@ -192,7 +192,7 @@ def _wins(r: NDArray[np.float64]) -> tuple[float, float]:
         gain, loss = gain + max(x, 0.0), loss - min(x, 0.0)
     return up / moved, gain / loss
 
-@njit(cache=True, error_model="numpy")
+@njit(error_model="numpy")
 def _shape(r: NDArray[np.float64]) -> tuple[float, float]:
     "Skew and kurtosis."
     mean, n = r.mean(), len(r)
@@ -203,13 +203,13 @@ def _shape(r: NDArray[np.float64]) -> tuple[float, float]:
     m2, m3, m4 = m2 / n, m3 / n, m4 / n
     return m3 / m2 ** 1.5, m4 / m2 ** 2
 
-@njit(cache=True, error_model="numpy")
+@njit(error_model="numpy")
 def _quantile(ordered: NDArray[np.float64], q: float) -> float:
     place = q * (len(ordered) - 1)
     i = min(int(place), len(ordered) - 2)
     return ordered[i] + (place - i) * (ordered[i + 1] - ordered[i])
 
-@njit(cache=True, error_model="numpy")
+@njit(error_model="numpy")
 def _tails(ordered: NDArray[np.float64]) -> tuple[float, float, float]:
     "Value at risk, expected shortfall, tail ratio of ascending returns."
     low, high = _quantile(ordered, 0.05), _quantile(ordered, 0.95)
@@ -276,7 +276,7 @@ def turnover_annual(
 METRICS = ("cagr", "vol_annual", "sharpe_annual", "sortino_annual", "max_drawdown", "calmar", "hit_rate", "profit_factor",
            "skew", "kurtosis", "var_95", "es_95", "tail_ratio")
 
-@njit(cache=True, error_model="numpy")
+@njit(error_model="numpy")
 def measure(r: NDArray[np.float64], ordered: NDArray[np.float64], bars_per_year: float, rf_bar: float, out: NDArray[np.float64]) -> None:
     "Fill `out` (13,) with the METRICS of returns `r` (T,), given ascending, too; NaN or infinity where one is not defined."
     out[0], out[1] = _cagr(r, bars_per_year), np.sqrt(bars_per_year) * _deviation(r)
