@@ -8,8 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numpy.typing import NDArray
+
+from ..core.jit import njit
 
 # %% auto #0
 __all__ = ['Block', 'BLOCK', 'GIVEN', 'COUNT', 'lag', 'change', 'log', 'cumulate', 'roll_sum', 'roll_mean', 'roll_std',
@@ -24,9 +26,9 @@ COUNT = types.int64
 
 def _kernel(*takes: Any, gives: Any = BLOCK) -> Any:
     "Compile ahead for one signature: called without the global lock, kept on disk."
-    return njit(gives(*takes), nogil=True, cache=True)
+    return njit(signature=gives(*takes), nogil=True, error_model="numpy")
 
-_helper = njit(nogil=True, cache=True)
+_helper = njit(nogil=True, error_model="numpy")
 
 @_helper
 def _own(x: Block, values: Block, at: Block) -> int:
