@@ -5,8 +5,6 @@
 # %% ../../nbs/core/20_params.ipynb #35e0d873
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,8 +15,7 @@ from pydantic import BaseModel, ValidationError
 from .errors import DataError, ParameterError, unknown
 
 # %% auto #0
-__all__ = ['PARTS', 'M', 'root', 'read_yaml', 'merge', 'system_blocks', 'check_params', 'read_params', 'load_params', 'block',
-           'params_id']
+__all__ = ['PARTS', 'M', 'root', 'read_yaml', 'merge', 'system_blocks', 'check_params', 'read_params', 'load_params', 'block']
 
 # %% ../../nbs/core/20_params.ipynb #6eb8d49e
 def root() -> Path:
@@ -41,6 +38,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     loader.flatten_mapping(node)
     return loader.construct_mapping(node, deep=True)
 
+_Loader.yaml_implicit_resolvers = {c: [(tag, rx) for tag, rx in rules if tag != "tag:yaml.org,2002:timestamp"] for c, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -168,10 +166,3 @@ def block(
         if first["type"] == "missing":
             raise ParameterError(f"{where}.{path}", "is missing", "every number stands in params.yaml; there are no silent defaults") from None
         raise ParameterError(f"{where}.{path}", f"{first['input']!r} is not allowed: {first['msg'][:1].lower() + first['msg'][1:]}", "correct it in params.yaml") from None
-
-# %% ../../nbs/core/20_params.ipynb #a5a130ed
-def params_id(
-    values: dict[str, Any],  # any JSON-like parameters
-) -> str:                    # 16 hex digits
-    """A short id of a set of parameters that does not depend on the order of its keys."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]

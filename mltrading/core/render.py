@@ -21,8 +21,8 @@ from .style import THEME, compact
 # %% auto #0
 __all__ = ['SLIM', 'MAX_BYTES', 'normalise', 'inline_svg', 'frame_tables', 'foot_html', 'outside', 'page', 'render']
 
-# %% ../../nbs/core/50_render.ipynb #a32cdea7
-_UUID = re.compile(r"\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b")
+# %% ../../nbs/core/50_render.ipynb #d8bb1c9a
+_UUID = re.compile(r"\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 _STYLER = re.compile(r"\bT_[0-9a-f]{5}(?=[\s\"_{#])")  # pandas' Styler, where nobody has set its uuid
 _RULES = (
     (re.compile(r"\b0x[0-9a-f]{6,16}\b"), "0x…"),
@@ -123,7 +123,7 @@ def inline_svg(
     natural, least = width * 4 / 3, _MIN_PIXELS / smallest * width
     body = text[text.index(">") + 1 :]
     wide = " wide" if natural > _COLUMN + 8 else ""
-    size = f"min-width:{least:.0f}px;max-width:{max(natural * 1.18, least):.0f}px"
+    size = f"min-width:{least:.0f}px;max-width:{max(natural * 1.08, least):.0f}px"
     return f'<figure class="fig{wide}"><svg viewBox="{box[1] if box else ""}" role="img" aria-label="{escape(alt)}" style="{size}">{body}</figure>'
 
 # %% ../../nbs/core/50_render.ipynb #6e6ebce6

@@ -129,15 +129,17 @@ def execute(
     env: dict[str, str],       # set for the kernel
     keep: Path,                # where the executed notebook is kept if it fails
 ) -> Any:                      # the executed notebook
-    """Execute a notebook in a fresh kernel. Raises `StageError` where a cell raises."""
+    """Execute a notebook in a fresh kernel; its progress bars appear on this process's error stream. Raises `StageError` where a cell raises."""
     import papermill
+    from traitlets.config import Config
 
-    out = keep.with_suffix(".part")
+    out = keep.with_suffix(".part.ipynb")
     out.parent.mkdir(parents=True, exist_ok=True)
     before = {k: os.environ.get(k) for k in env}
     os.environ.update(env)
     try:
-        return papermill.execute_notebook(str(notebook), str(out), parameters=passed, kernel_name="python3", progress_bar=False, log_output=False, stderr_file=sys.stderr, cwd=str(root()))
+        return papermill.execute_notebook(str(notebook), str(out), parameters=passed, kernel_name="python3", progress_bar=False, log_output=False, stderr_file=sys.stderr, cwd=str(root()),
+                                          config=Config({"KernelManager": {"transport": "ipc"}}))  # sockets of this machine's files, not of its network
     except papermill.exceptions.PapermillExecutionError as error:
         out.replace(keep)
         raise StageError(f"stage {keep.stem}", explain(error, notebook.name, str(keep)), "") from None

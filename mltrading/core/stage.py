@@ -98,6 +98,10 @@ class Stage:
         (out if not out.suffix else out.parent).mkdir(parents=True, exist_ok=True)
         return out
 
+    def previous(self, name: str) -> Path:
+        """Where a declared output of an earlier run is, if there is one: for outputs that grow."""
+        return self.folder / rebase(_pick("output", name, self.declared.outs, self.name), self.profile)
+
 # %% ../../nbs/core/30_stage.ipynb #90453992
 def open_stage(
     name: str,                 # a stage of dvc.yaml

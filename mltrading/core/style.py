@@ -33,8 +33,8 @@ THEME: dict[str, tuple[str, str]] = {  # name -> (on light, on dark)
 PALETTE: dict[str, str] = {name: light for name, (light, _) in THEME.items()}
 CYCLE = ("system", "baseline", "accent", "up", "index", "down")  # the order for series without a meaning of their own
 
-# %% ../../nbs/core/40_style.ipynb #da8a7c93
-WIDTH = 6.2   # inches: the width of a column of text
+# %% ../../nbs/core/40_style.ipynb #4bae271c
+WIDTH = 6.05  # inches: the width of a column of text
 _TYPE = 11.0  # points
 
 def _settings() -> dict[str, Any]:
@@ -121,7 +121,7 @@ def figure(
             top += size * 1.36 / 72
     foot = textwrap.wrap(source, per_line)
     for k, line in enumerate(reversed(foot)):
-        fig.text(0.0, (2 + k * 14) / 72 / height, line, ha="left", va="bottom", size=10.5, color=PALETTE["muted"])
+        fig.text(0.0, (2 + k * 14) / 72 / height, line, ha="left", va="bottom", color=PALETTE["muted"])
     bottom = len(foot) * 14 / 72 + (pad if foot else 0.0)
     top += 1.5 * pad if top else 0.0
     layout: Any = fig.get_layout_engine()

@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.colors import ListedColormap, to_rgba
+from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Outline
@@ -34,7 +36,7 @@ def _minus(text: str) -> str:
     return text.replace("-", "−")
 
 def _percent(digits: int = 0) -> FuncFormatter:
-    return FuncFormatter(lambda v, _: _minus(f"{100 * v:.{digits}f}".replace("-0", "0") if abs(v) < 1e-12 else f"{100 * v:.{digits}f}"))
+    return FuncFormatter(lambda v, _: _minus(f"{100 * v + 0.0:.{digits}f}"))
 
 def _plain() -> FuncFormatter:
     return FuncFormatter(lambda v, _: _minus(f"{v:g}"))
@@ -49,6 +51,11 @@ def colours_of(
         quiet = any(word in name.lower() for word in ("index", "buy", "hold", "constant"))
         out[name] = PALETTE["system" if k == 0 else "index" if quiet and PALETTE["index"] not in out.values() else rest[(k - 1) % len(rest)]]
     return out
+
+def _dates(ax: Any) -> None:
+    places = AutoDateLocator(minticks=3, maxticks=8)
+    ax.xaxis.set_major_locator(places)
+    ax.xaxis.set_major_formatter(ConciseDateFormatter(places, show_offset=False))
 
 def _zero(ax: Any, at: float = 0.0, vertical: bool = False) -> None:
     (ax.axvline if vertical else ax.axhline)(at, color=PALETTE["ink"], lw=0.9, zorder=1.5)
@@ -89,8 +96,8 @@ def plot_folds(
     shown = range(0, len(folds), max(1, int(np.ceil(0.2 / pitch))))
     top.set_yticks(list(shown), [f"{folds['fold'].iloc[k]}" for k in shown])
     top.set_ylabel("fold")
-    top.grid(False, axis="y")
-    top.grid(True, axis="x")
+    top.grid(False)
+    _dates(top)
     strip.grid(False)
     _strip(strip, folds.iloc[-1])
     return fig
@@ -101,7 +108,7 @@ def _thin(s: pd.Series[float], steps: int = 280) -> pd.Series[float]:
         return s
     v = s.to_numpy(float)
     cuts = np.linspace(0, len(v), steps + 1).astype(int)
-    keep = {0, len(v) - 1} | {int(a + f(v[a:b])) for a, b in zip(cuts[:-1], cuts[1:], strict=True) for f in (np.argmin, np.argmax)}
+    keep = {0, len(v) - 1} | {int(a + f(v[a:b])) for a, b in pairwise(cuts) for f in (np.argmin, np.argmax)}
     return s.iloc[sorted(keep)]
 
 def plot_equity(
@@ -132,6 +139,9 @@ def plot_equity(
     low.yaxis.set_major_formatter(_percent())
     low.yaxis.set_major_locator(MaxNLocator(4))
     low.set_ylim(top=0)
+    _dates(low)
+    top.spines["bottom"].set_visible(False)
+    top.tick_params(axis="x", length=0)
     for ax in (top, low):
         ax.margins(x=0)
     label_ends(top, {n: float(s.iloc[-1]) for n, s in curves.items()}, tone)
@@ -139,7 +149,7 @@ def plot_equity(
 
 # %% ../../nbs/reports/10_plots.ipynb #960a280c
 def _diverging() -> ListedColormap:
-    depth = np.linspace(0.72, 0.0, 64)
+    depth = np.linspace(0.52, 0.0, 64)
     down = [to_rgba(PALETTE["down"], a) for a in depth]
     return ListedColormap(down + [to_rgba(PALETTE["up"], a) for a in depth[::-1]])
 
@@ -156,12 +166,12 @@ def plot_monthly(
     months = 100 * (dated.pivot_table(index="year", columns="month", values="growth", aggfunc="prod").reindex(columns=range(1, 13)) - 1)
     years = 100 * (dated.groupby("year")["growth"].prod() - 1)
     n = len(months)
-    fig, (left, right) = figure(height=1.0 + 0.27 * n, width=7.0, title=title, subtitle="%, net of costs, compounded; at the right the whole year", ncols=2, width_ratios=[12, 1.45], sharey=True)
+    fig, (left, right) = figure(height=1.0 + 0.27 * n, title=title, subtitle="%, net of costs, compounded; at the right the whole year", ncols=2, width_ratios=[12, 1.3], sharey=True)
     for ax, values, names in ((left, months, list("JFMAMJJASOND")), (right, years.to_frame(), ["year"])):
         top = float(np.nanquantile(np.abs(values.to_numpy()), 0.98)) or 1.0
-        text = values.map(lambda v: "" if np.isnan(v) else _minus(f"{v:.1f}").replace("−0.0", "0.0"))
-        sns.heatmap(values, ax=ax, cmap=_diverging(), vmin=-top, vmax=top, annot=text, fmt="", cbar=False, linewidths=1.5, linecolor=PALETTE["paper"],
-                    annot_kws={"color": PALETTE["ink"], "size": 10.5, "weight": "bold" if ax is right else "normal"}, xticklabels=names)
+        text = values.map(lambda v: "" if np.isnan(v) else _minus(f"{v:.{int(abs(v) < 9.95)}f}").replace("−0.0", "0.0"))
+        sns.heatmap(values, ax=ax, cmap=_diverging(), vmin=-top, vmax=top, annot=text, fmt="", cbar=False, linewidths=1.0, linecolor=PALETTE["paper"],
+                    annot_kws={"color": PALETTE["ink"], "weight": "bold" if ax is right else "normal"}, xticklabels=names)
         ax.set(xlabel="", ylabel="")
         ax.tick_params(length=0)
         ax.xaxis.tick_top()
@@ -193,7 +203,7 @@ def plot_fold_quality(
         ax.axhline(means[m], color=tone[m], lw=1.1, dashes=(4, 3))
     _zero(ax)
     ax.set_xlim(-0.6, len(quality) - 0.4)
-    every = max(1, len(quality) // 8)
+    every = int(np.ceil(len(quality) / 7))
     names = [f"{i:%Y}" if isinstance(i, pd.Timestamp) else str(i) for i in quality.index]
     ax.set_xticks(place[::every], names[::every])
     ax.set_xlabel("first year of the test window" if isinstance(quality.index, pd.DatetimeIndex) else "fold")
@@ -306,7 +316,8 @@ def plot_calibration(
     count.set_xlim(p.min() - 2 * edge, p.max() + 2 * edge)
     count.set_xlabel("forecast probability of a rise, %")
     for axis in (ax.yaxis, count.xaxis):
-        axis.set_major_formatter(_percent())
+        axis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10], min_n_ticks=3))
+        axis.set_major_formatter(FuncFormatter(lambda v, _: _minus(f"{100 * v:.6g}")))
     count.yaxis.set_major_locator(MaxNLocator(3))
     count.yaxis.set_major_formatter(_plain())
     return fig

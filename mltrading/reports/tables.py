@@ -121,7 +121,7 @@ class Table:
         for label, values in zip(self.frame.index, self.frame.itertuples(index=False, name=None), strict=True):
             spec = self.rows.get(label)
             unit = _UNIT.get(spec.partition(":")[0], "") if spec else ""
-            shown = _cell(label, "text")[0] + (f' <span class="int">{unit}</span>' if unit else "")
+            shown = _cell(label, "text")[0] + (f', <span class="int">{unit}</span>' if unit else "")
             head = f'<th scope="row">{shown}</th>' if indexed else ""
             cells = [_cell(v, spec or f) for v, f in zip(values, self.formats.values(), strict=True)]
             body = "".join(f'<td class="{k}">{h}</td>' if k else f"<td>{h}</td>" for h, k in cells)
@@ -130,7 +130,7 @@ class Table:
 
     def _repr_html_(self) -> str:
         indexed = not isinstance(self.frame.index, pd.RangeIndex)
-        title = f"<caption>{f'<b>{escape(self.caption)}</b>' if self.caption else ''}{escape(self.note)}</caption>" if self.caption or self.note else ""
+        title = f"<caption><div>{f'<b>{escape(self.caption)}</b>' if self.caption else ''}{escape(self.note)}</div></caption>" if self.caption or self.note else ""
         css = f' class="{self.css}"' if self.css else ""
         return f"<table{css}>{title}{self._head(indexed)}{self._body(indexed)}</table>"
 
@@ -150,13 +150,14 @@ def _why(reasons: Any) -> str:
 
 def _signal(row: Any, half: float) -> str:
     way = "long" if row.target > 0 else "short" if row.target < 0 else "flat"
-    change = float(row.target) - float(row.current)
+    change = show_number(float(row.target) - float(row.current), "signed-percent:1")
+    moved = f' <span class="int">{change}</span>' if change.strip("0.") else ""
     return "".join((
         f'<tr><th scope="row">{escape(str(row.symbol))}</th>',
         f'<td class="head"><span class="dir {way}"><i aria-hidden="true">{_ARROWS[way]}</i>{way}</span></td>',
         f'<td class="n" data-label="Up, %">{_bar(float(row.prob_up), half)}</td>',
         f'<td class="n" data-label="Target, %">{show_number(row.target, "percent:1")}</td>',
-        f'<td class="n" data-label="Held, %">{show_number(row.current, "percent:1")} <span class="int">{show_number(change, "signed-percent:1")}</span></td>',
+        f'<td class="n" data-label="Held, %">{show_number(row.current, "percent:1")}{moved}</td>',
         f'<td class="full" data-label="Why">{_why(row.reasons)}</td></tr>',
     ))
 
@@ -184,7 +185,7 @@ class Signals:
         columns = (("Symbol", "", ""), ("Direction", "", ""), ("Probability up", f"%, bar {50 - 100 * half:.0f}–{50 + 100 * half:.0f}", "n"), ("Target", "% of equity", "n"), ("Held", "%, and change", "n"), ("Why", "", ""))
         head = "".join(f'<th scope="col"{f" class={k}" if k else ""}>{h}{f"<small>{u}</small>" if u else ""}</th>' for h, u, k in columns)
         body = "".join(_signal(row, half) for row in self.frame.itertuples(index=False))
-        return f'<div class="cards wide"><table><caption><b>{escape(self.caption)}</b>{escape(self.note)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        return f'<div class="cards wide"><table><caption><div><b>{escape(self.caption)}</b>{escape(self.note)}</div></caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 def signals_table(
     signals: pd.DataFrame,            # symbol, timestamp, prob_up, target, current, reasons (a text or list of texts); one row per symbol and instant
