@@ -8,8 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numpy.typing import NDArray
+
+from ..core.jit import njit
 
 # %% auto #0
 __all__ = ['Block', 'BLOCK', 'GIVEN', 'COUNT', 'lag', 'change', 'log', 'cumulate', 'roll_sum', 'roll_mean', 'roll_std',
@@ -24,9 +26,9 @@ COUNT = types.int64
 
 def _kernel(*takes: Any, gives: Any = BLOCK) -> Any:
     "Compile ahead for one signature: called without the global lock, kept on disk."
-    return njit(gives(*takes), nogil=True, cache=True)
+    return njit(signature=gives(*takes), nogil=True, error_model="numpy")
 
-_helper = njit(nogil=True, cache=True)
+_helper = njit(nogil=True, error_model="numpy")
 
 @_helper
 def _own(x: Block, values: Block, at: Block) -> int:
@@ -63,7 +65,15 @@ def _put(r: Block, at: Block, first: int, m: int, out: Block) -> None:
 @_helper
 def _own2(x: Block, y: Block, values: Block, others: Block, at: Block) -> int:
     "Values of two rows where both are finite, and their columns."
-    m = 0
+    first, last, holes, m = 0, len(x), 0, 0
+    while first < last and not (np.isfinite(x[first]) and np.isfinite(y[first])):
+        first += 1
+    for t in range(first, last):
+        holes += not (np.isfinite(x[t]) and np.isfinite(y[t]))
+    if holes == 0:
+        for k in range(last - first):
+            values[k], others[k], at[k] = x[first + k], y[first + k], first + k
+        return last - first
     for t in range(len(x)):
         if np.isfinite(x[t]) and np.isfinite(y[t]):
             values[m], others[m], at[m] = x[t], y[t], t
@@ -363,11 +373,11 @@ def drawdown(
 
 # %% ../../nbs/features/00_kernels.ipynb #0d692535
 @_helper
-def _grow_pairs(v: Block, w: Block, start: int, step: int, count: int, inverse: Block, to: Block) -> None:
-    "Means, less the first pair, and central sums of squares and products of 1..count pairs: rows x, y, xx, yy, xy of `to`."
+def _grow_pairs(v: Block, w: Block, start: int, step: int, count: int, inverse: Block, to: Any) -> None:
+    "Means, less the first pair, and central sums of squares and products of 1..count pairs: x, y, xx, yy, xy."
     rx, ry = v[start], w[start]
     sx = sy = sxx = syy = sxy = 0.0
-    x, y, xx, yy, xy = to[0], to[1], to[2], to[3], to[4]
+    x, y, xx, yy, xy = to
     for j in range(count):
         d, e = v[start + step * j] - rx, w[start + step * j] - ry
         sx, sy, sxx, syy, sxy = sx + d, sy + e, sxx + d * d, syy + e * e, sxy + d * e
@@ -378,9 +388,16 @@ def _grow_pairs(v: Block, w: Block, start: int, step: int, count: int, inverse: 
         x[j], y[j], xx[j], yy[j] = mx, my, (a if a > 0.0 else 0.0), (b if b > 0.0 else 0.0)
 
 @_helper
-def _comoments(v: Block, w: Block, m: int, n: int, tables: Any, ahead: Block, back: Block, xx: Block, yy: Block, xy: Block) -> None:
+def _room(n: int) -> Any:
+    "Five rows to work in."
+    return np.empty(n), np.empty(n), np.empty(n), np.empty(n), np.empty(n)
+
+@_helper
+def _comoments(v: Block, w: Block, m: int, n: int, tables: Any, ahead: Any, back: Any, xx: Block, yy: Block, xy: Block) -> None:
     "Central sums of squares and products of the last n pairs, from position n-1 on."
     inverse, share = tables
+    ax, ay, axx, ayy, axy = ahead
+    bx, by, bxx, byy, bxy = back
     for start in range(0, m, n):
         count = min(n, m - start)
         _grow_pairs(v, w, start, 1, count, inverse, ahead)
@@ -388,13 +405,13 @@ def _comoments(v: Block, w: Block, m: int, n: int, tables: Any, ahead: Block, ba
             sx, sy = v[start - 1] - v[start], w[start - 1] - w[start]
             for j in range(min(count, n - 1)):
                 q = n - 2 - j
-                d, e = back[0, q] + sx - ahead[0, j], back[1, q] + sy - ahead[1, j]
-                xx[start + j] = ahead[2, j] + back[2, q] + d * d * share[j]
-                yy[start + j] = ahead[3, j] + back[3, q] + e * e * share[j]
-                xy[start + j] = ahead[4, j] + back[4, q] + d * e * share[j]
+                d, e = bx[q] + sx - ax[j], by[q] + sy - ay[j]
+                xx[start + j] = axx[j] + bxx[q] + d * d * share[j]
+                yy[start + j] = ayy[j] + byy[q] + e * e * share[j]
+                xy[start + j] = axy[j] + bxy[q] + d * e * share[j]
         if count == n:
             k = start + n - 1
-            xx[k], yy[k], xy[k] = ahead[2, n - 1], ahead[3, n - 1], ahead[4, n - 1]
+            xx[k], yy[k], xy[k] = axx[n - 1], ayy[n - 1], axy[n - 1]
             _grow_pairs(v, w, k, -1, n, inverse, back)
 
 # %% ../../nbs/features/00_kernels.ipynb #93692880
@@ -409,15 +426,16 @@ def roll_cov(
         raise ValueError("a covariance needs at least two bars")
     rows, cols = x.shape
     cov, vx, vy = np.full((rows, cols), np.nan), np.full((rows, cols), np.nan), np.full((rows, cols), np.nan)
-    v, w, at, ahead, back, tables = np.empty(cols), np.empty(cols), np.empty(cols, np.int64), np.empty((5, n)), np.empty((5, n)), _tables(n)
+    v, w, at, ahead, back, tables = np.empty(cols), np.empty(cols), np.empty(cols, np.int64), _room(n), _room(n), _tables(n)
     xx, yy, xy = np.empty(cols), np.empty(cols), np.empty(cols)
     for i in range(rows):
         m = _own2(x[i], y[i], v, w, at)
         _comoments(v, w, m, n, tables, ahead, back, xx, yy, xy)
         for k in range(n - 1, m):
-            cov[i, at[k]] = xy[k] / (n - 1)
-            vx[i, at[k]] = xx[k] / (n - 1)
-            vy[i, at[k]] = yy[k] / (n - 1)
+            xy[k], xx[k], yy[k] = xy[k] / (n - 1), xx[k] / (n - 1), yy[k] / (n - 1)
+        _put(xy, at, n - 1, m, cov[i])
+        _put(xx, at, n - 1, m, vx[i])
+        _put(yy, at, n - 1, m, vy[i])
     return cov, vx, vy
 
 @_kernel(GIVEN, GIVEN, COUNT)
@@ -427,11 +445,20 @@ def roll_corr(
     n: int, # own bars in the window, >= 2
 ) -> Block:  # (N, T) in [-1, 1]; NaN where one of them is constant
     """The correlation of the last `n` bars at which both blocks have a value."""
-    out, vx, vy = roll_cov(x, y, n)
-    for i in range(x.shape[0]):
-        for t in range(x.shape[1]):
-            scale = np.sqrt(vx[i, t]) * np.sqrt(vy[i, t])
-            out[i, t] = min(1.0, max(-1.0, out[i, t] / scale)) if scale > 0.0 else np.nan
+    if n < 2:
+        raise ValueError("a correlation needs at least two bars")
+    rows, cols = x.shape
+    out = np.full((rows, cols), np.nan)
+    v, w, at, ahead, back, tables = np.empty(cols), np.empty(cols), np.empty(cols, np.int64), _room(n), _room(n), _tables(n)
+    xx, yy, xy = np.empty(cols), np.empty(cols), np.empty(cols)
+    for i in range(rows):
+        m = _own2(x[i], y[i], v, w, at)
+        _comoments(v, w, m, n, tables, ahead, back, xx, yy, xy)
+        for k in range(n - 1, m):
+            xx[k] = np.sqrt(xx[k]) * np.sqrt(yy[k])
+        for k in range(n - 1, m):
+            xy[k] = min(1.0, max(-1.0, xy[k] / xx[k])) if xx[k] > 0.0 else np.nan
+        _put(xy, at, n - 1, m, out[i])
     return out
 
 # %% ../../nbs/features/00_kernels.ipynb #424b0549
@@ -446,15 +473,15 @@ def roll_slope(
     rows, cols = x.shape
     slope, fit = np.full((rows, cols), np.nan), np.full((rows, cols), np.nan)
     v, at, number = np.empty(cols), np.empty(cols, np.int64), np.arange(cols).astype(np.float64)
-    ahead, back, tables = np.empty((5, n)), np.empty((5, n)), _tables(n)
+    ahead, back, tables = _room(n), _room(n), _tables(n)
     xx, yy, xy = np.empty(cols), np.empty(cols), np.empty(cols)
     for i in range(rows):
         m = _own(x[i], v, at)
         _comoments(v, number, m, n, tables, ahead, back, xx, yy, xy)
         for k in range(n - 1, m):
-            slope[i, at[k]] = xy[k] / yy[k]
-            if xx[k] > 0.0:
-                fit[i, at[k]] = min(1.0, xy[k] * (xy[k] / xx[k]) / yy[k])
+            xy[k], xx[k] = xy[k] / yy[k], (min(1.0, xy[k] * (xy[k] / xx[k]) / yy[k]) if xx[k] > 0.0 else np.nan)
+        _put(xy, at, n - 1, m, slope[i])
+        _put(xx, at, n - 1, m, fit[i])
     return slope, fit
 
 # %% ../../nbs/features/00_kernels.ipynb #13724b65
@@ -584,7 +611,23 @@ def directional(
                     adx[i, at[k]] = y
     return plus, minus, adx
 
-# %% ../../nbs/features/00_kernels.ipynb #54fe6627
+# %% ../../nbs/features/00_kernels.ipynb #b368f0f5
+_LOT = 16  # instants ranked together
+
+@_helper
+def _places(values: Block, who: Block, out: Block) -> None:
+    "Places of some values, scaled to -0.5..0.5, ties sharing the mean of theirs."
+    m = len(values)
+    order = np.argsort(values)
+    a = 0
+    while a < m and m > 1:
+        b = a
+        while b + 1 < m and values[order[b + 1]] == values[order[a]]:
+            b += 1
+        for k in range(a, b + 1):
+            out[who[order[k]]] = 0.5 * (a + b) / (m - 1) - 0.5
+        a = b + 1
+
 @_kernel(GIVEN, BLOCK, COUNT, COUNT, gives=types.void)
 def rank_across(
     x: Block, # (N, T)
@@ -594,22 +637,20 @@ def rank_across(
 ) -> None:
     """Ranks among the symbols at each instant, -0.5 to 0.5; NaN where fewer than two symbols have a value."""
     rows = x.shape[0]
-    values, who = np.empty(rows), np.empty(rows, np.int64)
-    for t in range(first, last):
-        m = 0
+    lot, values, places, who = np.empty((_LOT, rows)), np.empty(rows), np.empty((rows, _LOT)), np.empty(rows, np.int64)
+    for start in range(first, last, _LOT):
+        count = min(_LOT, last - start)
+        for i in range(rows):  # a few columns at a time: neighbours share a line of the cache
+            for c in range(count):
+                lot[c, i] = x[i, start + c]
+        for c in range(count):
+            m = 0
+            for i in range(rows):
+                places[i, c] = np.nan
+                if np.isfinite(lot[c, i]):
+                    values[m], who[m] = lot[c, i], i
+                    m += 1
+            _places(values[:m], who, places[:, c])
         for i in range(rows):
-            out[i, t] = np.nan
-            if np.isfinite(x[i, t]):
-                values[m], who[m] = x[i, t], i
-                m += 1
-        if m < 2:
-            continue
-        order = np.argsort(values[:m])
-        a = 0
-        while a < m:
-            b = a
-            while b + 1 < m and values[order[b + 1]] == values[order[a]]:
-                b += 1
-            for k in range(a, b + 1):
-                out[who[order[k]], t] = 0.5 * (a + b) / (m - 1) - 0.5
-            a = b + 1
+            for c in range(count):
+                out[i, start + c] = places[i, c]

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import itertools
 import os
 import pkgutil
@@ -18,11 +17,11 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from numba import njit
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..core.errors import DataError, ParameterError, unknown
+from ..core.jit import njit
 from .kernels import rank_across
 from ..market.panel import Panel
 
@@ -196,7 +195,7 @@ class FeatureBlock:
 # %% ../../nbs/features/10_registry.ipynb #7a92961b
 TILE_BYTES = 1 << 19  # of one field of a tile: some fields and intermediates together fit the cache
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, error_model="numpy")
 def _settle(given: Any, alive: Any, out: Any, limit: float) -> None:
     "Copy what is finite where a bar exists."
     for i in range(out.shape[0]):

@@ -1,0 +1,164 @@
+"""Features on panels that are ragged, frozen, tiny or huge: the same bits under truncation, and never an infinity."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mltrading.core.errors import DataError, LeakError, ParameterError
+from mltrading.features import kernels
+from mltrading.features.audit import audit, audit_function, check_causal, check_registry
+from mltrading.features.registry import Context, catalogue, compute, lookup
+from mltrading.market.panel import Panel, until
+from mltrading.market.simulate import random_walk
+
+SHORT = settings(max_examples=25, deadline=None, derandomize=True)
+
+
+@st.composite
+def panels(draw: st.DrawFn) -> Panel:
+    """Ragged panels with prices from 1e-12 to 1e12, frozen stretches, jumps, bars without volume or range."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    base = random_walk(draw(st.integers(1, 5)), draw(st.integers(30, 330)), int(rng.integers(1 << 30)), closes_only=draw(st.integers(0, 1)))
+    scale = 10.0 ** np.array([draw(st.sampled_from([-12, 0, 12])) for _ in base.symbols])[:, None]
+    fields = {k: b * (1 if k == "volume" else scale) for k, b in base.fields.items()}
+    t = len(base)
+    if draw(st.booleans()):  # a stretch in which nothing moves
+        a, b = sorted(rng.integers(0, t, 2))
+        for k in ("open", "high", "low", "close"):
+            fields[k][:, a:b] = np.where(np.isnan(fields[k][:, a:b]), np.nan, fields["close"][:, [a]])
+        fields["close"][:, a:b] = np.where(np.isnan(base["close"][:, a:b]), np.nan, fields["close"][:, a:b])
+        fields["close"][np.isnan(fields["close"])] = np.nan
+    if draw(st.booleans()):
+        fields["volume"][rng.random(fields["volume"].shape) < 0.2] *= 0.0
+    if draw(st.booleans()):  # one jump by a factor of a million
+        k = int(rng.integers(1, t))
+        for f in ("open", "high", "low", "close"):
+            fields[f][:, k:] *= 1e6
+    return Panel(base.times, base.symbols, fields)
+
+
+def releases(panel: Panel, seed: int = 0) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    months = pd.date_range(panel.index[0] - pd.Timedelta(days=900), panel.index[-1], freq="MS", tz="UTC").as_unit("us")
+    stamps = {"vix": panel.index + pd.Timedelta(minutes=15), "wti": panel.index, "aaa": months, "baa": months, "core_cpi": months}
+    parts = [pd.DataFrame({"timestamp": at, "series": s, "value": np.exp(3 + 0.1 * rng.standard_normal(len(at)))}) for s, at in stamps.items()]
+    return pd.concat(parts, ignore_index=True)
+
+
+@SHORT
+@given(panels(), st.floats(0.05, 0.95))
+def test_truncation_changes_no_bit_and_nothing_is_infinite(panel: Panel, place: float) -> None:
+    macro, benchmark = releases(panel), panel.symbols[0]
+    whole = compute(panel, None, macro, benchmark, short=True)
+    assert not np.isinf(whole.values).any()
+    assert np.isnan(whole.values[:, ~panel.alive]).all()
+    cut = panel.times[int(place * (len(panel) - 1))]
+    part = compute(until(panel, cut), whole.names, macro[macro["timestamp"] <= pd.Timestamp(cut, tz="UTC")], benchmark, short=True, threads=1)
+    assert part.values.tobytes() == np.ascontiguousarray(whole.values[:, :, : part.values.shape[2]]).tobytes()
+    frame = whole.to_frame()
+    assert not np.isinf(frame.iloc[:, 2:].to_numpy()).any()
+
+
+@SHORT
+@given(panels(), st.sampled_from([2, 3, 7, 20, 60]))
+def test_kernels_agree_with_plain_windows(panel: Panel, n: int) -> None:
+    x = np.ascontiguousarray(panel["close"])
+    std, mean, (top, since) = kernels.roll_std(x, n), kernels.roll_mean(x, n), kernels.roll_max(x, n)
+    for i in range(len(x)):
+        at = np.flatnonzero(~np.isnan(x[i]))
+        assert np.isnan(std[i, at[: n - 1]]).all()
+        if len(at) < n:
+            continue
+        windows = np.lib.stride_tricks.sliding_window_view(x[i, at], n)
+        level = windows.max(axis=1)
+        np.testing.assert_allclose(mean[i, at[n - 1 :]], windows.mean(axis=1), rtol=1e-12)
+        assert (np.abs(std[i, at[n - 1 :]] - windows.std(axis=1, ddof=1)) <= 1e-12 * level).all()
+        still = (windows == windows[:, :1]).all(axis=1)
+        assert (std[i, at[n - 1 :]][still] == 0).all()
+        assert (top[i, at[n - 1 :]] == level).all()
+        assert (since[i, at[n - 1 :]] == windows[:, ::-1].argmax(axis=1)).all()
+
+
+@SHORT
+@given(st.integers(0, 10**6), st.sampled_from([5, 20, 60]), st.sampled_from([0.0, 1e3, 1e7]))
+def test_moments_do_not_remember_outliers_or_levels(seed: int, n: int, level: float) -> None:
+    rng = np.random.default_rng(seed)
+    x, y = rng.standard_normal((1, 300)) + level, rng.standard_normal((1, 300))
+    x[0, 40] = 1e9
+    got = kernels.roll_std(x, n)[0, 41 + n :]
+    windows = np.lib.stride_tricks.sliding_window_view(x[0], n)[42:]
+    np.testing.assert_allclose(got, windows.std(axis=1, ddof=1), rtol=1e-9)
+    corr = kernels.roll_corr(x, y, n)[0, 41 + n :]
+    plain = [np.corrcoef(a, b)[0, 1] for a, b in zip(windows, np.lib.stride_tricks.sliding_window_view(y[0], n)[42:], strict=True)]
+    np.testing.assert_allclose(corr, plain, atol=1e-8)
+
+
+def test_every_registered_feature_passes_the_audit() -> None:
+    panel = random_walk(8, 420, seed=11, closes_only=2)
+    table = check_registry(panel, None, releases(panel), "S001", cuts=10, seed=3)
+    assert set(table["feature"]) == {f.name for f in lookup()}
+    assert (table["cuts"] >= 6).all()
+
+
+def test_the_audit_is_deterministic() -> None:
+    panel = random_walk(4, 300, seed=1)
+    pd.testing.assert_frame_equal(audit(panel, ["ret_5d", "vol_20d"], seed=4), audit(panel, ["ret_5d", "vol_20d"], seed=4))
+
+
+def test_a_leak_through_macro_is_found() -> None:
+    panel = random_walk(2, 200, seed=2, ragged=False)
+    macro = releases(panel)
+
+    def late(p: Panel, m: pd.DataFrame) -> pd.DataFrame:
+        vix = m[m["series"] == "vix"].set_index("timestamp")["value"]
+        return pd.DataFrame({s: vix.reindex(p.index, method="bfill") for s in p.symbols})
+
+    assert audit_function(late, panel, macro)["leaks"].all()
+    with pytest.raises(LeakError, match=r"feature `late`, S00\d at .* is .*, but .* when everything after"):
+        check_causal(late, panel, macro, name="late")
+
+
+def test_the_catalogue_is_complete() -> None:
+    table = catalogue()
+    assert table["name"].is_unique
+    assert len(table) >= 60
+    assert table[["name", "family", "unit", "formula", "source"]].map(lambda s: bool(s) and "{" not in s).all(axis=None)
+    assert (table["warmup"] >= 0).all()
+
+
+def test_all_features_are_those_that_the_panel_can_feed() -> None:
+    panel = random_walk(3, 300, seed=3)
+    closes = Panel(panel.times, panel.symbols, {"close": panel["close"]})
+    without = set(compute(closes).names)
+    assert not {f.name for f in lookup() if set(f.needs) & {"high", "low", "open", "volume", "benchmark", "macro:vix"}} & without
+    assert {"ret_5d", "rank_ret_5d", "dow_sin"} <= without
+    assert np.isnan(compute(closes, ["adx_14"]).values).all()
+    with pytest.raises(ParameterError, match="needs a benchmark"):
+        compute(panel, ["beta_60"])
+    with pytest.raises(ParameterError, match="did you mean `ret_5d`"):
+        compute(panel, ["ret_5"])
+
+
+def test_fewer_bars_than_a_warmup() -> None:
+    panel = random_walk(3, 200, seed=3)
+    with pytest.raises(DataError, match=r"fewer bars than a warm-up: `ret_252d` has its first value after 252 bars, and the longest history has 200"):
+        compute(panel, ["ret_1d", "ret_252d"])
+    assert compute(panel, ["ret_120d"]).values.shape == (1, 3, 200)
+
+
+def test_single_precision_is_the_rounded_double() -> None:
+    panel = random_walk(5, 400, seed=5)
+    names = [f.name for f in lookup() if not set(f.needs) & {"benchmark"} and not any(n.startswith("macro") for n in f.needs)]
+    double, single = compute(panel, names), compute(panel, names, dtype=np.float32)
+    np.testing.assert_array_equal(double.values.astype(np.float32), single.values)
+    pd.testing.assert_frame_equal(double.to_frame(), single.to_frame(), check_exact=True)
+
+
+def test_a_stale_or_future_release_is_not_seen() -> None:
+    times = np.array(["2020-01-01T21:00", "2020-01-02T21:00", "2020-01-20T21:00"], "datetime64[us]")
+    c = Context(times, {"vix": (np.array(["2020-01-02T21:00", "2020-01-20T21:15"], "datetime64[us]"), np.array([10.0, 20.0]))}, None)
+    np.testing.assert_array_equal(c.asof("vix", 10), [np.nan, 10.0, np.nan])
+    np.testing.assert_array_equal(c.asof("vix", 18), [np.nan, 10.0, 10.0])
+    assert np.isnan(c.asof("gold", 10)).all()
