@@ -18,7 +18,7 @@ from ..features.kernels import change, roll_std
 from ..market.panel import Panel, fill_price
 
 # %% auto #0
-__all__ = ['LEAST_SIGMA', 'label_frame', 'weights', 'LabelParams']
+__all__ = ['LEAST_SIGMA', 'horizon_sigma', 'label_frame', 'weights', 'LabelParams']
 
 # %% ../../nbs/labels/00_horizons.ipynb #0d069f2a
 @njit(nogil=True, error_model="numpy")
@@ -40,6 +40,23 @@ def _legs(price: Any, horizon: int) -> Any:
 # %% ../../nbs/labels/00_horizons.ipynb #ad4ae6ed
 LEAST_SIGMA = 1e-10  # a volatility below this is rounding: the price stood still
 
+def horizon_sigma(
+    panel: Panel,
+    horizon_bars: int,          # own bars from entry to exit, >= 1
+    vol_bars: int,              # daily returns in the volatility, >= 2
+) -> NDArray[np.float64]:       # (N, T) standard deviation of the return over the horizon, NaN while warming up and where it is zero
+    """The volatility that a label is divided by. Unlike the label it is known at once, so a forecast can be scaled with it.
+
+    Raises `ParameterError` on a horizon below 1 or fewer than 2 volatility bars.
+
+    Known at: each bar's stamp."""
+    if horizon_bars < 1:
+        raise ParameterError("labels.horizon_bars", f"{horizon_bars} is not a horizon", "use 1 or more bars")
+    if vol_bars < 2:
+        raise ParameterError("labels.vol_bars", f"{vol_bars} returns have no standard deviation", "use 2 or more")
+    sigma = roll_std(change(panel["close"], 1), vol_bars) * np.sqrt(horizon_bars)
+    return np.where(sigma > LEAST_SIGMA, sigma, np.nan)
+
 def label_frame(
     panel: Panel,
     horizon_bars: int,                          # own bars from entry to exit, >= 1
@@ -52,14 +69,9 @@ def label_frame(
     Raises `ParameterError` on a horizon below 1 or fewer than 2 volatility bars.
 
     Known at: `sigma` at `timestamp`; `ret` and `ret_voladj` at `end`, and only for training and scoring."""
-    if horizon_bars < 1:
-        raise ParameterError("labels.horizon_bars", f"{horizon_bars} is not a horizon", "use 1 or more bars")
-    if vol_bars < 2:
-        raise ParameterError("labels.vol_bars", f"{vol_bars} returns have no standard deviation", "use 2 or more")
-    price, close = np.ascontiguousarray(fill_price(panel, fill)), panel["close"]
+    sigma, price = horizon_sigma(panel, horizon_bars, vol_bars), np.ascontiguousarray(fill_price(panel, fill))
     entry, leave = _legs(price, horizon_bars)
-    sigma = roll_std(change(close, 1), vol_bars) * np.sqrt(horizon_bars)
-    column, row = np.nonzero(((entry >= 0) & (sigma > LEAST_SIGMA)).T)
+    column, row = np.nonzero(((entry >= 0) & ~np.isnan(sigma)).T)
     start, end, s = entry[row, column], leave[row, column], sigma[row, column]
     ret = price[row, end] / price[row, start] - 1.0
     return pd.DataFrame({
