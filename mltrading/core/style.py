@@ -83,7 +83,7 @@ def svg(
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     buffer = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mltrading"}):
-        figure.savefig(buffer, format="svg", metadata={**nothing, "Title": str(figure.get_label()) or None})
+        figure.savefig(buffer, format="svg", metadata=nothing | ({"Title": str(figure.get_label())} if figure.get_label() else {}))
     return compact(buffer.getvalue())
 
 def use_style() -> None:
