@@ -128,7 +128,6 @@ def inline_svg(
 
 # %% ../../nbs/core/50_render.ipynb #6e6ebce6
 _NUMBER = re.compile(r"<td>([-−+]?[\d,.]+(?:e[-+]\d+)?(?:\s?%| bp)?|NaN|NaT|inf|-inf|—)</td>")
-_LETTERS = 92  # that fit a column of text
 
 def _table(match: re.Match[str]) -> str:
     html = match[0]
@@ -139,10 +138,7 @@ def _table(match: re.Match[str]) -> str:
         name = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", span[1])).strip()
     else:
         name = "Table"
-    rows = re.findall(r"<tr.*?</tr>", html, re.DOTALL)[:12]
-    letters = max((sum(max(4, len(c)) + 3 for c in re.findall(r"(?<=\x00)[^\x00]*", re.sub(r"<[^>]+>", "", re.sub(r"<t[hd][^>]*>", "\x00", r)))) for r in rows), default=0)
-    wide = " wide" if letters > _LETTERS else ""
-    return f'<div class="scroll{wide}" tabindex="0" role="region" aria-label="{escape(unescape(name))}">{html}</div>'
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(unescape(name))}">{html}</div>'
 
 def frame_tables(
     html: str,
@@ -231,10 +227,10 @@ def _prepare(nb: Any, code: str) -> list[str]:
             continue
         said = {m[1]: m[2].strip() for m in re.finditer(r"^#\| *([\w-]+): *(.*)$", cell.source, re.MULTILINE)}
         cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.MULTILINE).strip("\n")
-        hidden = said.get("echo") == "false" or not cell.source
-        parameters = {"parameters", "injected-parameters"} & set(cell.metadata.get("tags", []))
+        parameters = {"parameters", "injected-parameters"} & set(cell.metadata.get("tags", []))  # the foot shows them
+        hidden = said.get("echo") == "false" or not cell.source or bool(parameters)
         alt = said.get("fig-alt", "")
-        cell.metadata["slim"] = {"code": "hidden" if hidden else code, "label": "parameters" if parameters else "code", "alt": alt or "Figure"}
+        cell.metadata["slim"] = {"code": "hidden" if hidden else code, "label": "code", "alt": alt or "Figure"}
         for out in cell.outputs:
             if "image/svg+xml" in out.get("data", {}):
                 figures.append(inline_svg(out.data["image/svg+xml"], len(figures) + 1, alt))

@@ -155,6 +155,12 @@ def _notebook(entry: Declared, stage: str) -> str:
         raise StageError(f"dvc.yaml: stage {stage}", f"names {len(found)} notebooks among its deps", "name exactly one: it is what the stage runs")
     return found[0]
 
+def _page(out: str) -> dict[str, str]:
+    "A report is read for what it says: no code, and a way back to the comparison. Other pages fold their code away."
+    if not out.startswith("reports/"):
+        return {"code": "folded"}
+    return {"code": "hidden", "nav": "" if Path(out).name == "index.html" else '<a href="index.html">All systems</a>'}
+
 def run_stage(
     stage: str,          # a stage of dvc.yaml
     system: str = "",    # a system, or "" for a stage without one
@@ -189,5 +195,5 @@ def run_stage(
                 (staging / out).parent.mkdir(parents=True, exist_ok=True)
                 nbformat.write(done, staging / out)
             if out.endswith(".html"):
-                render(done, staging / out, provenance(entry, params, inputs, system, profile))
+                render(done, staging / out, provenance(entry, params, inputs, system, profile), **_page(out))
         publish(staging, folder, outs)

@@ -60,11 +60,11 @@ def _over(
 def vix_level(c: Context) -> Block:
     return c.asof("vix", DAILY)
 
-@feature("vix_change_{n}", family="macro", needs=("macro:vix",), unit="1", formula="VIX / VIX {n} releases before - 1", source="Cboe", grid={"n": (5,)}, warmup=lambda n: 0, over="time")
+@feature("vix_change_{n}", family="macro", needs=("macro:vix",), unit="fraction", formula="VIX / VIX {n} releases before - 1", source="Cboe", grid={"n": (5,)}, warmup=lambda n: 0, over="time")
 def vix_change(c: Context, n: int) -> Block:
     return c.asof("vix", DAILY, lambda v: _over(v, n))
 
-@feature("wti_ret_{n}", family="macro", needs=("macro:wti",), unit="1", formula="crude oil / crude oil {n} releases before - 1", source="FRED DCOILWTICO", grid={"n": (20,)}, warmup=lambda n: 0, over="time")
+@feature("wti_ret_{n}", family="macro", needs=("macro:wti",), unit="fraction", formula="crude oil / crude oil {n} releases before - 1", source="FRED DCOILWTICO", grid={"n": (20,)}, warmup=lambda n: 0, over="time")
 def wti_ret(c: Context, n: int) -> Block:
     return c.asof("wti", DAILY, lambda v: _over(v, n))
 
@@ -72,6 +72,6 @@ def wti_ret(c: Context, n: int) -> Block:
 def credit_spread(c: Context) -> Block:
     return c.asof("baa", MONTHLY) - c.asof("aaa", MONTHLY)
 
-@feature("cpi_yoy", family="macro", needs=("macro:core_cpi",), unit="1", formula="core CPI / core CPI 12 releases before - 1", source="FRED CPILFESL", warmup=lambda: 0, over="time")
+@feature("cpi_yoy", family="macro", needs=("macro:core_cpi",), unit="fraction", formula="core CPI / core CPI 12 releases before - 1", source="FRED CPILFESL", warmup=lambda: 0, over="time")
 def cpi_yoy(c: Context) -> Block:
     return c.asof("core_cpi", MONTHLY, lambda v: _over(v, 12))

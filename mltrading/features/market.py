@@ -68,25 +68,25 @@ def beta(b: Bars, n: int) -> Block:
 def market_corr(b: Bars, n: int) -> Block:
     return roll_corr(returns(b), market_returns(b), n)
 
-@feature("resid_vol_{n}", family="market", needs=("close", "benchmark"), unit="1 per bar", formula="sqrt(var(r) - cov(r, rm)² / var(rm)) over {n} daily returns", source="definition", grid={"n": (60,)}, warmup=lambda n: n)
+@feature("resid_vol_{n}", family="market", needs=("close", "benchmark"), unit="fraction per bar", formula="sqrt(var(r) - cov(r, rm)² / var(rm)) over {n} daily returns", source="definition", grid={"n": (60,)}, warmup=lambda n: n)
 def resid_vol(b: Bars, n: int) -> Block:
     cov, own, market = _with_market(b, n)
     return np.sqrt(np.maximum(own - cov * (cov / market), 0.0))
 
-@feature("resid_ret_{m}d", family="market", needs=("close", "benchmark"), unit="1", formula="ret_{m}d - beta_{n} * the benchmark's", source="Blitz, Huij and Martens (2011), Journal of Empirical Finance 18", grid={"m": (20,), "n": (60,)}, warmup=lambda m, n: max(m, n))
+@feature("resid_ret_{m}d", family="market", needs=("close", "benchmark"), unit="fraction", formula="ret_{m}d - beta_{n} * the benchmark's", source="Blitz, Huij and Martens (2011), Journal of Empirical Finance 18", grid={"m": (20,), "n": (60,)}, warmup=lambda m, n: max(m, n))
 def resid_ret(b: Bars, m: int, n: int) -> Block:
     cov, _, market = _with_market(b, n)
     return returns(b, m) - cov / market * market_returns(b, m)
 
-@feature("rel_strength_{n}d", family="market", needs=("close", "benchmark"), unit="1", formula="ret_{n}d - the benchmark's", source="definition", grid={"n": (20, 60, 252)}, warmup=lambda n: n)
+@feature("rel_strength_{n}d", family="market", needs=("close", "benchmark"), unit="fraction", formula="ret_{n}d - the benchmark's", source="definition", grid={"n": (20, 60, 252)}, warmup=lambda n: n)
 def rel_strength(b: Bars, n: int) -> Block:
     return returns(b, n) - market_returns(b, n)
 
-# %% ../../nbs/features/50_market.ipynb #3401fd13
-@feature("market_ret_{n}d", family="market", needs=("benchmark",), unit="1", formula="the benchmark's return over {n} of its bars", source="definition", grid={"n": (20,)}, warmup=lambda n: 0, over="time")
+# %% ../../nbs/features/50_market.ipynb #15a10ae4
+@feature("market_ret_{n}d", family="market", needs=("benchmark",), unit="fraction", formula="the benchmark's return over {n} of its bars", source="definition", grid={"n": (20,)}, warmup=lambda n: 0, over="time")
 def market_ret(c: Context, n: int) -> Block:
     return np.full(len(c.times), np.nan) if c.market is None else _carried(change(c.market[None], n)[0])
 
-@feature("market_vol_{n}d", family="market", needs=("benchmark",), unit="1 per bar", formula="sample std of the benchmark's last {n} daily returns", source="definition", grid={"n": (20,)}, warmup=lambda n: 0, over="time")
+@feature("market_vol_{n}d", family="market", needs=("benchmark",), unit="fraction per bar", formula="sample std of the benchmark's last {n} daily returns", source="definition", grid={"n": (20,)}, warmup=lambda n: 0, over="time")
 def market_vol(c: Context, n: int) -> Block:
     return np.full(len(c.times), np.nan) if c.market is None else _carried(roll_std(change(c.market[None], 1), n)[0])

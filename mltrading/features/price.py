@@ -44,25 +44,25 @@ def log_close(b: Bars) -> Block:
     "Logarithm of the close."
     return log(b["close"])
 
-@feature("ret_{n}d", family="returns", needs=("close",), unit="1", formula="C[t] / C[t-{n}] - 1", source="definition",
+@feature("ret_{n}d", family="returns", needs=("close",), unit="fraction", formula="C[t] / C[t-{n}] - 1", source="definition",
          grid={"n": (1, 2, 3, 5, 10, 20, 60, 120, 252)}, warmup=lambda n: n)
 def ret(b: Bars, n: int) -> Block:
     return returns(b, n)
 
-@feature("mom_12_1", family="returns", needs=("close",), unit="1", formula="C[t-21] / C[t-252] - 1", source="Jegadeesh and Titman (1993)", warmup=lambda: 252)
+@feature("mom_12_1", family="returns", needs=("close",), unit="fraction", formula="C[t-21] / C[t-252] - 1", source="Jegadeesh and Titman (1993)", warmup=lambda: 252)
 def momentum_12_1(b: Bars) -> Block:
     return lag(b["close"], 21) / lag(b["close"], 252) - 1
 
-@feature("ret_vol_{n}d", family="returns", needs=("close",), unit="1 per bar", formula="mean / std of the last {n} daily returns", source="definition", grid={"n": (20, 60, 252)}, warmup=lambda n: n)
+@feature("ret_vol_{n}d", family="returns", needs=("close",), unit="1", formula="mean / std of the last {n} daily returns", source="definition", grid={"n": (20, 60, 252)}, warmup=lambda n: n)
 def ret_vol(b: Bars, n: int) -> Block:
     return roll_mean(returns(b), n) / roll_std(returns(b), n)
 
-# %% ../../nbs/features/20_price.ipynb #408bd55a
-@feature("sma_dist_{n}", family="trend", needs=("close",), unit="1", formula="C / mean of C over {n} - 1", source="definition", grid={"n": (10, 20, 50, 200)}, warmup=lambda n: n - 1)
+# %% ../../nbs/features/20_price.ipynb #29195175
+@feature("sma_dist_{n}", family="trend", needs=("close",), unit="fraction", formula="C / mean of C over {n} - 1", source="definition", grid={"n": (10, 20, 50, 200)}, warmup=lambda n: n - 1)
 def sma_dist(b: Bars, n: int) -> Block:
     return b["close"] / roll_mean(b["close"], n) - 1
 
-@feature("ema_dist_{n}", family="trend", needs=("close",), unit="1", formula="C / exponential mean of C with span {n} - 1", source="definition; TA-Lib's start", grid={"n": (12, 50)}, warmup=lambda n: n - 1)
+@feature("ema_dist_{n}", family="trend", needs=("close",), unit="fraction", formula="C / exponential mean of C with span {n} - 1", source="definition; TA-Lib's start", grid={"n": (12, 50)}, warmup=lambda n: n - 1)
 def ema_dist(b: Bars, n: int) -> Block:
     return b["close"] / ewm(b["close"], 2 / (n + 1), n, 0) - 1
 
@@ -71,11 +71,11 @@ def macd_line(b: Bars, fast: int, slow: int) -> Block:
     "Difference of two exponential means of the close, in the price's unit."
     return ewm(b["close"], 2 / (fast + 1), fast, slow - fast) - ewm(b["close"], 2 / (slow + 1), slow, 0)
 
-@feature("macd_{fast}_{slow}", family="trend", needs=("close",), unit="1", formula="(EMA{fast} - EMA{slow}) / C", source="Appel (2005); TA-Lib's start", grid={"fast": (12,), "slow": (26,)}, warmup=lambda fast, slow: slow - 1)
+@feature("macd_{fast}_{slow}", family="trend", needs=("close",), unit="fraction", formula="(EMA{fast} - EMA{slow}) / C", source="Appel (2005); TA-Lib's start", grid={"fast": (12,), "slow": (26,)}, warmup=lambda fast, slow: slow - 1)
 def macd(b: Bars, fast: int, slow: int) -> Block:
     return macd_line(b, fast, slow) / b["close"]
 
-@feature("macd_hist_{fast}_{slow}_{n}", family="trend", needs=("close",), unit="1", formula="(MACD - EMA{n} of MACD) / C", source="Appel (2005); TA-Lib's start",
+@feature("macd_hist_{fast}_{slow}_{n}", family="trend", needs=("close",), unit="fraction", formula="(MACD - EMA{n} of MACD) / C", source="Appel (2005); TA-Lib's start",
          grid={"fast": (12,), "slow": (26,), "n": (9,)}, warmup=lambda fast, slow, n: slow + n - 2)
 def macd_hist(b: Bars, fast: int, slow: int, n: int) -> Block:
     line = macd_line(b, fast, slow)
@@ -86,7 +86,7 @@ def line_fit(b: Bars, n: int) -> tuple[Block, Block]:
     "Slope per bar and R² of a line through the last n logarithms of the close."
     return roll_slope(log_close(b), n)
 
-@feature("slope_{n}", family="trend", needs=("close",), unit="1 per bar", formula="slope of a line through the last {n} log C", source="definition", grid={"n": (20, 60)}, warmup=lambda n: n - 1)
+@feature("slope_{n}", family="trend", needs=("close",), unit="fraction per bar", formula="slope of a line through the last {n} log C", source="definition", grid={"n": (20, 60)}, warmup=lambda n: n - 1)
 def slope(b: Bars, n: int) -> Block:
     return line_fit(b, n)[0]
 
@@ -142,6 +142,6 @@ def cci(b: Bars, n: int) -> Block:
 def boll(b: Bars, n: int) -> Block:
     return (b["close"] - roll_mean(b["close"], n)) / (2 * np.sqrt((n - 1) / n) * roll_std(b["close"], n))
 
-@feature("boll_width_{n}", family="oscillator", needs=("close",), unit="1", formula="4 population std C / mean C over {n}", source="Bollinger (2001)", grid={"n": (20,)}, warmup=lambda n: n - 1)
+@feature("boll_width_{n}", family="oscillator", needs=("close",), unit="fraction", formula="4 population std C / mean C over {n}", source="Bollinger (2001)", grid={"n": (20,)}, warmup=lambda n: n - 1)
 def boll_width(b: Bars, n: int) -> Block:
     return 4 * np.sqrt((n - 1) / n) * roll_std(b["close"], n) / roll_mean(b["close"], n)

@@ -86,7 +86,7 @@ class Feature:
     name: str
     family: str
     needs: tuple[str, ...]   # panel fields; `benchmark`; `macro:<series>`; for `over="cross"` the name of the base feature
-    unit: str                # "1" for a ratio, "%" for percent, "bars"
+    unit: str                # "fraction" of a price or return (0.01 = 1 %), "fraction per bar", "1" for another ratio, a range as "0 to 100"
     formula: str
     source: str
     warmup: int              # own bars that pass before the first value

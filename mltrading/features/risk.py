@@ -38,7 +38,7 @@ def volatility(b: Bars, n: int) -> Block:
     "Sample standard deviation of the last n daily simple returns."
     return roll_std(returns(b), n)
 
-@feature("vol_{n}d", family="volatility", needs=("close",), unit="1 per bar", formula="sample std of the last {n} daily returns", source="definition", grid={"n": (5, 20, 60)}, warmup=lambda n: n)
+@feature("vol_{n}d", family="volatility", needs=("close",), unit="fraction per bar", formula="sample std of the last {n} daily returns", source="definition", grid={"n": (5, 20, 60)}, warmup=lambda n: n)
 def vol(b: Bars, n: int) -> Block:
     return volatility(b, n)
 
@@ -46,19 +46,19 @@ def vol(b: Bars, n: int) -> Block:
 def vol_ratio(b: Bars, n: int, m: int) -> Block:
     return volatility(b, n) / volatility(b, m)
 
-@feature("downside_vol_{n}", family="volatility", needs=("close",), unit="1 per bar", formula="sqrt(mean of min(r, 0)²) over {n} daily returns", source="Sortino and Price (1994), Journal of Investing 3", grid={"n": (20,)}, warmup=lambda n: n)
+@feature("downside_vol_{n}", family="volatility", needs=("close",), unit="fraction per bar", formula="sqrt(mean of min(r, 0)²) over {n} daily returns", source="Sortino and Price (1994), Journal of Investing 3", grid={"n": (20,)}, warmup=lambda n: n)
 def downside_vol(b: Bars, n: int) -> Block:
     return np.sqrt(roll_mean(np.minimum(returns(b), 0.0) ** 2, n))
 
-@feature("atr_pct_{n}", family="volatility", needs=("high", "low", "close"), unit="1", formula="Wilder mean of the true range over {n}, / C", source="Wilder (1978); TA-Lib's start", grid={"n": (14,)}, warmup=lambda n: n)
+@feature("atr_pct_{n}", family="volatility", needs=("high", "low", "close"), unit="fraction", formula="Wilder mean of the true range over {n}, / C", source="Wilder (1978); TA-Lib's start", grid={"n": (14,)}, warmup=lambda n: n)
 def atr_pct(b: Bars, n: int) -> Block:
     return ewm(true_range(b["high"], b["low"], b["close"]), 1 / n, n, 0) / b["close"]
 
-@feature("parkinson_{n}", family="volatility", needs=("high", "low"), unit="1 per bar", formula="sqrt(mean of log(H/L)² / (4 log 2)) over {n}", source="Parkinson (1980)", grid={"n": (20,)}, warmup=lambda n: n - 1)
+@feature("parkinson_{n}", family="volatility", needs=("high", "low"), unit="fraction per bar", formula="sqrt(mean of log(H/L)² / (4 log 2)) over {n}", source="Parkinson (1980)", grid={"n": (20,)}, warmup=lambda n: n - 1)
 def parkinson(b: Bars, n: int) -> Block:
     return np.sqrt(roll_mean(log(b["high"] / b["low"]) ** 2, n) / (4 * math.log(2)))
 
-@feature("garman_klass_{n}", family="volatility", needs=("open", "high", "low", "close"), unit="1 per bar", formula="sqrt(mean of log(H/L)²/2 - (2 log 2 - 1) log(C/O)²) over {n}", source="Garman and Klass (1980)", grid={"n": (20,)}, warmup=lambda n: n - 1)
+@feature("garman_klass_{n}", family="volatility", needs=("open", "high", "low", "close"), unit="fraction per bar", formula="sqrt(mean of log(H/L)²/2 - (2 log 2 - 1) log(C/O)²) over {n}", source="Garman and Klass (1980)", grid={"n": (20,)}, warmup=lambda n: n - 1)
 def garman_klass(b: Bars, n: int) -> Block:
     bar = 0.5 * log(b["high"] / b["low"]) ** 2 - (2 * math.log(2) - 1) * log(b["close"] / b["open"]) ** 2
     return np.sqrt(roll_mean(bar, n))
@@ -76,12 +76,12 @@ def autocorr(b: Bars, n: int) -> Block:
 def up_share(b: Bars, n: int) -> Block:
     return roll_mean(0.5 + 0.5 * np.sign(returns(b)), n)
 
-# %% ../../nbs/features/30_risk.ipynb #34bf8d3e
-@feature("drawdown_{n}", family="extremes", needs=("close",), unit="1", formula="C / max C over {n} - 1", source="definition", grid={"n": (20, 60, 252)}, warmup=lambda n: n - 1)
+# %% ../../nbs/features/30_risk.ipynb #55fc2113
+@feature("drawdown_{n}", family="extremes", needs=("close",), unit="fraction", formula="C / max C over {n} - 1", source="definition", grid={"n": (20, 60, 252)}, warmup=lambda n: n - 1)
 def below_high(b: Bars, n: int) -> Block:
     return drawdown(b["close"], n)
 
-@feature("rebound_{n}", family="extremes", needs=("close",), unit="1", formula="C / min C over {n} - 1", source="definition", grid={"n": (20, 252)}, warmup=lambda n: n - 1)
+@feature("rebound_{n}", family="extremes", needs=("close",), unit="fraction", formula="C / min C over {n} - 1", source="definition", grid={"n": (20, 252)}, warmup=lambda n: n - 1)
 def above_low(b: Bars, n: int) -> Block:
     return b["close"] / roll_min(b["close"], n)[0] - 1
 

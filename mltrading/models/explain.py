@@ -42,10 +42,13 @@ def importance(
 # %% ../../nbs/models/90_explain.ipynb #a782e5ef
 def _number(
     value: float,
-    unit: str,   # "fraction" is shown in percent; other units follow the number
+    unit: str,   # a fraction is shown in percent; a range says nothing after the number; other units follow it
 ) -> str:
     "A feature's value as a person writes it, with a true minus sign."
-    text = f"{100 * value:.1f} %" if unit == "fraction" else f"{value:,.4g}" + (f" {unit}" if unit else "")
+    if unit.startswith("fraction"):
+        text = f"{100 * value:.1f} %"
+    else:
+        text = f"{value:,.3g}" + (f" {unit}" if unit[:1].isalpha() or unit.startswith("%") else "")
     return text.replace("-", "−", 1)
 
 def reasons(

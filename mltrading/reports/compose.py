@@ -81,6 +81,11 @@ class _Read:
         return {"seed": int(self.stage.params["compute"]["seed"]), "n_boot": self.params.n_boot, "level": self.params.level}
 
     @property
+    def level(self) -> str:
+        "The level of all intervals, for people."
+        return f"{100 * self.params.level:g} %"
+
+    @property
     def bars_per_year(self) -> float:
         return float(self.setting["bars_per_year"])
 
@@ -153,7 +158,7 @@ class _Opening(_Figures):
 
     def signals(self) -> Signals:
         """The signal report: per symbol direction, probability, target weight and reasons."""
-        return signals_table(self.now.rename(columns={"held": "current"}).assign(symbol=self.now["symbol"] + " · " + self.now["name"], reasons=[[*r, f"policy: {p}"] for r, p in zip(self.now["reasons"], self.now["policy"], strict=True)]))
+        return signals_table(self.now.rename(columns={"held": "current"}).assign(reasons=[[*r, f"policy: {p}"] for r, p in zip(self.now["reasons"], self.now["policy"], strict=True)]))
 
     def belief(self) -> Table:
         """Each account's Sharpe ratio with interval, deflated value and difference from the system's."""
@@ -166,14 +171,14 @@ class _Opening(_Figures):
                          "system less this": "–" if gap is None else (gap["diff"], gap["low"], gap["high"]), "p": np.nan if gap is None else gap["p_value"]})
         frame = pd.DataFrame(rows, index=pd.Index(self.called(list(self.returns.columns)), name="account"))
         n, best = int(self.deflated["n_trials"].iloc[0]), float(self.deflated["expected_max_sharpe_annual"].iloc[0])
-        note = (f"{self.params.level:.0%} intervals from {self.params.n_boot:,} stationary-bootstrap resamples. Deflated: probability that the true ratio is above {best:.2f}, which is what the best of {n} trials without any skill would be expected to show. "
+        note = (f"{self.level} intervals from {self.params.n_boot:,} stationary-bootstrap resamples. Deflated: probability that the true ratio is above {best:.2f}, which is what the best of {n} trials without any skill would be expected to show. "
                 "Years needed: length of such a record at which an undeflated ratio would be believable at 95 %. p: one-sided, that the system is not better.")
         return Table(frame, {"Sharpe ratio": "signed:2", "deflated": "percent:0", "years needed": "number:0", "system less this": "signed:2", "p": "number:3"}, "How sure is any of this?", note, mark=[frame.index[0]])
 
     def intervals(self) -> Figure:
         """Sharpe ratios with their intervals, one under the other."""
         frame = pd.DataFrame([self.sharpe(a) for a in self.returns.columns], columns=["value", "low", "high"], index=self.called(list(self.returns.columns)))
-        return plots.plot_intervals(frame, interval=f"{self.params.level:.0%} interval")
+        return plots.plot_intervals(frame, interval=f"{self.level} interval")
 
 # %% ../../nbs/reports/40_compose.ipynb #1d6a1f5c
 class _Past(_Opening):
@@ -193,7 +198,7 @@ class _Past(_Opening):
         order = list(self.measured["metric"].unique())
         frame = pd.DataFrame(wide, index=pd.Index([names[m] for m in order], name="")).rename(columns=NAMES)
         spec = {names[m]: "number:2" if m in ("sharpe_annual", "sortino_annual", "calmar") else "percent:1" for m in order}
-        return Table(frame, caption="Net of all costs", note=f"{self.params.level:.0%} bootstrap intervals. The stocks of the list were chosen because they did well, so buying and holding them looks better than anybody could have done.", rows=spec)
+        return Table(frame, caption="Net of all costs", note=f"{self.level} bootstrap intervals. The stocks of the list were chosen because they did well, so buying and holding them looks better than anybody could have done.", rows=spec)
 
     def monthly(self) -> Figure:
         """Monthly returns of the system as a heatmap."""
@@ -217,7 +222,7 @@ class _Past(_Opening):
     def sensitivity(self) -> Figure:
         """Sharpe ratio against the costs."""
         now = self.varied[self.varied["delay_bars"] == self.varied["delay_bars"].min()]
-        return plots.plot_cost_sensitivity(now.rename(columns={"cost_scale": "multiplier", "sharpe_annual": "sharpe"}), interval=f"{self.params.level:.0%} interval")
+        return plots.plot_cost_sensitivity(now.rename(columns={"cost_scale": "multiplier", "sharpe_annual": "sharpe"}), interval=f"{self.level} interval")
 
     def delayed(self) -> Table:
         """What acting one bar later does."""
@@ -236,8 +241,8 @@ class Run(_Past):
         frame["gain"] = [("–" if pd.isna(g) else (1e3 * g, 1e3 * lo, 1e3 * hi)) for g, lo, hi in frame[["gain", "low", "high"]].to_numpy()]
         frame = frame[["n_rows", "accuracy", "auc", "log_loss", "brier", "mcc", "ic", "gain", "p_value"]].set_axis(self.called(list(frame.index))).rename_axis("model")
         frame["n_rows"] = frame["n_rows"].astype(int)
-        share = float(self.skill["share_up"].iloc[0])
-        note = (f"{share:.1%} of the rows rose. IC: rank correlation of forecast and return across symbols, averaged over instants. Gain: log loss of the model less that of the system, in thousandths; above zero the system is better. "
+        share = 100 * float(self.skill["share_up"].iloc[0])
+        note = (f"{share:.1f} % of the rows rose. IC: rank correlation of forecast and return across symbols, averaged over instants. Gain: log loss of the model less that of the system, in thousandths; above zero the system is better. "
                 "p: one-sided, that it is not.")
         return Table(frame, {"accuracy": "percent:1", "auc": "number:3", "log_loss": "number:4", "brier": "number:4", "mcc": "signed:3", "ic": "signed:3", "gain": "signed:2", "p_value": "number:3"}, "All out-of-sample forecasts", note,
                      headers={"n_rows": "rows", "auc": "AUC", "log_loss": "log loss", "brier": "Brier", "mcc": "MCC", "ic": "IC", "p_value": "p"}, units={"gain": "10⁻³"}, mark=[frame.index[0]])
@@ -245,7 +250,7 @@ class Run(_Past):
     def fold_quality(self) -> Figure:
         """Log loss per fold against the constant baseline."""
         wide = self.table("train", "quality").pivot(index="test_start", columns="model", values="log_loss")[list(self.system.models)]
-        return plots.plot_fold_quality(wide.rename(columns=NAMES), baseline=NAMES["constant"])
+        return plots.plot_fold_quality(wide.rename(columns={k: v for k, v in NAMES.items() if k != "constant"}))
 
     def calibration(self) -> Figure:
         """Whether the probabilities mean what they say."""

@@ -80,7 +80,7 @@ def summary_line(
     lines = []
     for name, m in metrics.items():
         a = m["accounts"][m["model"]]
-        s, d = a["sharpe_annual"], a["deflated"]
-        lines.append(f"- **[{m['title']}]({name}.html)**: Sharpe ratio {s['value']:.2f}, interval {s['low']:.2f} to {s['high']:.2f}, deflated probability {d['dsr']:.0%} after {m['n_trials']} trials; "
+        s, d = {k: f"{v:.2f}".replace("-", "−") for k, v in a["sharpe_annual"].items()}, a["deflated"]
+        lines.append(f"- **[{m['title']}]({name}.html)**: Sharpe ratio {s['value']}, interval {s['low']} to {s['high']}, deflated probability {100 * d['dsr']:.0f} % after {m['n_trials']} trials; "
                      f"{m['n_symbols']} symbols, {m['start'][:10]} to {m['end'][:10]}, profile `{m['profile']}`.")
     return Markdown("\n".join(lines))

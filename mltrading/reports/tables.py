@@ -67,7 +67,8 @@ def _cell(value: Any, spec: str) -> tuple[str, str]:
         stamp = pd.Timestamp(value)  # type: ignore[arg-type]
         return ("—" if stamp is pd.NaT else stamp.strftime("%Y-%m-%d")), ""
     if isinstance(value, int | float | np.number) and not isinstance(value, bool) and kind in _SCALE:
-        return show_number(float(value), spec), "n neg" if kind.startswith("signed") and value < 0 else "n"
+        text = show_number(float(value), spec)
+        return text, "n neg" if kind.startswith("signed") and text.startswith("−") else "n"
     if value is None or value is pd.NA or value is pd.NaT or (isinstance(value, float) and math.isnan(value)):
         return "—", "n" if kind in _SCALE else ""
     return escape(str(value)), ""
@@ -153,7 +154,7 @@ def _signal(row: Any, half: float) -> str:
     change = show_number(float(row.target) - float(row.current), "signed-percent:1")
     moved = f' <span class="int">{change}</span>' if change.strip("0.") else ""
     return "".join((
-        f'<tr><th scope="row">{escape(str(row.symbol))}</th>',
+        f'<tr><th scope="row">{escape(str(row.symbol))}{f"<small>{escape(row.name)}</small>" if hasattr(row, "name") else ""}</th>',
         f'<td class="head"><span class="dir {way}"><i aria-hidden="true">{_ARROWS[way]}</i>{way}</span></td>',
         f'<td class="n" data-label="Up, %">{_bar(float(row.prob_up), half)}</td>',
         f'<td class="n" data-label="Target, %">{show_number(row.target, "percent:1")}</td>',
@@ -167,7 +168,7 @@ class Signals:
 
     def __init__(
         self,
-        frame: pd.DataFrame,  # columns symbol, prob_up [0, 1], target, current (weights, 0.1 = 10 % of equity), reasons (texts); shown in this order
+        frame: pd.DataFrame,  # columns symbol, perhaps name, prob_up [0, 1], target, current (weights, 0.1 = 10 % of equity), reasons (texts); shown in this order
         caption: str,
         note: str = "",
     ) -> None:

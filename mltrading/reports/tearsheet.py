@@ -99,12 +99,12 @@ def verdict(
     names: Mapping[str, str],     # account -> what people call it
 ) -> str:
     """What may be believed, in a sentence or two."""
-    value, low, high = sharpe
-    said = f"{name} had a Sharpe ratio of {value:.2f} a year, with an interval from {low:.2f} to {high:.2f}. "
+    value, low, high = (f"{x:.2f}".replace("-", "−") for x in sharpe)
+    said = f"{name} had a Sharpe ratio of {value} a year, with an interval from {low} to {high}. "
     if dsr >= 0.95:
-        said += f"After deflation for {n_trials} trials the probability that its true value is above zero is {dsr:.0%}: luck alone is an unlikely explanation. "
+        said += f"After deflation for {n_trials} trials the probability that its true value is above what luck would give is {100 * dsr:.0f} %: luck alone is an unlikely explanation. "
     else:
-        said += f"After deflation for {n_trials} trials the probability that its true value is above what luck would give is {dsr:.0%}: that is not enough to rule out luck. "
+        said += f"After deflation for {n_trials} trials the probability that its true value is above what luck would give is {100 * dsr:.0f} %: that is not enough to rule out luck. "
     better = [names.get(str(a), str(a)) for a, r in against.iterrows() if r["low"] > 0]
     worse = [names.get(str(a), str(a)) for a, r in against.iterrows() if r["high"] < 0]
     open_ = [names.get(str(a), str(a)) for a, r in against.iterrows() if r["low"] <= 0 <= r["high"]]

@@ -23,7 +23,7 @@ from ..validation.metrics import forecast_quality
 from ..validation.splits import Fold
 
 # %% auto #0
-__all__ = ['Rows', 'rows', 'walk']
+__all__ = ['RECENT', 'Rows', 'rows', 'living', 'walk']
 
 # %% ../../nbs/systems/10_walk.ipynb #fd72dff1
 @dataclass(frozen=True, eq=False)
@@ -55,11 +55,25 @@ def rows(
     names = [c for c in features.columns if c not in ("timestamp", "symbol", "sigma")]
     return Rows(table[["timestamp", "symbol"]], table[names], table[["symbol", "start", "end", "ret", "ret_voladj"]], table["sigma"].to_numpy(np.float64))
 
-# %% ../../nbs/systems/10_walk.ipynb #f7c9f6bf
+# %% ../../nbs/systems/10_walk.ipynb #6de323c3
+RECENT = 20  # instants
+
+def living(
+    data: Rows,
+    fold: Fold,
+) -> list[str]:  # feature names
+    """Features that have a value in the last `RECENT` instants of a fold's training rows.
+
+    Known at: the end of the training rows."""
+    times = data.times[fold.train]
+    recent = fold.train[times >= np.unique(times)[-RECENT:][0]]
+    there = data.features.iloc[recent].notna().any()
+    return list(there.index[there])
+
 def _fit(data: Rows, fold: Fold, make: Factory, target: str) -> Model:
     "A model fitted on a fold's training rows."
     learned = data.labels.iloc[fold.train]
-    return make().fit(data.features.iloc[fold.train], learned[target].to_numpy(np.float64), weights(learned), data.times[fold.train])
+    return make().fit(data.features.iloc[fold.train][living(data, fold)], learned[target].to_numpy(np.float64), weights(learned), data.times[fold.train])
 
 def _forecast(data: Rows, fold: Fold, predicted: pd.DataFrame, model: str, horizon_bars: int) -> pd.DataFrame:
     "A fold's out-of-sample forecasts in the contract's columns, with the model's name."
@@ -91,7 +105,7 @@ def walk(
     for fold in tqdm(folds, desc="walk-forward", unit="fold"):
         for name, make in factories.items():
             model = _fit(data, fold, make, target)
-            predicted = model.predict(data.features.iloc[fold.test])
+            predicted = model.predict(data.features.iloc[fold.test][list(model.features)])
             model.save(folder / name / f"fold_{fold.number:03d}")
             forecasts.append(_forecast(data, fold, predicted, name, horizon_bars))
             quality.append(_quality(data, fold, predicted, name))
