@@ -9,11 +9,11 @@ import math
 from typing import Literal
 
 import numpy as np
-from ..core.jit import njit
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..core.errors import ParameterError
+from ..core.jit import njit
 from ..market.panel import Panel
 from ..portfolio.policy import trailing_volatility
 

@@ -14,12 +14,12 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
-from ..core.jit import njit
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from .costs import CostParams, fill_order, liquidity
 from ..core.errors import DataError, unknown
+from ..core.jit import njit
 from ..core.storage import read_parquet, write_parquet
 from ..market.panel import Panel, fill_price
 from ..portfolio.policy import Account, Forecast, Market, Policy, Targets, trailing_volatility

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numba
-from numba import prange
 
 # %% auto #0
 __all__ = ['kernel_id', 'cache_folder', 'njit']

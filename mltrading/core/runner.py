@@ -54,7 +54,7 @@ def check_parameters(
     tree = ast.parse("".join(tagged[0]["source"]))
     if not all(isinstance(node, ast.Assign | ast.AnnAssign) for node in tree.body):
         raise StageError(where, "its parameters cell does more than assign values", "move imports and computation to a later cell")
-    names = [ast.unparse(t) for node in tree.body for t in (node.targets if isinstance(node, ast.Assign) else [node.target])]
+    names = [ast.unparse(t) for node in tree.body for t in (node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else [])]
     for name in passed:
         if name not in names:
             raise unknown("parameter", name, names, where)
@@ -116,7 +116,7 @@ def explain(
     kept: str,      # where the executed notebook is
 ) -> str:
     """The message for a notebook that raised."""
-    kinds = {c.__name__ for c in (MLTradingError, *MLTradingError.__subclasses__())}
+    kinds = {"MLTradingError", *(c.__name__ for c in MLTradingError.__subclasses__())}
     if error.ename in kinds:
         return str(error.evalue)
     tail = _ANSI.sub("", "\n".join(error.traceback)).splitlines()[-25:]

@@ -94,7 +94,7 @@ def _stamp(
     closes: pd.Series,
     where: str,
 ) -> pd.Series:
-    if len(strange := days.difference(closes.index)):
+    if len(strange := days.difference(pd.DatetimeIndex(closes.index))):
         raise DataError(f"{where}, column `Date`", f"{strange[0].date()} is not a session of the exchange", "check the file's calendar")
     return closes.reindex(days).reset_index(drop=True)
 

@@ -129,7 +129,8 @@ class Panel:
     @property
     def alive(self) -> NDArray[np.bool_]:
         "(N, T): where a bar exists."
-        return ~np.isnan(self.fields["close"])
+        out: NDArray[np.bool_] = ~np.isnan(self.fields["close"])
+        return out
 
     @property
     def index(self) -> pd.DatetimeIndex:

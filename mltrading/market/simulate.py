@@ -72,7 +72,7 @@ def random_walk(
         block[~alive] = np.nan
         if name != "close":
             block[:closes_only] = np.nan
-    keep = alive.any(axis=0)
+    keep = np.asarray(alive.any(axis=0))
     days = pd.bdate_range(start, periods=n_bars, tz="UTC")[keep] + pd.Timedelta(hours=21)
     symbols = tuple(f"S{i:03d}" for i in range(n_symbols))
     return Panel(days.tz_localize(None).as_unit("us").to_numpy(), symbols, {k: np.ascontiguousarray(b[:, keep]) for k, b in fields.items()})

@@ -5,7 +5,6 @@
 # %% ../../nbs/market/30_snapshot.ipynb #35e0d873
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -165,7 +164,7 @@ def universe(
             raise unknown("symbol", s, list(known), "params.yaml: panel")
     end = pd.Timestamp(params.end) + pd.Timedelta(days=1) - pd.Timedelta(microseconds=1) if params.end else None
     panel = between(market.panel, pd.Timestamp(params.start) if params.start else None, end)
-    kept = [s for s, any_bar in zip(panel.symbols, panel.alive.any(axis=1), strict=True) if any_bar and s in {*asked, params.benchmark}]
+    kept = [s for s, any_bar in zip(panel.symbols, panel.has("close"), strict=True) if any_bar and s in {*asked, params.benchmark}]
     if not [s for s in kept if s != params.benchmark]:
         raise DataError("params.yaml: panel", f"no bars of {', '.join(asked[:5])} between {params.start} and {params.end}", "widen the dates or name other symbols")
     return select(panel, kept)

@@ -9,7 +9,6 @@ import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..core.jit import njit
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
@@ -20,6 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from ..core.errors import ParameterError
+from ..core.jit import njit
 from .forecaster import DirectionModel, prediction_rows, register
 
 # %% auto #0

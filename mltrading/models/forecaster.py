@@ -314,7 +314,7 @@ def register(
 def load_forecaster(
     folder: str | Path,
     threads: int = 1,
-) -> Forecaster:  # fitted
+) -> Model:  # fitted
     """Load a model of whatever class. Raises `DataError` on a damaged folder or a class that is not known."""
     name = str(read_model(folder)[0].get("class"))
     if name not in _CLASSES:

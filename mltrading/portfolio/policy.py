@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from ..core.jit import njit
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..core.errors import DataError
+from ..core.jit import njit
 
 # %% auto #0
 __all__ = ['Vector', 'Mask', 'Remarks', 'Step', 'STEPS', 'PolicyParams', 'Forecast', 'Account', 'Market', 'Targets', 'Situation',

@@ -21,12 +21,22 @@ from ..backtest.engine import BacktestParams, Ledger
 from ..core.stage import Stage
 from ..core.storage import read_json, read_parquet
 from ..market.panel import read_panel, select
-from ..market.snapshot import PanelParams
 from ..models.explain import importance, shap_values
+from ..models.forecaster import Model
 from ..models.zoo import load_forecaster
 from . import plots
 from .tables import Signals, Table, signals_table
-from .tearsheet import activity, beats, deflation, forecast_table, judged, metric_table, metrics_dict, signals, verdict
+from mltrading.reports.tearsheet import (
+    activity,
+    beats,
+    deflation,
+    forecast_table,
+    judged,
+    metric_table,
+    metrics_dict,
+    signals,
+    verdict,
+)
 from ..systems.base import System
 from ..systems.trade import HOLD, INDEX, sensitivity
 from ..validation import trials
@@ -132,17 +142,22 @@ class _Figures(_Read):
         return forecast_table(self.rated, self.system.models, horizon, **self.boot)
 
     @cached_property
+    def last_model(self) -> Model:
+        number = int(self.table("train", "folds")["fold"].iloc[-1])
+        return load_forecaster(self.stage.input("train") / "models" / self.system.model / f"fold_{number:03d}")
+
+    @cached_property
     def now(self) -> pd.DataFrame:
-        decisions, folds = self.table("backtest", "decisions"), self.table("train", "folds")
-        model = load_forecaster(self.stage.input("train") / "models" / self.system.model / f"fold_{int(folds['fold'].iloc[-1]):03d}")
+        decisions, known = self.table("backtest", "decisions"), self.table("features", "catalogue")
         facts = read_json(self.stage.input("panel") / "facts.json")["symbols"]
-        out = signals(decisions, model, self.table("features", "features"), facts, self.params.reasons, self.table("features", "catalogue").set_index("name")["unit"].to_dict())
+        out = signals(decisions, self.last_model, self.table("features", "features"), facts, self.params.reasons, dict(zip(known["name"], known["unit"], strict=True)))
         return out.assign(timestamp=decisions["timestamp"].max())
 
     def sharpe(self, account: str) -> tuple[float, float, float]:
         "A Sharpe ratio with its interval."
-        row = self.measured.query("account == @account and metric == 'sharpe_annual'").iloc[0]
-        return float(row["value"]), float(row["low"]), float(row["high"])
+        m = self.measured
+        value, low, high = m.loc[(m["account"] == account) & (m["metric"] == "sharpe_annual"), ["value", "low", "high"]].to_numpy(float)[0]
+        return float(value), float(low), float(high)
 
 # %% ../../nbs/reports/40_compose.ipynb #f0fe55f1
 class _Opening(_Figures):
@@ -151,7 +166,7 @@ class _Opening(_Figures):
     def opening(self) -> Markdown:
         """Title, what the system is, and the verdict."""
         facts, last = read_json(self.stage.input("panel") / "facts.json"), self.returns.index
-        said = verdict("The system", self.sharpe(self.system.model), float(self.deflated.loc[self.system.model, "dsr"]), int(self.deflated["n_trials"].iloc[0]), self.against,
+        said = verdict("The system", self.sharpe(self.system.model), float(self.deflated["dsr"].to_dict()[self.system.model]), int(self.deflated["n_trials"].iloc[0]), self.against,
                        {a: NAMES.get(a, a).lower() for a in self.returns.columns} | {INDEX: "the index", HOLD: "buying and holding the same symbols", "constant": "the constant forecast"})
         return Markdown(f"# {self.system.title}\n\n> {self.system.about}\n\n{said}\n\nOut of sample from {last[0]:%Y-%m-%d} to {last[-1]:%Y-%m-%d}, on {len(self.setting['symbols'])} symbols of the "
                         f"{facts['source']} snapshot, with the parameter profile `{self.stage.profile}`. Past performance says little about the future, and nothing here is advice.")
@@ -241,7 +256,7 @@ class Run(_Past):
         frame["gain"] = [("–" if pd.isna(g) else (1e3 * g, 1e3 * lo, 1e3 * hi)) for g, lo, hi in frame[["gain", "low", "high"]].to_numpy()]
         frame = frame[["n_rows", "accuracy", "auc", "log_loss", "brier", "mcc", "ic", "gain", "p_value"]].set_axis(self.called(list(frame.index))).rename_axis("model")
         frame["n_rows"] = frame["n_rows"].astype(int)
-        share = 100 * float(self.skill["share_up"].iloc[0])
+        share = 100 * float(self.skill["share_up"].to_numpy(float)[0])
         note = (f"{share:.1f} % of the rows rose. IC: rank correlation of forecast and return across symbols, averaged over instants. Gain: log loss of the model less that of the system, in thousandths; above zero the system is better. "
                 "p: one-sided, that it is not.")
         return Table(frame, {"accuracy": "percent:1", "auc": "number:3", "log_loss": "number:4", "brier": "number:4", "mcc": "signed:3", "ic": "signed:3", "gain": "signed:2", "p_value": "number:3"}, "All out-of-sample forecasts", note,
@@ -259,10 +274,8 @@ class Run(_Past):
 
     def shap(self) -> Figure:
         """What the last model leans on, over rows of its own test window."""
-        folds, features = self.table("train", "folds"), self.table("features", "features")
-        last = folds.iloc[-1]
-        model = load_forecaster(self.stage.input("train") / "models" / self.system.model / f"fold_{int(last['fold']):03d}")
-        rows = features[(features["timestamp"] >= last["test_start"]) & features["sigma"].notna() & features["symbol"].isin(self.setting["symbols"])]
+        features, model = self.table("features", "features"), self.last_model
+        rows = features[(features["timestamp"] >= self.table("train", "folds")["test_start"].iloc[-1]) & features["sigma"].notna() & features["symbol"].isin(self.setting["symbols"])]
         x = rows.iloc[np.linspace(0, len(rows) - 1, min(self.params.shap_rows, len(rows))).astype(int)][list(model.features)]
         values, _ = shap_values(model, x)
         return plots.plot_shap(importance(values), values, x)

@@ -50,13 +50,17 @@ def standings(
             rows.append(row)
     return pd.DataFrame(rows)
 
+def _who(s: pd.DataFrame) -> list[tuple[str, str, str, bool]]:
+    "System, title, account and whether it is the system's own, row by row."
+    return list(zip(s["system"].astype(str), s["title"].astype(str), s["account"].astype(str), s["own"].astype(bool), strict=True))
+
 def league_table(
     metrics: dict[str, dict[str, Any]],
 ) -> Table:
     """The standings as a table; each system links to its report."""
     s = standings(metrics)
     frame = pd.DataFrame({
-        "": [(r.title, f"{r.system}.html") if r.own else f"{NAMES.get(r.account, r.account)}" for r in s.itertuples()],
+        "": [(title, f"{system}.html") if own else NAMES.get(account, account) for system, title, account, own in _who(s)],
         "Sharpe ratio": s["sharpe_annual"], "deflated": s["dsr"].astype(float), "growth per year": s["cagr"], "volatility": [v[0] for v in s["vol_annual"]], "maximum drawdown": [v[0] for v in s["max_drawdown"]], "turnover": s["turnover_annual"].astype(float),
     })
     spec = {"": "link", "Sharpe ratio": "signed:2", "deflated": "percent:0", "growth per year": "signed-percent:1", "volatility": "percent:1", "maximum drawdown": "percent:0", "turnover": "number:1"}
@@ -68,9 +72,7 @@ def league_plot(
 ) -> Figure:
     """Sharpe ratios with intervals, all accounts under each other."""
     s = standings(metrics)
-    names = [r.title if r.own else NAMES.get(r.account, r.account) for r in s.itertuples()]
-    if len(metrics) > 1:
-        names = [n if r.own else f"{n} ({r.system})" for n, r in zip(names, s.itertuples(), strict=True)]
+    names = [title if own else NAMES.get(account, account) + (f" ({system})" if len(metrics) > 1 else "") for system, title, account, own in _who(s)]
     return plot_intervals(pd.DataFrame(list(s["sharpe_annual"]), columns=["value", "low", "high"], index=names))
 
 def summary_line(

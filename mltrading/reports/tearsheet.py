@@ -166,9 +166,9 @@ def metrics_dict(
     **more: Any,
 ) -> dict[str, Any]:
     """A report's numbers as one nested dictionary."""
-    accounts = {str(a): {str(r.metric): {"value": r.value, "low": r.low, "high": r.high} for r in part.itertuples()} for a, part in metrics.groupby("account", sort=True)}
+    accounts: dict[str, dict[str, Any]] = {str(a): {str(r.metric): {"value": r.value, "low": r.low, "high": r.high} for r in part.itertuples()} for a, part in metrics.groupby("account", sort=True)}
     for a, row in acted.iterrows():
-        accounts[str(a)]["activity"] = row.to_dict()
+        accounts[str(a)]["activity"] = {str(k): float(v) for k, v in row.items()}
     for a, row in deflations.iterrows():
-        accounts[str(a)]["deflated"] = row.to_dict()
+        accounts[str(a)]["deflated"] = {str(k): float(v) for k, v in row.items()}
     return {"accounts": accounts, "forecasts": {str(m): row.dropna().to_dict() for m, row in forecast.iterrows()}, "beats": {str(o): row.to_dict() for o, row in against.iterrows()}, **more}

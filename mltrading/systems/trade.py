@@ -83,7 +83,8 @@ def sensitivity(
     targets = {"system": decided_targets(panel, decisions)}
     curves = pd.concat([sweep(panel, targets, costs, params, cost_scales=scales), sweep(panel, targets, costs, params, delays=[params.delay_bars + 1])], axis=1)
     begin, rows = pd.Timestamp(decisions["timestamp"].iloc[0]), []
-    for (_, scale, delay), equity in curves.items():
+    for k, (scale, delay) in enumerate(zip(curves.columns.get_level_values("cost_scale"), curves.columns.get_level_values("delay_bars"), strict=True)):
+        equity = curves.iloc[:, k]
         returns = equity[equity.index >= begin].pct_change().dropna()
         found = bootstrap_intervals(returns, seed, ["sharpe_annual", "cagr"], n_boot, level, bars_per_year).set_index("metric")
         rows.append({"cost_scale": scale, "delay_bars": delay, "sharpe_annual": found.loc["sharpe_annual", "value"], "low": found.loc["sharpe_annual", "low"], "high": found.loc["sharpe_annual", "high"], "cagr": found.loc["cagr", "value"]})

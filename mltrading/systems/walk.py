@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from ..core.errors import DataError
 from ..labels.horizons import weights
-from .base import Factory
 from ..models.forecaster import Model
+from .base import Factory
 from ..validation.metrics import forecast_quality
 from ..validation.splits import Fold
 

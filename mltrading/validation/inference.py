@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from ..core.jit import njit
 from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri
 
 from ..core.errors import DataError, ParameterError, unknown
+from ..core.jit import njit
 from .metrics import METRICS, checked, kurtosis, measure, rate_per_bar, skew
 
 # %% auto #0

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from ..core.jit import njit
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from ..core.errors import DataError
+from ..core.jit import njit
 
 # %% auto #0
 __all__ = ['METRICS', 'checked', 'equity_curve', 'returns_of', 'rate_per_bar', 'cagr', 'vol_annual', 'sharpe_annual',
