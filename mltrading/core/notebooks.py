@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from .params import root
 from .storage import atomic
 
 # %% auto #0
-__all__ = ['stored_form', 'notebooks', 'clean', 'exported', 'stale_modules', 'export', 'readme']
+__all__ = ['FLOORS', 'stored_form', 'notebooks', 'clean', 'exported', 'stale_modules', 'export', 'contents', 'readme']
 
 # %% ../../nbs/core/80_notebooks.ipynb #fca82f6a
 def stored_form(
@@ -85,7 +86,24 @@ def export(
     for module in stale_modules(folder):
         module.unlink()
 
-# %% ../../nbs/core/80_notebooks.ipynb #9b901915
+# %% ../../nbs/core/80_notebooks.ipynb #91af3a33
+FLOORS = ("core", "market", "features", "labels", "models", "validation", "portfolio", "backtest", "systems", "reports", "pipeline")
+
+def contents(
+    folder: Path | None = None,
+) -> str:                      # Markdown
+    """The map of the notebooks: for each folder its notebooks with their titles and first lines."""
+    top = (folder or root()) / "nbs"
+    parts: dict[str, list[str]] = {}
+    for path in notebooks(folder):
+        text = "\n".join("".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown")
+        title, line = re.search(r"^# (.+)$", text, re.MULTILINE), re.search(r"^> (.+)$", text, re.MULTILINE)
+        where = path.relative_to(top)
+        if len(where.parts) > 1:
+            parts.setdefault(where.parts[0], []).append(f"[{title[1] if title else path.stem}]({where})" + (f": {line[1].rstrip('.')}" if line else ""))
+    order = [*(f for f in FLOORS if f in parts), *(f for f in sorted(parts) if f not in FLOORS)]
+    return "\n".join(f"- **{name}**\n" + "\n".join(f"  - {item}" for item in parts[name]) for name in order)
+
 def readme(
     folder: Path | None = None,
 ) -> str:                      # the text of README.md
@@ -95,6 +113,11 @@ def readme(
 
     folder = folder or root()
     nb = nbformat.read(folder / "nbs" / "index.ipynb", as_version=4)
-    nb.cells = [c for c in nb.cells if not c.source.startswith("#|")]
+    nb.cells = [c for c in nb.cells if not c.source.startswith("#| hide")]
+    shown = [c for c in nb.cells if c.source.startswith("#| echo: false")]
+    for cell in shown:
+        cell.source = ""
     text, _ = MarkdownExporter().from_notebook_node(nb)
-    return str(text).replace("](images/", "](nbs/images/").strip() + "\n"
+    text = re.sub(r"^```\n\s*```$", "", str(text), flags=re.MULTILINE)
+    text = re.sub(r"\]\((?!https?:|#|\.\./)", "](nbs/", str(text)).replace("](../", "](")
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"

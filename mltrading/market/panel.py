@@ -129,8 +129,7 @@ class Panel:
     @property
     def alive(self) -> NDArray[np.bool_]:
         "(N, T): where a bar exists."
-        out: NDArray[np.bool_] = ~np.isnan(self.fields["close"])
-        return out
+        return ~np.isnan(self.fields["close"])
 
     @property
     def index(self) -> pd.DatetimeIndex:
@@ -139,7 +138,8 @@ class Panel:
 
     def has(self, field: str) -> NDArray[np.bool_]:
         "(N,): which symbols have the field at all."
-        return np.isfinite(self.fields[field]).any(axis=1) if field in self.fields else np.zeros(len(self.symbols), bool)
+        block = self.fields.get(field, np.full((len(self.symbols), 1), np.nan))
+        return np.asarray(np.isfinite(block).any(axis=1), dtype=np.bool_)
 
     def view(self, field: str) -> pd.DataFrame:
         "(T, N) pandas view of a block, without a copy."

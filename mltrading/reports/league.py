@@ -19,7 +19,8 @@ from .plots import plot_intervals
 from .tables import Table
 
 # %% auto #0
-__all__ = ['NAMES', 'read_metrics', 'standings', 'league_table', 'league_plot', 'summary_line']
+__all__ = ['NAMES', 'read_metrics', 'standings', 'league_table', 'league_plot', 'results_markdown', 'results_sentence',
+           'summary_line']
 
 # %% ../../nbs/reports/50_league.ipynb #234c4106
 def read_metrics(
@@ -74,6 +75,38 @@ def league_plot(
     s = standings(metrics)
     names = [title if own else NAMES.get(account, account) + (f" ({system})" if len(metrics) > 1 else "") for system, title, account, own in _who(s)]
     return plot_intervals(pd.DataFrame(list(s["sharpe_annual"]), columns=["value", "low", "high"], index=names))
+
+def results_markdown(
+    metrics: dict[str, dict[str, Any]],
+) -> str:
+    """The standings as a Markdown table, for the front page."""
+    def shown(v: tuple[float, float, float], scale: float, digits: int) -> str:
+        a, b, c = (f"{scale * x:.{digits}f}".replace("-", "−") for x in v)
+        return f"{a} [{b}, {c}]"
+    lines = ["| | Sharpe ratio | deflated | growth per year, % | maximum drawdown, % |", "|---|---|---|---|---|"]
+    for (_, title, account, own), row in zip(_who(s := standings(metrics)), s.to_dict("records"), strict=True):
+        name = f"**{title}**" if own else NAMES.get(account, account)
+        lines.append(f"| {name} | {shown(row['sharpe_annual'], 1, 2)} | {'–' if np.isnan(row['dsr']) else format(row['dsr'], '.0%').replace('%', ' %')} | {shown(row['cagr'], 100, 1)} | {shown(row['max_drawdown'], 100, 0)} |")
+    return "\n".join(lines)
+
+def results_sentence(
+    metrics: dict[str, dict[str, Any]],
+) -> str:
+    """Which accounts did better than each system, in words."""
+    said = []
+    for m in metrics.values():
+        value = {a: v["sharpe_annual"]["value"] for a, v in m["accounts"].items()}
+        above = sorted((a for a in value if value[a] > value[m["model"]]), key=lambda a: -value[a])
+        sure = [a for a in above if m["beats"][a]["high"] < 0]
+        if not above:
+            said.append(f"{m['title']} had a higher Sharpe ratio than everything that it was compared with.")
+            continue
+        said.append(f"{m['title']} had a lower Sharpe ratio than {_list(above)}" + (f"; for {_list(sure)} the interval of the difference holds no zero." if sure else ", though no difference is certain."))
+    return " ".join(said)
+
+def _list(accounts: list[str]) -> str:
+    names = [NAMES.get(a, a) for a in accounts]
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
 
 def summary_line(
     metrics: dict[str, dict[str, Any]],

@@ -13,7 +13,7 @@ __all__ = ['SYSTEM']
 # %% ../../nbs/systems/20_multiasset.ipynb #ad6afdb8
 SYSTEM = System(
     name="multiasset",
-    title="Multi-asset ensemble",
+    title="Multi-asset trees",
     about="Gradient-boosted trees on price, volume, cross-section and macro features, pooled over all symbols, traded long, flat and short at a constant risk.",
     model="xgboost",
     baselines=("logistic", "constant"),
