@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from .panel import Panel
+from .panel import TIME, Panel
 
 # %% auto #0
 __all__ = ['Bars', 'RULES', 'Rule', 'rule', 'jump', 'spike', 'stale', 'coarse', 'inconsistent', 'stale_open', 'no_volume',
@@ -114,7 +114,8 @@ def findings(
             if hit.mean() > r.share:
                 rows.append({"rule": r.name, "symbol": symbol, "bars": int(hit.sum()), "share": float(hit.mean()), "first": pd.Timestamp(times[hit][0], tz="UTC"), "means": r.means})
     columns = ["rule", "symbol", "bars", "share", "first", "means"]
-    return pd.DataFrame(rows, columns=columns).sort_values(["share", "rule", "symbol"], ascending=[False, True, True], ignore_index=True)
+    table = pd.DataFrame(rows, columns=columns).astype({"bars": int, "share": float, "first": TIME})
+    return table.sort_values(["share", "rule", "symbol"], ascending=[False, True, True], ignore_index=True)
 
 # %% ../../nbs/market/10_quality.ipynb #4097d830
 def summary(
