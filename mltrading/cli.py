@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -37,12 +36,14 @@ def _stage(given: argparse.Namespace) -> None:
 
 # %% ../nbs/90_cli.ipynb #85079fd3
 def _data(given: argparse.Namespace) -> None:
+    from mltrading.core.pipeline import dvc
     from mltrading.market.snapshot import fetch_snapshot, write_snapshot
 
     snapshot = fetch_snapshot(given.source, given.path)
     write_snapshot(snapshot, root() / "data")
-    for words in [["add", "--quiet", "data"], *([["push", "--quiet", "data"]] if given.source == "embedded" else [])]:
-        subprocess.run([sys.executable, "-m", "dvc", *words], cwd=root(), check=True)
+    dvc("add", "--quiet", "data", fix="data/ is complete; run `dvc add data` again to lock it")
+    if given.source == "embedded":
+        dvc("push", "--quiet", "data", fix="data/ is locked; run `dvc push data` again to put it into the remote")
     print(f"{len(snapshot.bars):,} bars of {snapshot.bars['symbol'].nunique()} symbols in {root() / 'data'}, locked in data.dvc")
 
 def _refresh(_: argparse.Namespace) -> None:

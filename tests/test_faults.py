@@ -102,6 +102,20 @@ def test_unknown_block(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fails(shop, capsys, "params.yaml: systems.multiasset: unknown parameter block `polcy`", "did you mean `policy`?")
 
 
+@pytest.mark.parametrize(("edit", "says"), [
+    (lambda p: p["compute"].update(thread=3), "compute: unknown parameter `thread`"),
+    (lambda p: p["compute"].update(threads="two"), "compute.threads: 'two' is not allowed"),
+    (lambda p: p["run"].update(profile="smoke"), "run.profile: `smoke` runs beside the pipeline"),
+    (lambda p: p["run"].update(systems=["multiaset"]), "run.systems: unknown system `multiaset`"),
+    (lambda p: p["systems"].update(multiasset=None), "systems.multiasset: is missing"),
+    (lambda p: p["systems"]["multiasset"].update(policy=None), "systems.multiasset.policy: is missing"),
+    (lambda p: p["profiles"].update(smoke=["a"]), "profiles.smoke: is ['a'], not a block"),
+])
+def test_parts_of_the_parameter_file(shop: Path, capsys: pytest.CaptureFixture[str], edit: Callable[[dict[str, Any]], Any], says: str) -> None:
+    change(shop, edit)
+    fails(shop, capsys, says)
+
+
 def test_value_out_of_range(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change(shop, lambda p: p["systems"]["multiasset"]["panel"].update(start="soon"))
     fails(shop, capsys, "systems.multiasset.panel.start: 'soon' is not allowed")

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import DataError, ParameterError, unknown
 
 # %% auto #0
-__all__ = ['PARTS', 'M', 'root', 'read_yaml', 'merge', 'system_blocks', 'check_params', 'read_params', 'load_params', 'block']
+__all__ = ['M', 'SMOKE', 'PARTS', 'root', 'read_yaml', 'merge', 'block', 'RunParams', 'ComputeParams', 'system_blocks',
+           'check_params', 'read_params', 'load_params']
 
 # %% ../../nbs/core/20_params.ipynb #6eb8d49e
 def root() -> Path:
@@ -72,8 +73,53 @@ def merge(
         out[key] = merge(base[key], value, f"{where}.{key}") if isinstance(base[key], dict) and isinstance(value, dict) else value
     return out
 
-# %% ../../nbs/core/20_params.ipynb #77083644
-PARTS = ("run", "compute", "systems", "profiles")
+# %% ../../nbs/core/20_params.ipynb #a5485f16
+M = TypeVar("M", bound=BaseModel)
+
+def block(
+    model: type[M],           # a pydantic model that forbids extra fields
+    values: dict[str, Any],   # one block of a system
+    where: str,               # its path in params.yaml, for messages
+) -> M:
+    """A step's parameters as an object.
+
+    Raises `ParameterError` naming the parameter on an unknown name, a missing one, or a value of the wrong type or out of range."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        found = error.errors()
+        first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])  # a misspelt name says more than the missing one
+        path = ".".join(str(p) for p in first["loc"])
+        name = str(first["loc"][-1]) if first["loc"] else ""
+        if first["type"] == "extra_forbidden":
+            fields = model.model_fields
+            for step in first["loc"][:-1]:
+                inner = fields[str(step)].annotation if str(step) in fields else None
+                fields = getattr(inner, "model_fields", {})
+            parent = ".".join(str(p) for p in (where, *first["loc"][:-1]))
+            raise unknown("parameter", name, list(fields), parent) from None
+        if first["type"] == "missing":
+            raise ParameterError(f"{where}.{path}", "is missing", "every number stands in params.yaml; there are no silent defaults") from None
+        raise ParameterError(f"{where}.{path}", f"{first['input']!r} is not allowed: {first['msg'][:1].lower() + first['msg'][1:]}", "correct it in params.yaml") from None
+
+# %% ../../nbs/core/20_params.ipynb #d1fd129d
+SMOKE = "smoke"  # the profile of small runs, which keep their hands off the pipeline's outputs
+
+class RunParams(BaseModel):
+    """What the pipeline runs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    systems: list[str] = Field(min_length=1, description="blocks under `systems`")
+    profile: str = Field(description="a block under `profiles`")
+
+class ComputeParams(BaseModel):
+    """What equal bytes depend on besides data and code."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    seed: int = Field(ge=0, lt=2**32, description="of everything random")
+    threads: int = Field(ge=1, le=64, description="part of the result: sums are taken in this many parts")
+
+PARTS = {"run": RunParams, "compute": ComputeParams, "systems": None, "profiles": None}
 
 def system_blocks(
     stages: dict[str, Any],  # the parsed dvc.yaml
@@ -82,6 +128,10 @@ def system_blocks(
     prefix = "systems.${item.system}."
     found = {p.removeprefix(prefix) for s in stages["stages"].values() for p in s.get("params", []) if isinstance(p, str) and p.startswith(prefix)}
     return sorted(found)
+
+def _is_block(value: Any, where: str) -> None:
+    if not isinstance(value, dict):
+        raise ParameterError(where, "is missing" if value is None else f"is {value!r}, not a block", "`git diff params.yaml` shows what was changed; an empty block is written {}")
 
 def check_params(
     params: dict[str, Any],   # the parsed params.yaml
@@ -92,24 +142,32 @@ def check_params(
     for part in params:
         if part not in PARTS:
             raise unknown("part", part, list(PARTS), where)
-    for part in PARTS:
-        if not isinstance(params.get(part), dict):
-            raise ParameterError(where, f"part `{part}` is missing", "`git checkout params.yaml` brings it back")
+    for part, model in PARTS.items():
+        _is_block(params.get(part), f"{where}: {part}")
+        if model is not None:
+            block(model, params[part], f"{where}: {part}")
     blocks = system_blocks(stages)
-    for name, block in params["systems"].items():
-        for key in block:
+    for name, steps in params["systems"].items():
+        _is_block(steps, f"{where}: systems.{name}")
+        for key in steps:
             if key not in blocks:
                 raise unknown("parameter block", key, blocks, f"{where}: systems.{name}")
-        if missing := [b for b in blocks if b not in block]:
-            raise ParameterError(f"{where}: systems.{name}", f"block `{missing[0]}` is missing", "every system has all blocks; copy it from another one")
-    for name in params["run"].get("systems", []):
+        for key in blocks:
+            _is_block(steps.get(key), f"{where}: systems.{name}.{key}")
+    for name in params["run"]["systems"]:
         if name not in params["systems"]:
             raise unknown("system", name, list(params["systems"]), f"{where}: run.systems")
     for profile, systems in params["profiles"].items():
-        for name, change in (systems or {}).items():
+        _is_block(systems, f"{where}: profiles.{profile}")
+        for name, change in systems.items():
             if name not in params["systems"]:
                 raise unknown("system", name, list(params["systems"]), f"{where}: profiles.{profile}")
-            merge(params["systems"][name], change or {}, f"{where}: profiles.{profile}.{name}")
+            _is_block(change, f"{where}: profiles.{profile}.{name}")
+            merge(params["systems"][name], change, f"{where}: profiles.{profile}.{name}")
+    if (profile := params["run"]["profile"]) not in params["profiles"]:
+        raise unknown("profile", profile, list(params["profiles"]), f"{where}: run.profile")
+    if profile == SMOKE:
+        raise ParameterError(f"{where}: run.profile", f"`{SMOKE}` runs beside the pipeline, not in it", "use `make smoke`, and leave run.profile at `default`")
 
 # %% ../../nbs/core/20_params.ipynb #8d44b52f
 def read_params(
@@ -136,33 +194,5 @@ def load_params(
         raise unknown("profile", profile, list(params["profiles"]), "params.yaml: profiles")
     if not system:
         return {"run": params["run"], "compute": params["compute"]}
-    change = (params["profiles"][profile] or {}).get(system) or {}
+    change = params["profiles"][profile].get(system, {})
     return merge(params["systems"][system], change, f"profiles.{profile}.{system}") | {"compute": params["compute"]}
-
-# %% ../../nbs/core/20_params.ipynb #a5485f16
-M = TypeVar("M", bound=BaseModel)
-
-def block(
-    model: type[M],           # a pydantic model that forbids extra fields
-    values: dict[str, Any],   # one block of a system
-    where: str,               # its path in params.yaml, for messages
-) -> M:
-    """A step's parameters as an object.
-
-    Raises `ParameterError` naming the parameter on an unknown name, a missing one, or a value of the wrong type or out of range."""
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        path = ".".join(str(p) for p in first["loc"])
-        name = str(first["loc"][-1]) if first["loc"] else ""
-        if first["type"] == "extra_forbidden":
-            fields = model.model_fields
-            for step in first["loc"][:-1]:
-                inner = fields[str(step)].annotation if str(step) in fields else None
-                fields = getattr(inner, "model_fields", {})
-            parent = ".".join(str(p) for p in (where, *first["loc"][:-1]))
-            raise unknown("parameter", name, list(fields), parent) from None
-        if first["type"] == "missing":
-            raise ParameterError(f"{where}.{path}", "is missing", "every number stands in params.yaml; there are no silent defaults") from None
-        raise ParameterError(f"{where}.{path}", f"{first['input']!r} is not allowed: {first['msg'][:1].lower() + first['msg'][1:]}", "correct it in params.yaml") from None

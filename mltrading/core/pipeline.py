@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 from .errors import StageError
-from .params import read_params, read_yaml, root
+from .params import SMOKE, read_params, read_yaml, root
 from .runner import run_stage
-from .stage import SMOKE, rebase
+from .stage import rebase
 
 # %% auto #0
-__all__ = ['stages', 'run_all', 'repro']
+__all__ = ['stages', 'run_all', 'dvc', 'repro']
 
 # %% ../../nbs/core/70_pipeline.ipynb #b435bfd9
 def stages(
@@ -40,9 +40,12 @@ def run_all(
             run_stage(stage, system, profile)
     return root() / rebase("reports/index.html", profile)
 
-# %% ../../nbs/core/70_pipeline.ipynb #81adbda1
-def _dvc(*words: str, fix: str) -> None:
-    "Run a DVC command with its own output."
+# %% ../../nbs/core/70_pipeline.ipynb #cf0c0be8
+def dvc(
+    *words: str,   # a DVC command
+    fix: str,      # what to do where it fails
+) -> None:
+    """Run a DVC command with its own output. Raises `StageError` where it fails."""
     if subprocess.run([sys.executable, "-m", "dvc", *words], cwd=root(), check=False).returncode:
         raise StageError(f"dvc {' '.join(words)}", "failed; its message stands above", fix)
 
@@ -51,6 +54,6 @@ def repro() -> Path:  # the closing report
 
     Raises `ParameterError` on an unknown name in params.yaml, `StageError` where DVC fails."""
     read_params()
-    _dvc("pull", "--quiet", "data", fix="data/ was changed by hand? `dvc add data` keeps the change, `dvc checkout --force data` drops it")
-    _dvc("repro", "--quiet", fix="outputs of the failed stage are as they were")
+    dvc("pull", "--quiet", "data", fix="data/ was changed by hand? `dvc add data` keeps the change, `dvc checkout --force data` drops it")
+    dvc("repro", "--quiet", fix="outputs of the failed stage are as they were")
     return root() / "reports" / "index.html"

@@ -22,9 +22,13 @@ from .stage import Declared, open_stage, rebase
 from .storage import content_id
 
 # %% auto #0
-__all__ = ['LIBRARIES', 'fixed_environment', 'check_parameters', 'publish', 'provenance', 'explain', 'execute', 'run_stage']
+__all__ = ['HASWELL', 'LIBRARIES', 'fixed_environment', 'check_parameters', 'publish', 'provenance', 'explain', 'execute',
+           'run_stage']
 
-# %% ../../nbs/core/60_runner.ipynb #d065a6e9
+# %% ../../nbs/core/60_runner.ipynb #49b3800b
+HASWELL = ("64bit", "avx", "avx2", "bmi", "bmi2", "cmov", "crc32", "cx16", "cx8", "f16c", "fma", "fsgsbase", "fxsr", "invpcid", "lzcnt", "mmx", "movbe", "pclmul", "popcnt", "rdrnd", "sahf",
+           "sse", "sse2", "sse3", "sse4.1", "sse4.2", "ssse3", "x87", "xsave", "xsaveopt")
+
 def fixed_environment(
     threads: int,  # for every library that starts threads, ≥ 1
     seed: int,     # Python's hash seed
@@ -37,7 +41,7 @@ def fixed_environment(
         "PYTHONHASHSEED": str(seed % 2**32), "TZ": "UTC",
         "NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512_ICL AVX512_SPR",  # numpy
         "OPENBLAS_CORETYPE": "Haswell",                              # numpy's and scipy's linear algebra
-        "NUMBA_CPU_NAME": "haswell",                                 # this project's kernels
+        "NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": ",".join(f"+{f}" for f in HASWELL),  # this project's kernels
         "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "AVX2",  # torch
     }
 
@@ -90,21 +94,16 @@ def publish(
 # %% ../../nbs/core/60_runner.ipynb #64d896f7
 LIBRARIES = ("mltrading", "numpy", "pandas", "numba", "scikit-learn", "xgboost", "scipy", "matplotlib", "seaborn", "pyarrow")
 
-def _lookup(params: dict[str, Any], dotted: str) -> Any:
-    for key in dotted.split("."):
-        params = params[key]
-    return params
-
 def provenance(
     entry: Declared,
-    params: dict[str, Any],    # the parsed params.yaml
+    params: dict[str, Any],    # of the stage: blocks under the profile
     inputs: dict[str, str],    # dependency -> content id
     system: str,
     profile: str,
 ) -> dict[str, Any]:
     """What a report's foot shows: profile, declared parameters, inputs with their content ids, versions."""
-    names = [p.replace("${run.profile}", profile) for p in entry.params]
-    shown = {n: _lookup(params, n) for n in names if not n.startswith(("run", "profiles"))}
+    names = [p.removeprefix(f"systems.{system}.") for p in entry.params if not p.startswith(("run", "profiles"))]
+    shown = {n: params[n] for n in names}
     return {"system": system, "profile": profile, "parameters": shown, "inputs": inputs, "versions": {n: metadata.version(n) for n in LIBRARIES}}
 
 # %% ../../nbs/core/60_runner.ipynb #8f0e1d2d
@@ -176,7 +175,8 @@ def run_stage(
     folder = root()
     params = read_params(folder)
     profile = profile or str(params["run"]["profile"])
-    entry = open_stage(stage, system, profile).declared
+    opened = open_stage(stage, system, profile)
+    entry = opened.declared
     path = _notebook(entry, stage)
     passed = {"profile": profile} | ({"system": system} if system else {})
     nb = nbformat.read(folder / path, as_version=4)
@@ -195,5 +195,5 @@ def run_stage(
                 (staging / out).parent.mkdir(parents=True, exist_ok=True)
                 nbformat.write(done, staging / out)
             if out.endswith(".html"):
-                render(done, staging / out, provenance(entry, params, inputs, system, profile), **_page(out))
+                render(done, staging / out, provenance(entry, opened.params, inputs, system, profile), **_page(out))
         publish(staging, folder, outs)

@@ -13,14 +13,12 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from .errors import StageError, unknown
-from .params import block, load_params, read_yaml, root
+from .params import SMOKE, block, load_params, read_yaml, root
 
 # %% auto #0
-__all__ = ['SMOKE', 'M', 'Declared', 'declared', 'rebase', 'Stage', 'open_stage']
+__all__ = ['M', 'Declared', 'declared', 'rebase', 'Stage', 'open_stage']
 
-# %% ../../nbs/core/30_stage.ipynb #720d60fa
-SMOKE = "smoke"
-
+# %% ../../nbs/core/30_stage.ipynb #f2267b21
 @dataclass(frozen=True)
 class Declared:
     """A stage's entry in dvc.yaml, for one system."""

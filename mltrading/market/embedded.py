@@ -23,7 +23,8 @@ from ..core.params import root
 from .panel import COLUMNS, TIME, check_bars
 
 # %% auto #0
-__all__ = ['UPSTREAM', 'NAMES', 'ETFS', 'INDICES', 'BENCHMARK', 'LAGS', 'Upstream', 'fetch', 'symbol_facts', 'bars', 'macro']
+__all__ = ['UPSTREAM', 'NAMES', 'ETFS', 'INDICES', 'BENCHMARK', 'CAUTION', 'LAGS', 'Upstream', 'fetch', 'symbol_facts', 'bars',
+           'macro']
 
 # %% ../../nbs/market/20_embedded.ipynb #f2267b21
 @dataclass(frozen=True)
@@ -107,6 +108,9 @@ NAMES = {
     "GSPC": "S&P 500 (bars)", "IXIC": "NASDAQ Composite", "SPX": "S&P 500 (benchmark)",
 }
 ETFS, INDICES, BENCHMARK = ("MTUM", "QUAL", "SIZE", "USMV", "VLUE"), ("GSPC", "IXIC"), "SPX"
+
+CAUTION = ("The stocks of this snapshot are companies that did well until its last day, so buying and holding them looks better than anybody could have done. "
+           "Indices hold no dividends, stocks and funds do; GSPC and IXIC stand in for funds that track them.")
 
 def symbol_facts() -> dict[str, dict[str, str]]:
     """Name, class and role of each symbol of the snapshot."""

@@ -61,7 +61,15 @@ def from_embedded() -> Snapshot:
     """The snapshot that ships with the project; see the page before this one."""
     bars, macro = embedded.bars(), embedded.macro()
     files = {name: asdict(item) for name, item in embedded.UPSTREAM.items()}
-    return Snapshot(bars, macro, {"source": "embedded", "files": files, "symbols": embedded.symbol_facts()})
+    return Snapshot(bars, macro, {"source": "embedded", "files": files, "symbols": embedded.symbol_facts(), "caution": embedded.CAUTION})
+
+def _told(path: Path) -> dict[str, dict[str, str]]:
+    "What a folder's manifest says of its symbols."
+    manifest = read_json(path)
+    told = manifest.get("symbols", {}) if isinstance(manifest, dict) else None
+    if not isinstance(told, dict) or not all(isinstance(v, dict) for v in told.values()):
+        raise DataError(str(path), "is not a manifest", 'write {"symbols": {"SPY": {"name": "SPDR S&P 500", "class": "etf", "role": "benchmark"}}}, or remove the file')
+    return told
 
 def from_folder(
     path: str | Path,  # a folder with bars in *.parquet, and perhaps macro.parquet and manifest.json
@@ -78,7 +86,7 @@ def from_folder(
     parts = [check_bars(read_parquet(f), str(f)) for f in files]
     bars = parts[0] if len(parts) == 1 else check_bars(pd.concat(parts).sort_values(["timestamp", "symbol"], ignore_index=True), f"{path} (all files together)")
     macro = check_macro(read_parquet(path / "macro.parquet"), str(path / "macro.parquet")) if (path / "macro.parquet").exists() else empty_macro()
-    told = read_json(path / "manifest.json").get("symbols", {}) if (path / "manifest.json").exists() else {}
+    told = _told(path / "manifest.json") if (path / "manifest.json").exists() else {}
     facts = {s: {"name": s, "class": "unknown", "role": "traded"} | told.get(s, {}) for s in sorted(bars["symbol"].unique())}
     return Snapshot(bars, macro, {"source": "folder", "files": {f.name: {"rows": len(p)} for f, p in zip(files, parts, strict=True)}, "symbols": facts})
 
@@ -93,6 +101,8 @@ def fetch_snapshot(
         raise unknown("source", source, list(SOURCES), "make data SOURCE=…")
     if source == "folder" and not path:
         raise ParameterError("make data SOURCE=folder", "does not say which folder", "add FROM=/path/to/folder")
+    if path and source != "folder":
+        raise ParameterError(f"make data SOURCE={source}", f"reads no folder, but FROM={path} was given", "add SOURCE=folder to read your own prices")
     return SOURCES[source](path) if path else SOURCES[source]()
 
 # %% ../../nbs/market/30_snapshot.ipynb #d1bed440

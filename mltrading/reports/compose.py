@@ -52,13 +52,12 @@ class ReportParams(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     level: float = Field(gt=0, lt=1, description="of all intervals, 0.95 = 95 %")
     n_boot: int = Field(ge=100, le=100_000, description="bootstrap resamples")
-    rf_annual: float = Field(gt=-1, description="risk-free rate in Sharpe ratios, effective annual")
     cost_scales: list[float] = Field(min_length=2, description="multiples of the assumed costs")
     reasons: int = Field(ge=1, le=10, description="contributions shown per signal")
     shap_rows: int = Field(ge=50, description="rows of the last test window that are explained")
 
-# %% ../../nbs/reports/40_compose.ipynb #673e9413
-NAMES = {"xgboost": "Gradient-boosted trees", "logistic": "Logistic regression", "constant": "Constant", HOLD: "Buy and hold", INDEX: "Index"}
+# %% ../../nbs/reports/40_compose.ipynb #1d4f46f4
+NAMES = {"xgboost": "Gradient-boosted trees", "logistic": "Logistic regression", "constant": "Constant", HOLD: "Buy and hold", INDEX: "Index, prices only"}
 
 def open_run(
     stage: Stage,          # the stage `report`
@@ -104,6 +103,11 @@ class _Read:
         "All accounts but the system's."
         return [a for a in self.returns.columns if a != self.system.model]
 
+    @property
+    def caution(self) -> str:
+        "What the source of the prices says one has to keep in mind."
+        return str(read_json(self.stage.input("panel") / "facts.json").get("caution", ""))
+
     def table(self, stage: str, name: str) -> pd.DataFrame:
         "A stored table."
         return read_parquet(self.stage.input(stage) / f"{name}.parquet")
@@ -118,7 +122,7 @@ class _Figures(_Read):
 
     @cached_property
     def measured(self) -> pd.DataFrame:
-        return metric_table(self.returns, **self.boot, bars_per_year=self.bars_per_year, rf_annual=self.params.rf_annual)
+        return metric_table(self.returns, **self.boot, bars_per_year=self.bars_per_year)
 
     @cached_property
     def against(self) -> pd.DataFrame:
@@ -200,10 +204,9 @@ class _Past(_Opening):
     "What it did, and what it cost."
 
     def equity(self) -> Figure:
-        """Equity and drawdown of the system, its closest baseline, buy-and-hold and the index."""
-        shown = [a for a in self.returns.columns if a != "constant"]
-        curves = (1 + self.returns[shown]).cumprod()
-        return plots.plot_equity({NAMES.get(a, a): curves[a] for a in shown})
+        """Equity and drawdown of all accounts."""
+        curves = (1 + self.returns).cumprod()
+        return plots.plot_equity({NAMES.get(str(a), str(a)): curves[a] for a in curves.columns})
 
     def metrics(self) -> Table:
         """Metrics with intervals, a column per account."""
@@ -213,7 +216,7 @@ class _Past(_Opening):
         order = list(self.measured["metric"].unique())
         frame = pd.DataFrame(wide, index=pd.Index([names[m] for m in order], name="")).rename(columns=NAMES)
         spec = {names[m]: "number:2" if m in ("sharpe_annual", "sortino_annual", "calmar") else "percent:1" for m in order}
-        return Table(frame, caption="Net of all costs", note=f"{self.level} bootstrap intervals. The stocks of the list were chosen because they did well, so buying and holding them looks better than anybody could have done.", rows=spec)
+        return Table(frame, caption="Net of all costs", note=f"{self.level} bootstrap intervals. {self.caution}", rows=spec)
 
     def monthly(self) -> Figure:
         """Monthly returns of the system as a heatmap."""
@@ -224,8 +227,8 @@ class _Past(_Opening):
         frame = self.acted.loc[list(self.returns.columns)].set_axis(self.called(list(self.returns.columns))).rename_axis("account")
         frame = frame.rename(columns={"turnover_annual": "turnover per year", "exposure": "bars with a position", "mean_gross": "mean gross", "mean_net": "mean net", "costs_annual": "costs per year"})
         spec = {"turnover per year": "number:1", "bars with a position": "percent:0", "mean gross": "percent:0", "mean net": "signed-percent:0", "costs per year": "percent:2"}
-        c = self.setting["costs"]
-        note = f"Commission {c['commission_bps']:g} bp, half-spread {c['half_spread_bps']:g} bp, square-root impact with coefficient {c['impact_coefficient']:g}, borrow {c['borrow_bps_annual']:g} bp a year; orders fill at the next bar's {c['fill']}."
+        c, a = self.setting["costs"], self.setting["account"]
+        note = f"Commission {c['commission_bps']:g} bp, half-spread {c['half_spread_bps']:g} bp, square-root impact with coefficient {c['impact_coefficient']:g}, borrow {c['borrow_bps_annual']:g} bp a year; orders fill at the next bar's {c['fill']}. Cash earns and costs nothing. A position whose symbol has no bar for {a['delist_after_bars']} bars is settled {100 * a['delist_haircut']:g} % worse than its last close."
         return Table(frame, spec, "How much was traded", note, units={"turnover per year": "× equity"})
 
     @cached_property

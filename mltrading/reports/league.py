@@ -32,7 +32,7 @@ def read_metrics(
         raise DataError(str(folder), "holds no metrics", "run the report of at least one system: `make repro`")
     return found
 
-NAMES = {"buy_and_hold": "buy and hold", "index": "index", "xgboost": "boosted trees", "logistic": "logistic", "constant": "constant"}
+NAMES = {"buy_and_hold": "buy and hold", "index": "index, prices only", "xgboost": "boosted trees", "logistic": "logistic", "constant": "constant"}
 
 def standings(
     metrics: dict[str, dict[str, Any]],
@@ -46,7 +46,7 @@ def standings(
             row: dict[str, Any] = {"system": name, "title": m["title"], "account": a, "own": a == m["model"]}
             for measure in ("sharpe_annual", "cagr", "vol_annual", "max_drawdown"):
                 row[measure] = tuple(np.nan if numbers[measure][k] is None else numbers[measure][k] for k in ("value", "low", "high"))
-            row["dsr"] = numbers.get("deflated", {}).get("dsr", np.nan)
+            row["dsr"] = float(np.nan if (dsr := numbers.get("deflated", {}).get("dsr")) is None else dsr)
             row["turnover_annual"] = numbers["activity"]["turnover_annual"]
             rows.append(row)
     return pd.DataFrame(rows)
@@ -65,7 +65,7 @@ def league_table(
         "Sharpe ratio": s["sharpe_annual"], "deflated": s["dsr"].astype(float), "growth per year": s["cagr"], "volatility": [v[0] for v in s["vol_annual"]], "maximum drawdown": [v[0] for v in s["max_drawdown"]], "turnover": s["turnover_annual"].astype(float),
     })
     spec = {"": "link", "Sharpe ratio": "signed:2", "deflated": "percent:0", "growth per year": "signed-percent:1", "volatility": "percent:1", "maximum drawdown": "percent:0", "turnover": "number:1"}
-    return Table(frame, spec, "Systems, and what each was compared with", "Net of all costs, with 95 % bootstrap intervals unless the report says otherwise. Deflated: probability that the true Sharpe ratio is above what the luckiest of all recorded trials would show without any skill.",
+    return Table(frame, spec, "Systems, and what each was compared with", "Net of all costs, with 95 % bootstrap intervals unless the report says otherwise. Deflated: probability that the true Sharpe ratio is above what the luckiest of the system's recorded trials would show without any skill.",
                  units={"turnover": "× equity a year"}, mark=[int(i) for i in np.flatnonzero(s["own"])])
 
 def league_plot(
@@ -95,7 +95,10 @@ def results_sentence(
     """Which accounts did better than each system, in words."""
     said = []
     for m in metrics.values():
-        value = {a: v["sharpe_annual"]["value"] for a, v in m["accounts"].items()}
+        value = {a: v["sharpe_annual"]["value"] for a, v in m["accounts"].items() if v["sharpe_annual"]["value"] is not None}
+        if m["model"] not in value:
+            said.append(f"{m['title']} never held a position.")
+            continue
         above = sorted((a for a in value if value[a] > value[m["model"]]), key=lambda a: -value[a])
         sure = [a for a in above if m["beats"][a]["high"] < 0]
         if not above:
@@ -115,6 +118,9 @@ def summary_line(
     lines = []
     for name, m in metrics.items():
         a = m["accounts"][m["model"]]
+        if a["sharpe_annual"]["value"] is None:
+            lines.append(f"- **[{m['title']}]({name}.html)** never held a position.")
+            continue
         s, d = {k: f"{v:.2f}".replace("-", "−") for k, v in a["sharpe_annual"].items()}, a["deflated"]
         lines.append(f"- **[{m['title']}]({name}.html)**: Sharpe ratio {s['value']}, interval {s['low']} to {s['high']}, deflated probability {100 * d['dsr']:.0f} % after {m['n_trials']} trials; "
                      f"{m['n_symbols']} symbols, {m['start'][:10]} to {m['end'][:10]}, profile `{m['profile']}`.")

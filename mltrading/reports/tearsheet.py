@@ -14,9 +14,10 @@ import pandas as pd
 from ..core.errors import DataError
 from ..models.explain import reasons, shap_values
 from ..models.forecaster import Model
+from ..systems.trade import traded
 from ..validation.inference import bootstrap_intervals, min_track_record_bars, paired_difference, paired_loss
 from ..validation.metrics import exposure, forecast_quality, log_loss_rows, performance, turnover_annual
-from ..validation.trials import deflated
+from ..validation.trials import deflated, trial_count
 
 # %% auto #0
 __all__ = ['HEADLINE', 'metric_table', 'activity', 'beats', 'judged', 'forecast_table', 'verdict', 'deflation', 'signals',
@@ -31,11 +32,11 @@ def metric_table(
     n_boot: int,
     level: float,                  # of the intervals, 0.95 = 95 %
     bars_per_year: float,
-    rf_annual: float,
     metrics: Sequence[str] = HEADLINE,
 ) -> pd.DataFrame:                 # account, metric, value, low, high
-    """Metrics of several accounts with bootstrap intervals."""
-    parts = [bootstrap_intervals(returns[a], seed, metrics, n_boot, level, bars_per_year, rf_annual).assign(account=a) for a in returns.columns]
+    """Metrics of several accounts with bootstrap intervals, NaN for one that never held anything; Sharpe ratios against a risk-free rate of zero."""
+    empty = pd.DataFrame({"metric": list(metrics), "value": np.nan, "low": np.nan, "high": np.nan})
+    parts = [(bootstrap_intervals(returns[a], seed, metrics, n_boot, level, bars_per_year) if traded(returns[a]) else empty).assign(account=a) for a in returns.columns]
     return pd.concat(parts, ignore_index=True)[["account", "metric", "value", "low", "high"]]
 
 def activity(
@@ -58,8 +59,9 @@ def beats(
     bars_per_year: float,
 ) -> pd.DataFrame:             # index other: diff, low, high (annual Sharpe ratios), p_value
     """Paired differences of Sharpe ratios on the same bars."""
-    rows = {o: paired_difference(returns[account], returns[o], seed, "sharpe", bars_per_year, n_boot, level) for o in others}
-    return pd.DataFrame(rows).T[["diff", "low", "high", "p_value"]].rename_axis("against")
+    columns = ["diff", "low", "high", "p_value"]
+    rows = {o: paired_difference(returns[account], returns[o], seed, "sharpe", bars_per_year, n_boot, level) if traded(returns[account]) and traded(returns[o]) else dict.fromkeys(columns, np.nan) for o in others}
+    return pd.DataFrame(rows).T[columns].rename_axis("against")
 
 # %% ../../nbs/reports/30_tearsheet.ipynb #3fe0d4f0
 def judged(
@@ -99,6 +101,8 @@ def verdict(
     names: Mapping[str, str],     # account -> what people call it
 ) -> str:
     """What may be believed, in a sentence or two."""
+    if np.isnan(sharpe[0]):
+        return f"{name} never held a position in this period: there is nothing to judge."
     value, low, high = (f"{x:.2f}".replace("-", "−") for x in sharpe)
     said = f"{name} had a Sharpe ratio of {value} a year, with an interval from {low} to {high}. "
     if dsr >= 0.95:
@@ -124,6 +128,9 @@ def deflation(
     """Deflated Sharpe ratios, and the years of such a record that would be needed to believe it undeflated at 95 %."""
     rows = {}
     for a in accounts:
+        if not traded(returns[a]):
+            rows[a] = {"n_trials": float(trial_count(ledger))}
+            continue
         p = performance(returns[a], bars_per_year)
         bars = min_track_record_bars(p["sharpe_annual"] / np.sqrt(bars_per_year), p["skew"], p["kurtosis"])
         rows[a] = deflated(returns[a], ledger, bars_per_year) | {"min_track_record_years": bars / bars_per_year}

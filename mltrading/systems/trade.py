@@ -15,13 +15,16 @@ import pandas as pd
 from ..backtest.baselines import equal_weight, hold
 from ..backtest.costs import CostParams
 from ..backtest.engine import BacktestParams, Ledger, decided_targets, replay, simulate, sweep
+from ..core.errors import ParameterError
 from ..market.panel import Panel, select
 from ..portfolio.policy import Policy
 from ..validation.inference import bootstrap_intervals
+from ..validation.metrics import performance
 from ..validation.trials import record, trial
 
 # %% auto #0
-__all__ = ['HOLD', 'INDEX', 'trade', 'without_model', 'returns_table', 'sensitivity', 'record_trials']
+__all__ = ['HOLD', 'INDEX', 'trade', 'check_fill', 'without_model', 'returns_table', 'sensitivity', 'record_trials', 'outcome',
+           'traded']
 
 # %% ../../nbs/systems/15_trade.ipynb #31de8de9
 def trade(
@@ -37,7 +40,15 @@ def trade(
     Known at: each order at its decision; see `backtest.engine.replay`."""
     return {m: replay(panel, policy, forecasts[forecasts["model"] == m], costs, params) for m in models}
 
-# %% ../../nbs/systems/15_trade.ipynb #4f777109
+# %% ../../nbs/systems/15_trade.ipynb #eccc7dfc
+def check_fill(
+    learned: str,  # `labels.fill`
+    traded: str,   # `costs.fill`
+) -> None:
+    """A label starts at the price at which a decision is filled. Raises `ParameterError` where the two differ."""
+    if learned != traded:
+        raise ParameterError("params.yaml: labels.fill, costs.fill", f"labels start at the {learned}, orders fill at the {traded}", "give both the same value")
+
 HOLD, INDEX = "buy_and_hold", "index"
 
 def without_model(
@@ -106,3 +117,15 @@ def record_trials(
     if earlier.exists() and earlier != path:
         path.write_bytes(earlier.read_bytes())
     return record(path, [trial(system, m, params, data_id, returns[m], bars_per_year, fits) for m in models])
+
+def outcome(
+    returns: pd.DataFrame,     # from `returns_table`
+    bars_per_year: float,
+) -> pd.DataFrame:             # index account: cagr, vol_annual, sharpe_annual, max_drawdown; NaN for an account that never held anything
+    """What came out, in four numbers per account."""
+    shown = ["cagr", "vol_annual", "sharpe_annual", "max_drawdown"]
+    return pd.DataFrame({a: {k: performance(returns[a], bars_per_year)[k] for k in shown} if traded(returns[a]) else dict.fromkeys(shown, np.nan) for a in returns.columns}).T
+
+def traded(returns: pd.Series[float]) -> bool:
+    """Whether an account ever held anything."""
+    return bool((returns != 0).any())

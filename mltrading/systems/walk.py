@@ -75,10 +75,10 @@ def _fit(data: Rows, fold: Fold, make: Factory, target: str) -> Model:
     learned = data.labels.iloc[fold.train]
     return make().fit(data.features.iloc[fold.train][living(data, fold)], learned[target].to_numpy(np.float64), weights(learned), data.times[fold.train])
 
-def _forecast(data: Rows, fold: Fold, predicted: pd.DataFrame, model: str, horizon_bars: int) -> pd.DataFrame:
+def _forecast(data: Rows, fold: Fold, predicted: pd.DataFrame, model: str, horizon_bars: int, target: str) -> pd.DataFrame:
     "A fold's out-of-sample forecasts in the contract's columns, with the model's name."
-    keys, sigma = data.keys.iloc[fold.test].reset_index(drop=True), data.sigma[fold.test]
-    return keys.assign(horizon_bars=horizon_bars, score=predicted["score"].to_numpy() * sigma, prob_up=predicted["prob_up"].to_numpy(), sigma=predicted["sigma"].to_numpy() * sigma, fold=fold.number, model=model)
+    keys, unit = data.keys.iloc[fold.test].reset_index(drop=True), data.sigma[fold.test] if target == "ret_voladj" else 1.0
+    return keys.assign(horizon_bars=horizon_bars, score=predicted["score"].to_numpy() * unit, prob_up=predicted["prob_up"].to_numpy(), sigma=predicted["sigma"].to_numpy() * unit, fold=fold.number, model=model)
 
 def _quality(data: Rows, fold: Fold, predicted: pd.DataFrame, model: str) -> dict[str, Any]:
     "How good a fold's forecasts were, over the rows whose label is complete."
@@ -107,7 +107,7 @@ def walk(
             model = _fit(data, fold, make, target)
             predicted = model.predict(data.features.iloc[fold.test][list(model.features)])
             model.save(folder / name / f"fold_{fold.number:03d}")
-            forecasts.append(_forecast(data, fold, predicted, name, horizon_bars))
+            forecasts.append(_forecast(data, fold, predicted, name, horizon_bars, target))
             quality.append(_quality(data, fold, predicted, name))
     table = pd.concat(forecasts).sort_values(["model", "timestamp", "symbol"], ignore_index=True)
     return table, pd.DataFrame(quality)
