@@ -57,7 +57,7 @@ class ReportParams(BaseModel):
     shap_rows: int = Field(ge=50, description="rows of the last test window that are explained")
 
 # %% ../../nbs/reports/40_compose.ipynb #1d4f46f4
-NAMES = {"xgboost": "Gradient-boosted trees", "logistic": "Logistic regression", "constant": "Constant", HOLD: "Buy and hold", INDEX: "Index, prices only"}
+NAMES = {"xgboost": "Gradient-boosted trees", "logistic": "Logistic regression", "constant": "Constant", HOLD: "Buy and hold", INDEX: "Price index"}
 
 def open_run(
     stage: Stage,          # the stage `report`

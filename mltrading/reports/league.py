@@ -32,7 +32,7 @@ def read_metrics(
         raise DataError(str(folder), "holds no metrics", "run the report of at least one system: `make repro`")
     return found
 
-NAMES = {"buy_and_hold": "buy and hold", "index": "index, prices only", "xgboost": "boosted trees", "logistic": "logistic", "constant": "constant"}
+NAMES = {"buy_and_hold": "buy and hold", "index": "price index", "xgboost": "boosted trees", "logistic": "logistic", "constant": "constant"}
 
 def standings(
     metrics: dict[str, dict[str, Any]],
