@@ -39,6 +39,11 @@ repro: $(READY) ## from the locked prices to reports/index.html; runs only what 
 data: $(READY) ## rebuild the price snapshot: SOURCE=embedded, or SOURCE=folder FROM=/path/to/parquet
 	@$(BIN)/mltrading data --source $(or $(SOURCE),embedded) $(if $(FROM),--from '$(FROM)')
 
+.PHONY: audit
+audit: $(READY) ## prove for every feature that it does not look ahead
+	@test -d data || $(BIN)/dvc pull --quiet data
+	@$(BIN)/mltrading audit
+
 .PHONY: smoke
 smoke: $(READY) ## run every pipeline notebook once on a small configuration, into build/smoke
 	@$(BIN)/mltrading run --profile smoke

@@ -46,6 +46,15 @@ def _data(given: argparse.Namespace) -> None:
         dvc("push", "--quiet", "data", fix="data/ is locked; run `dvc push data` again to put it into the remote")
     print(f"{len(snapshot.bars):,} bars of {snapshot.bars['symbol'].nunique()} symbols in {root() / 'data'}, locked in data.dvc")
 
+def _audit(given: argparse.Namespace) -> None:
+    from mltrading.features.audit import check_registry
+    from mltrading.market.snapshot import read_snapshot
+
+    market, started = read_snapshot(root() / "data"), time.perf_counter()
+    marked = [s for s, facts in market.manifest["symbols"].items() if facts.get("role") == "benchmark"]
+    table = check_registry(market.panel, macro=market.macro if len(market.macro) else None, benchmark=marked[0] if marked else None, cuts=given.cuts)
+    print(f"{len(table)} features on {market.panel!r}: none looks ahead, all begin when they say; {time.perf_counter() - started:.1f} s")
+
 def _refresh(_: argparse.Namespace) -> None:
     from mltrading.core.notebooks import clean, export, readme
     from mltrading.core.storage import atomic
@@ -78,6 +87,8 @@ def parser() -> argparse.ArgumentParser:
     data = command("data", "rebuild the price snapshot and lock it", _data)
     data.add_argument("--source", default="embedded")
     data.add_argument("--from", dest="path", default=None, help="the folder that the folder source reads")
+    audit = command("audit", "prove for every feature that it does not look ahead", _audit)
+    audit.add_argument("--cuts", type=int, default=8, help="random instants at which the data are cut")
     command("refresh", "export the package, clean the notebooks, write README.md", _refresh)
     return top
 

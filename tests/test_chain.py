@@ -35,25 +35,27 @@ def shuffled_after(snapshot: Snapshot, t: pd.Timestamp, seed: int) -> Snapshot:
     return Snapshot(mix(snapshot.bars, "symbol", ["open", "high", "low", "close", "volume"]), mix(snapshot.macro, "series", ["value"]), snapshot.manifest)
 
 
+def chain(folder: Path, snapshot: Snapshot) -> Path:
+    """Run the small chain on a snapshot in a new project; give the folder of its outputs."""
+    write_snapshot(snapshot, folder / "data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLTRADING_ROOT", str(folder))
+        for stage in STAGES:
+            run_stage(stage, SYSTEM, PROFILE)
+    return folder / "build" / "smoke" / SYSTEM
+
+
 @pytest.fixture(scope="module")
 def twins(tmp_path_factory: pytest.TempPathFactory, new_project: Callable[[Path], Path]) -> tuple[Path, Path]:
     """The small chain, run on the real snapshot and on one whose prices after T are shuffled."""
-    folders = []
-    with pytest.MonkeyPatch.context() as patch:
-        for name, snapshot in (("real", from_embedded()), ("shuffled", shuffled_after(from_embedded(), T, seed=1))):
-            folder = new_project(tmp_path_factory.mktemp("chain") / name)
-            write_snapshot(snapshot, folder / "data")
-            patch.setenv("MLTRADING_ROOT", str(folder))
-            for stage in STAGES:
-                run_stage(stage, SYSTEM, PROFILE)
-            folders.append(folder / "build" / "smoke" / SYSTEM)
-    return folders[0], folders[1]
+    top = tmp_path_factory.mktemp("chain")
+    return chain(new_project(top / "real"), from_embedded()), chain(new_project(top / "shuffled"), shuffled_after(from_embedded(), T, seed=1))
 
 
-def same_until(a: Path, b: Path, column: str) -> tuple[int, bool]:
-    """Rows up to T of two tables, compared bit for bit: their number, and whether what follows differs."""
+def same_until(a: Path, b: Path, column: str, t: pd.Timestamp = T) -> tuple[int, bool]:
+    """Rows up to an instant of two tables, compared bit for bit: their number, and whether what follows differs."""
     x, y = read_parquet(a), read_parquet(b)
-    early, other = x[x[column] <= T], y[y[column] <= T]
+    early, other = x[x[column] <= t], y[y[column] <= t]
     assert list(x.columns) == list(y.columns)
     for name in x.columns:
         left, right = early[name].to_numpy(), other[name].to_numpy()
@@ -63,7 +65,7 @@ def same_until(a: Path, b: Path, column: str) -> tuple[int, bool]:
     return len(early), not x.equals(y)
 
 
-@pytest.mark.parametrize(("table", "column"), [
+TABLES = [
     ("panel/panel.parquet", "timestamp"),
     ("features/features.parquet", "timestamp"),
     ("features/labels.parquet", "end"),
@@ -74,12 +76,27 @@ def same_until(a: Path, b: Path, column: str) -> tuple[int, bool]:
     ("backtest/xgboost/equity.parquet", "timestamp"),
     ("backtest/logistic/positions.parquet", "timestamp"),
     ("backtest/decisions.parquet", "timestamp"),
-])
+]
+
+
+@pytest.mark.parametrize(("table", "column"), TABLES)
 def test_nothing_stamped_until_t_knows_what_follows(twins: tuple[Path, Path], table: str, column: str) -> None:
     real, shuffled = twins
     rows, differs = same_until(real / table, shuffled / table, column)
     assert rows > 100
     assert differs, "the shuffle after T has to be seen after T, or this test shows nothing"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("instant", ["2013-11-29 18:00", "2014-08-15 20:00", "2018-02-05 21:00"])
+def test_nothing_knows_what_follows_other_instants(twins: tuple[Path, Path], tmp_path: Path, new_project: Callable[[Path], Path], instant: str) -> None:
+    """A half day, a quiet day, and the day of a crash."""
+    t = pd.Timestamp(instant, tz="UTC")
+    other = chain(new_project(tmp_path / "other"), shuffled_after(from_embedded(), t, seed=2))
+    for table, column in TABLES:
+        rows, differs = same_until(twins[0] / table, other / table, column, t)
+        assert rows
+        assert differs
 
 
 def test_models_fitted_until_t_are_the_same_bytes(twins: tuple[Path, Path]) -> None:

@@ -1,17 +1,21 @@
 """Features on panels that are ragged, frozen, tiny or huge: the same bits under truncation, and never an infinity."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mltrading.cli import main
 from mltrading.core.errors import DataError, LeakError, ParameterError
 from mltrading.features import kernels
 from mltrading.features.audit import audit, audit_function, check_causal, check_registry
 from mltrading.features.registry import Context, catalogue, compute, lookup
 from mltrading.market.panel import Panel, until
 from mltrading.market.simulate import random_walk
+from mltrading.market.snapshot import from_embedded, write_snapshot
 
 SHORT = settings(max_examples=25, deadline=None, derandomize=True)
 
@@ -162,3 +166,11 @@ def test_a_stale_or_future_release_is_not_seen() -> None:
     np.testing.assert_array_equal(c.asof("vix", 10), [np.nan, 10.0, np.nan])
     np.testing.assert_array_equal(c.asof("vix", 18), [np.nan, 10.0, 10.0])
     assert np.isnan(c.asof("gold", 10)).all()
+
+
+def test_the_audit_command_on_the_embedded_snapshot(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_snapshot(from_embedded(), project / "data")
+    assert main(["audit", "--cuts", "3"]) == 0
+    said = capsys.readouterr().out
+    assert f"{len(catalogue())} features on Panel(28 symbols" in said
+    assert "none looks ahead" in said

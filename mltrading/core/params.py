@@ -121,6 +121,7 @@ class ComputeParams(BaseModel):
 
 PARTS = {"run": RunParams, "compute": ComputeParams, "systems": None, "profiles": None}
 
+# %% ../../nbs/core/20_params.ipynb #24e03eee
 def system_blocks(
     stages: dict[str, Any],  # the parsed dvc.yaml
 ) -> list[str]:              # names of the blocks below a system
@@ -129,6 +130,7 @@ def system_blocks(
     found = {p.removeprefix(prefix) for s in stages["stages"].values() for p in s.get("params", []) if isinstance(p, str) and p.startswith(prefix)}
     return sorted(found)
 
+# %% ../../nbs/core/20_params.ipynb #a16ff8f9
 def _is_block(value: Any, where: str) -> None:
     if not isinstance(value, dict):
         raise ParameterError(where, "is missing" if value is None else f"is {value!r}, not a block", "`git diff params.yaml` shows what was changed; an empty block is written {}")

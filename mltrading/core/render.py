@@ -281,6 +281,7 @@ def page(
     body = re.sub(r"<!--figure (\d+)-->", lambda m: figures[int(m[1]) - 1], body)
     return re.sub(r"\n{2,}", "\n", head) + mark + body + end + tail
 
+# %% ../../nbs/core/50_render.ipynb #0370785d
 def render(
     nb: Any,                             # a notebook in canonical form
     path: str | Path,                    # where to; an existing page is replaced in one step

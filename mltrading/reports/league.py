@@ -32,6 +32,7 @@ def read_metrics(
         raise DataError(str(folder), "holds no metrics", "run the report of at least one system: `make repro`")
     return found
 
+# %% ../../nbs/reports/50_league.ipynb #c11e1dbe
 NAMES = {"buy_and_hold": "buy and hold", "index": "price index", "xgboost": "boosted trees", "logistic": "logistic", "constant": "constant"}
 
 def standings(
@@ -51,6 +52,7 @@ def standings(
             rows.append(row)
     return pd.DataFrame(rows)
 
+# %% ../../nbs/reports/50_league.ipynb #4a9f2e27
 def _who(s: pd.DataFrame) -> list[tuple[str, str, str, bool]]:
     "System, title, account and whether it is the system's own, row by row."
     return list(zip(s["system"].astype(str), s["title"].astype(str), s["account"].astype(str), s["own"].astype(bool), strict=True))
@@ -76,6 +78,7 @@ def league_plot(
     names = [title if own else NAMES.get(account, account) + (f" ({system})" if len(metrics) > 1 else "") for system, title, account, own in _who(s)]
     return plot_intervals(pd.DataFrame(list(s["sharpe_annual"]), columns=["value", "low", "high"], index=names))
 
+# %% ../../nbs/reports/50_league.ipynb #ab74eaf0
 def results_markdown(
     metrics: dict[str, dict[str, Any]],
 ) -> str:
@@ -89,6 +92,7 @@ def results_markdown(
         lines.append(f"| {name} | {shown(row['sharpe_annual'], 1, 2)} | {'–' if np.isnan(row['dsr']) else format(row['dsr'], '.0%').replace('%', ' %')} | {shown(row['cagr'], 100, 1)} | {shown(row['max_drawdown'], 100, 0)} |")
     return "\n".join(lines)
 
+# %% ../../nbs/reports/50_league.ipynb #a59a834c
 def results_sentence(
     metrics: dict[str, dict[str, Any]],
 ) -> str:
@@ -111,6 +115,7 @@ def _list(accounts: list[str]) -> str:
     names = [NAMES.get(a, a) for a in accounts]
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
 
+# %% ../../nbs/reports/50_league.ipynb #afb23a5d
 def summary_line(
     metrics: dict[str, dict[str, Any]],
 ) -> Markdown:

@@ -108,7 +108,6 @@ class Table:
 
     def __repr__(self) -> str:
         return f"Table({self.caption or '–'}: {len(self.frame)} rows × {len(self.frame.columns)} columns)"
-
     def _head(self, indexed: bool) -> str:
         cells = [f'<th scope="col">{escape(str(self.frame.index.name or ""))}</th>'] if indexed else []
         for c, spec in self.formats.items():
