@@ -45,7 +45,7 @@ def _check_form(frame: pd.DataFrame, where: str) -> None:
         raise DataError(where, "holds no bars", "check the symbols and dates that were asked for")
     if not isinstance(frame["timestamp"].dtype, pd.DatetimeTZDtype):
         raise DataError(f"{where}, column `timestamp`, row 0 ({frame['timestamp'].iloc[0]})", f"times without a zone ({frame['timestamp'].dtype})",
-                        "convert to UTC where the source is read: frame['timestamp'].dt.tz_localize(exchange_zone).dt.tz_convert('UTC')")
+                        "stamp each bar with its close where the source is read: (dates + time_of_close).dt.tz_localize(exchange_zone).dt.tz_convert('UTC'); a bare date is midnight, before its session")
     for column in (*PRICES, "volume"):
         if column in frame.columns and not pd.api.types.is_numeric_dtype(frame[column]):
             raise DataError(f"{where}, column `{column}`", f"is {frame[column].dtype}, not a number", "convert the column where the source is read")
