@@ -20,7 +20,7 @@ from ..core.storage import write_parquet
 
 # %% auto #0
 __all__ = ['PRICES', 'OPTIONAL', 'COLUMNS', 'TIME', 'check_bars', 'Panel', 'from_frame', 'to_frame', 'long_column', 'select',
-           'between', 'until', 'fill_price', 'read_panel', 'write_panel']
+           'between', 'until', 'fill_price', 'read_panel', 'write_panel', 'BarSet']
 
 # %% ../../nbs/market/00_panel.ipynb #f8e49504
 PRICES = ("open", "high", "low", "close")
@@ -258,3 +258,15 @@ def write_panel(
 ) -> None:
     """Write the long form of a panel, always with the same bytes for the same panel."""
     write_parquet(to_frame(panel), path)
+
+# %% ../../nbs/market/00_panel.ipynb #f2267b21
+@dataclass(frozen=True)
+class BarSet:
+    """Bars of one source and frequency, and what must be known to use them."""
+
+    name: str                     # how `params.yaml` calls it: "daily"
+    bars: pd.DataFrame            # long, canonical
+    frequency: str                # "1m", "5m", "15m", "30m", "1h", "1d", or "irregular"
+    calendar: str                 # of exchange_calendars: "XNYS", "24/7", "24/5"
+    prices: str                   # what the prices are adjusted for: "raw", "splits", or "total" (splits and dividends)
+    notes: tuple[str, ...] = ()   # what was assumed when it was read
