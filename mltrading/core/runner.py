@@ -19,7 +19,7 @@ from typing import Any
 from .errors import MLTradingError, StageError, unknown
 from .params import read_params, root
 from .stage import Declared, open_stage, rebase
-from .storage import content_id
+from .storage import content_id, put
 
 # %% auto #0
 __all__ = ['HASWELL', 'LIBRARIES', 'fixed_environment', 'check_parameters', 'publish', 'provenance', 'explain', 'execute',
@@ -80,16 +80,11 @@ def publish(
     folder: Path,           # the project's root
     outs: tuple[str, ...],  # their paths, the same below both
 ) -> None:
-    """Move a stage's outputs into place. Raises `StageError` before touching anything where one of them is missing."""
+    """Move a stage's outputs into place, each in one step. Raises `StageError` before touching anything where one of them is missing."""
     if missing := [o for o in outs if not (staging / o).exists()]:
         raise StageError(missing[0], "is declared as an output and was not written", "write it with stage.output(…), or remove it from dvc.yaml")
     for out in outs:
-        target, old = folder / out, staging / ".old"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.is_dir():
-            target.rename(old)
-        (staging / out).replace(target)
-        shutil.rmtree(old, ignore_errors=True)
+        put(staging / out, folder / out)
 
 # %% ../../nbs/core/60_runner.ipynb #64d896f7
 LIBRARIES = ("mltrading", "numpy", "pandas", "numba", "scikit-learn", "xgboost", "scipy", "matplotlib", "seaborn", "pyarrow")

@@ -5,10 +5,13 @@
 # %% ../../nbs/core/10_storage.ipynb #35e0d873
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import math
 import os
+import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +25,7 @@ import pyarrow.parquet as pq
 from .errors import DataError
 
 # %% auto #0
-__all__ = ['atomic', 'write_parquet', 'read_parquet', 'plain', 'write_json', 'read_json', 'content_id']
+__all__ = ['atomic', 'put', 'replacing', 'write_parquet', 'read_parquet', 'plain', 'write_json', 'read_json', 'content_id']
 
 # %% ../../nbs/core/10_storage.ipynb #d41cda11
 @contextmanager
@@ -40,6 +43,55 @@ def atomic(
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+# %% ../../nbs/core/10_storage.ipynb #6dea4e91
+def _exchange(one: Path, two: Path) -> bool:
+    "Swap two names in one step, where the system can."
+    if sys.platform == "win32":
+        return False
+    libc = ctypes.CDLL(None, use_errno=True)
+    a, b = os.fsencode(one), os.fsencode(two)
+    if hasattr(libc, "renameat2"):
+        return bool(libc.renameat2(-100, a, -100, b, 2) == 0)  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(hasattr(libc, "renamex_np") and libc.renamex_np(a, b, 2) == 0)  # RENAME_SWAP
+
+def put(
+    new: Path,     # a finished file or folder on the same disk
+    target: Path,  # its place, empty or not
+) -> None:
+    """Put a finished file or folder in its place. A kill at any instant leaves the old one or the new one."""
+    old = target.with_name(f".{target.name}.old")
+    if old.exists() and not target.exists():
+        old.rename(target)  # an earlier call was killed between the two renames below
+    shutil.rmtree(old, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.is_dir():
+        new.replace(target)
+    elif _exchange(new, target):
+        shutil.rmtree(new)
+    else:
+        target.rename(old)
+        new.rename(target)
+        shutil.rmtree(old)
+
+# %% ../../nbs/core/10_storage.ipynb #d76f120e
+@contextmanager
+def replacing(
+    folder: str | Path,  # the folder to write
+) -> Iterator[Path]:     # an empty folder beside it, to write to
+    """Give an empty folder and put it in the place of `folder` when the block ends well. After an exception, or a kill, the old one is as it was."""
+    folder = Path(folder)
+    new = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        for file in [p for p in new.rglob("*") if p.is_file()]:
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+        put(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 # %% ../../nbs/core/10_storage.ipynb #8b8e71d9
 def write_parquet(

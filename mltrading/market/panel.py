@@ -5,7 +5,7 @@
 # %% ../../nbs/market/00_panel.ipynb #35e0d873
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,70 +19,95 @@ from ..core.errors import DataError, ParameterError
 from ..core.storage import write_parquet
 
 # %% auto #0
-__all__ = ['PRICES', 'OPTIONAL', 'COLUMNS', 'TIME', 'check_bars', 'Panel', 'from_frame', 'to_frame', 'long_column', 'select',
-           'between', 'until', 'fill_price', 'read_panel', 'write_panel', 'BarSet']
+__all__ = ['PRICES', 'FIELDS', 'COLUMNS', 'TIME', 'Column', 'check_bars', 'Panel', 'from_frame', 'to_frame', 'long_column',
+           'select', 'between', 'until', 'fill_price', 'read_panel', 'write_panel', 'BarSet']
 
 # %% ../../nbs/market/00_panel.ipynb #f8e49504
 PRICES = ("open", "high", "low", "close")
-OPTIONAL = ("open", "high", "low", "volume", "vwap", "trade_count", "adj_factor")
+FIELDS = (*PRICES, "volume", "vwap", "trade_count", "adj_factor", "member")
 COLUMNS = ("timestamp", "symbol", *PRICES, "volume")
 TIME = pd.DatetimeTZDtype("us", "UTC")
 
-# %% ../../nbs/market/00_panel.ipynb #063f567a
-def _row(frame: pd.DataFrame, bad: NDArray[np.bool_], where: str, column: str) -> str:
-    "Name the first row of `frame` where `bad` holds."
-    i = int(np.argmax(bad))
-    r = frame.iloc[i]
-    return f"{where}, column `{column}`, row {i} ({r['symbol']} at {r['timestamp']})"
+# %% ../../nbs/market/00_panel.ipynb #0554d903
+Column = Callable[[str], pd.Series]
 
-# %% ../../nbs/market/00_panel.ipynb #a1ba5625
-def _check_form(frame: pd.DataFrame, where: str) -> None:
-    "Columns, types and order of a long table of bars."
-    for column in ("timestamp", "symbol", "close"):
-        if column not in frame.columns:
-            raise DataError(f"{where}, column `{column}`", "is missing", f"a table of bars needs timestamp, symbol and close; this one has {list(frame.columns)}")
-    if frame.empty:
+@dataclass(frozen=True)
+class _Keys:
+    "Where each of n rows goes in an (N, T) block."
+
+    times: NDArray[np.datetime64]  # (T,)
+    names: NDArray[np.object_]     # (N,) ascending
+    row: NDArray[np.int32]         # (n,) of the symbol
+    column: NDArray[np.int32]      # (n,) of the instant
+
+    def name(self, bad: NDArray[np.bool_], where: str, column: str) -> str:
+        "Name the first of the rows at which `bad` holds."
+        i = int(np.argmax(bad))
+        return f"{where}, column `{column}`, row {i} ({self.names[self.row[i]]} at {pd.Timestamp(self.times[self.column[i]]).tz_localize('UTC')})"
+
+# %% ../../nbs/market/00_panel.ipynb #8bf4cfab
+def _check_columns(names: list[str], column: Column, where: str) -> tuple[pd.Series, pd.Series]:
+    "The stamps and symbols of a table that has the columns it needs."
+    for needed in ("timestamp", "symbol", "close"):
+        if needed not in names:
+            raise DataError(f"{where}, column `{needed}`", "is missing", f"a table of bars needs timestamp, symbol and close; this one has {names}")
+    stamps, symbols = column("timestamp"), column("symbol")
+    if stamps.empty:
         raise DataError(where, "holds no bars", "check the symbols and dates that were asked for")
-    if not isinstance(frame["timestamp"].dtype, pd.DatetimeTZDtype):
-        raise DataError(f"{where}, column `timestamp`, row 0 ({frame['timestamp'].iloc[0]})", f"times without a zone ({frame['timestamp'].dtype})",
-                        "stamp each bar with its close where the source is read: (dates + time_of_close).dt.tz_localize(exchange_zone).dt.tz_convert('UTC'); a bare date is midnight, before its session")
-    for column in (*PRICES, "volume"):
-        if column in frame.columns and not pd.api.types.is_numeric_dtype(frame[column]):
-            raise DataError(f"{where}, column `{column}`", f"is {frame[column].dtype}, not a number", "convert the column where the source is read")
-    if frame["timestamp"].isna().any() or frame["symbol"].isna().any():
-        column = "timestamp" if frame["timestamp"].isna().any() else "symbol"
-        raise DataError(_row(frame, frame[column].isna().to_numpy(), where, column), "is missing", "remove the row")
-    t, s = frame["timestamp"].to_numpy(), frame["symbol"].astype(str).to_numpy()
-    later, same = t[1:] > t[:-1], t[1:] == t[:-1]
-    if (twice := same & (s[1:] == s[:-1])).any():
-        raise DataError(_row(frame, np.r_[False, twice], where, "timestamp"), "a second bar for the same symbol and instant", "keep one of the two")
-    if (unsorted := ~(later | (same & (s[1:] > s[:-1])))).any():
-        raise DataError(_row(frame, np.r_[False, unsorted], where, "timestamp"), "rows are not sorted by timestamp and symbol",
-                        "frame.sort_values(['timestamp', 'symbol']), and find out why they were not")
+    if not isinstance(stamps.dtype, pd.DatetimeTZDtype):
+        raise DataError(f"{where}, column `timestamp`, row 0 ({stamps.iloc[0]})", f"times without a zone ({stamps.dtype})",
+                        "stamp each bar with its close where the source is read, or let `make data SOURCE=folder` do it; a bare date is midnight, before its session")
+    for series, name in ((stamps, "timestamp"), (symbols, "symbol")):
+        if (missing := series.isna().to_numpy()).any():
+            raise DataError(f"{where}, column `{name}`, row {int(missing.argmax())} ({symbols.iloc[missing.argmax()]} at {stamps.iloc[missing.argmax()]})", "is missing", "remove the row")
+    return stamps, symbols
 
-# %% ../../nbs/market/00_panel.ipynb #32b82fb2
-def _check_values(frame: pd.DataFrame, where: str) -> None:
-    "Prices and volumes of a long table of bars whose form is right."
-    fix = "correct or remove the bar; nothing is repaired silently"
-    codes, symbols = pd.factorize(frame["symbol"])
-    for column in [c for c in (*PRICES, "volume") if c in frame.columns]:
-        x = frame[column].to_numpy(np.float64, na_value=np.nan)
-        absent = np.zeros(len(frame), bool)
-        if column != "close":  # a symbol may lack the whole field, not single values of it
-            lacking = np.bincount(codes, np.isnan(x), len(symbols)) == np.bincount(codes, minlength=len(symbols))
-            absent = lacking[codes]
-        bad = ~np.isfinite(x) & ~absent
+# %% ../../nbs/market/00_panel.ipynb #5fabc18d
+def _keys(names: list[str], column: Column, where: str) -> _Keys:
+    "Where each row goes; the rows are sorted and no two are for one symbol and instant."
+    stamps, symbols = _check_columns(names, column, where)
+    t = stamps.dt.tz_convert("UTC").dt.as_unit("us").dt.tz_localize(None).to_numpy()
+    codes, seen = pd.factorize(symbols.array)
+    known = np.asarray(seen, dtype=object).astype(str).astype(object)
+    order = np.argsort(known, kind="stable")
+    rank = np.empty(len(order), np.int32)
+    rank[order] = np.arange(len(order), dtype=np.int32)
+    row = rank[codes]
+    new = np.r_[True, t[1:] != t[:-1]]
+    keys = _Keys(t[new], known[order], row, np.cumsum(new, dtype=np.int32) - 1)
+    same = ~new[1:]
+    if (twice := same & (row[1:] == row[:-1])).any():
+        raise DataError(keys.name(np.r_[False, twice], where, "timestamp"), "a second bar for the same symbol and instant", "keep one of the two")
+    if (unsorted := (t[1:] < t[:-1]) | (same & (row[1:] < row[:-1]))).any():
+        raise DataError(keys.name(np.r_[False, unsorted], where, "timestamp"), "rows are not sorted by timestamp and symbol",
+                        "frame.sort_values(['timestamp', 'symbol']), and find out why they were not")
+    return keys
+
+# %% ../../nbs/market/00_panel.ipynb #932351b5
+_POSITIVE = (*PRICES, "vwap", "adj_factor")
+_SPARSE = ("vwap", "trade_count")
+
+def _values(keys: _Keys, series: pd.Series, field: str, where: str) -> NDArray[np.float64]:
+    "A field's numbers, one per row, checked."
+    fix = "correct or remove the bar, or let `make data SOURCE=folder` do it and say so; nothing is repaired silently"
+    if not pd.api.types.is_numeric_dtype(series):
+        raise DataError(f"{where}, column `{field}`", f"is {series.dtype}, not a number", "convert the column where the source is read")
+    x = series.to_numpy(np.float64, na_value=np.nan)
+    bad = ~np.isfinite(x)
+    if bad.any():
+        hole = np.isnan(x)
+        if field in _SPARSE:
+            bad &= ~hole
+        elif field != "close":
+            n = len(keys.names)
+            lacking = np.bincount(keys.row, hole, n) == np.bincount(keys.row, minlength=n)
+            bad &= ~lacking[keys.row]
         if bad.any():
-            raise DataError(_row(frame, bad, where, column), f"{x[bad][0]} where a number is needed", fix)
-        bad = (x < 0) if column == "volume" else (x <= 0)
-        if bad.any():
-            raise DataError(_row(frame, bad, where, column), f"{x[bad][0]:g} is {'negative' if column == 'volume' else 'not a positive price'}", fix)
-    close, count = frame["close"].to_numpy(np.float64), np.bincount(codes)
-    first = close[np.unique(codes, return_index=True)[1]]
-    moved = np.bincount(codes, close != first[codes], len(symbols)) > 0
-    if (dead := ~moved & (count > 1)).any():
-        k = int(np.argmax(dead))
-        raise DataError(_row(frame, codes == k, where, "close"), f"{symbols[k]} has the constant price {first[k]:g} on all its {count[k]} bars", "leave the symbol out: the feed is dead")
+            raise DataError(keys.name(bad, where, field), f"{x[bad][0]} where a number is needed", fix)
+    bad = x <= 0 if field in _POSITIVE else x < 0
+    if bad.any():
+        raise DataError(keys.name(bad, where, field), f"{x[bad][0]:g} is {'not a positive price' if field in PRICES else 'not allowed'}", fix)
+    return x
 
 # %% ../../nbs/market/00_panel.ipynb #989a0533
 def check_bars(
@@ -94,10 +119,12 @@ def check_bars(
     Raises `DataError` naming the column and the first row that breaks a rule.
 
     Known at: each row at its `timestamp`."""
-    _check_form(frame, where)
+    keys = _keys(list(frame.columns), frame.__getitem__, where)
+    for field in FIELDS:
+        if field in frame.columns:
+            _values(keys, frame[field], field, where)
     if frame["timestamp"].dtype != TIME:
         frame = frame.assign(timestamp=frame["timestamp"].dt.tz_convert("UTC").dt.as_unit("us"))
-    _check_values(frame, where)
     return frame
 
 # %% ../../nbs/market/00_panel.ipynb #fd72dff1
@@ -145,25 +172,26 @@ class Panel:
         "(T, N) pandas view of a block, without a copy."
         return pd.DataFrame(self[field].T, index=self.index, columns=list(self.symbols), copy=False)
 
-# %% ../../nbs/market/00_panel.ipynb #cd247668
+# %% ../../nbs/market/00_panel.ipynb #a62b03fa
+def _blocks(names: list[str], column: Column, where: str) -> Panel:
+    "A panel from a table that is read column by column."
+    keys = _keys(names, column, where)
+    shape = (len(keys.names), len(keys.times))
+    fields = {}
+    for field in [f for f in FIELDS if f in names]:
+        values = _values(keys, column(field), field, where)
+        if field != "close" and np.isnan(values).all():
+            continue
+        fields[field] = np.full(shape, np.nan)
+        fields[field][keys.row, keys.column] = values
+    return Panel(keys.times, tuple(keys.names), fields)
+
 def from_frame(
     frame: pd.DataFrame,   # long: one row per bar
     where: str = "frame",  # the file or source, for messages
 ) -> Panel:
     """A panel from a long table of bars. Raises `DataError` as `check_bars` does."""
-    frame = check_bars(frame, where)
-    stamps = frame["timestamp"].to_numpy("datetime64[us]")
-    times, column = np.unique(stamps, return_inverse=True)
-    names, row = np.unique(frame["symbol"].to_numpy(str), return_inverse=True)
-    fields = {}
-    for field in [f for f in (*PRICES, *OPTIONAL[3:]) if f in frame.columns]:
-        values = frame[field].to_numpy(np.float64, na_value=np.nan)
-        if field != "close" and np.isnan(values).all():
-            continue
-        block = np.full((len(names), len(times)), np.nan)
-        block[row, column] = values
-        fields[field] = block
-    return Panel(times, tuple(str(n) for n in names), fields)
+    return _blocks(list(frame.columns), frame.__getitem__, where)
 
 # %% ../../nbs/market/00_panel.ipynb #9f1a0d45
 def to_frame(
@@ -247,10 +275,10 @@ def read_panel(
     if not path.exists():
         raise DataError(str(path), "no such file", "run `make repro`, or `make data` for the raw bars")
     try:
-        frame = pq.read_table(path).to_pandas()
+        with pq.ParquetFile(path, read_dictionary=["symbol"]) as file:
+            return _blocks(file.schema_arrow.names, lambda name: file.read(columns=[name]).column(0).to_pandas(), str(path))
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(str(path), f"not a complete Parquet file ({str(error).splitlines()[0]})", "fetch it again: `dvc checkout` or `make data`") from error
-    return from_frame(frame, str(path))
 
 def write_panel(
     panel: Panel,
