@@ -91,12 +91,12 @@ def session_of(
     if not len(times):
         return pd.DatetimeIndex([], dtype="datetime64[us]")
     plain = times.tz_convert("UTC").tz_localize(None).as_unit("us")
-    margin = pd.Timedelta(days=7)  # sessions that open on the day before their date, and holidays
+    margin = pd.Timedelta(days=2)  # some sessions open on the day before their date
     table = sessions(calendar, (plain.min() - margin).normalize(), (plain.max() + margin).normalize())
     opens, closes = (table[c].to_numpy("datetime64[us]") for c in ("open", "close"))
-    at = np.minimum(np.searchsorted(closes, plain.to_numpy(), side="left"), len(closes) - 1)
-    inside = (opens[at] < plain.to_numpy()) & (plain.to_numpy() <= closes[at])
-    return pd.DatetimeIndex(np.where(inside, table.index.to_numpy()[at], np.datetime64("NaT", "us")))
+    at = np.searchsorted(closes, plain.to_numpy(), side="left")  # the first session that had not closed before
+    opens, names = np.append(opens, np.datetime64("NaT", "us")), np.append(table.index.to_numpy(), np.datetime64("NaT", "us"))
+    return pd.DatetimeIndex(np.where(opens[at] < plain.to_numpy(), names[at], np.datetime64("NaT", "us")))
 
 # %% ../../nbs/market/05_calendar.ipynb #409438e4
 def buckets(
