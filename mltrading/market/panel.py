@@ -5,7 +5,7 @@
 # %% ../../nbs/market/00_panel.ipynb #35e0d873
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from ..core.storage import write_parquet
 
 # %% auto #0
 __all__ = ['PRICES', 'FIELDS', 'COLUMNS', 'TIME', 'Column', 'check_bars', 'Panel', 'from_frame', 'to_frame', 'long_column',
-           'select', 'between', 'until', 'fill_price', 'read_panel', 'write_panel', 'BarSet']
+           'select', 'between', 'until', 'fill_price', 'stack', 'read_panel', 'write_panel', 'BarSet']
 
 # %% ../../nbs/market/00_panel.ipynb #f8e49504
 PRICES = ("open", "high", "low", "close")
@@ -263,6 +263,23 @@ def fill_price(
     if at == "close" or "open" not in panel.fields:
         return close
     return np.where(np.isnan(panel["open"]), close, panel["open"])
+
+# %% ../../nbs/market/00_panel.ipynb #e9c702c1
+def stack(
+    panels: Sequence[Panel],  # of different symbols
+) -> Panel:
+    """One panel of the symbols of several. Raises `DataError` where two of them have the same symbol."""
+    names = [s for p in panels for s in p.symbols]
+    if twice := sorted({s for s in names if names.count(s) > 1}) if len(set(names)) < len(names) else []:
+        raise DataError("stack, symbols", f"{', '.join(twice[:5])} in more than one panel", "leave it out of all but one")
+    times = np.unique(np.concatenate([p.times for p in panels]))
+    row = {s: i for i, s in enumerate(sorted(names))}
+    fields: dict[str, NDArray[np.float64]] = {}
+    for field in [f for f in FIELDS if any(f in p.fields for p in panels)]:
+        fields[field] = np.full((len(names), len(times)), np.nan)
+        for p in [p for p in panels if field in p.fields]:
+            fields[field][np.ix_([row[s] for s in p.symbols], np.searchsorted(times, p.times))] = p[field]
+    return Panel(times, tuple(row), fields)
 
 # %% ../../nbs/market/00_panel.ipynb #a83ec408
 def read_panel(

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from ..core.errors import DataError, unknown
 from ..core.storage import write_parquet
-from .panel import FIELDS, Panel, between, from_frame, read_panel, select
+from .panel import Panel, between, from_frame, read_panel, select, stack
 
 # %% auto #0
 __all__ = ['file_name', 'symbol_of', 'BarStore', 'write_part']
@@ -33,24 +33,13 @@ def symbol_of(path: Path) -> str:
     """The symbol of a file: the inverse of `file_name`."""
     return unquote(path.stem[1:])
 
-# %% ../../nbs/market/02_store.ipynb #5e7cfcc7
-def _put_together(parts: list[Path]) -> Panel:
-    "One panel from the files of single symbols."
-    stamps = []
-    for path in parts:
-        panel = read_panel(path)
-        if panel.symbols != (symbol_of(path),):
-            raise DataError(str(path), f"holds bars of {', '.join(panel.symbols)}", f"the file of a symbol is named {file_name(panel.symbols[0])}")
-        stamps.append(panel.times)
-    times = np.unique(np.concatenate(stamps))
-    ordered = sorted(parts, key=symbol_of)
-    fields: dict[str, np.ndarray] = {}
-    for row, path in enumerate(ordered):
-        panel = read_panel(path)
-        at = np.searchsorted(times, panel.times)
-        for field, block in panel.fields.items():
-            fields.setdefault(field, np.full((len(parts), len(times)), np.nan))[row, at] = block[0]
-    return Panel(times, tuple(symbol_of(p) for p in ordered), {f: fields[f] for f in FIELDS if f in fields})
+# %% ../../nbs/market/02_store.ipynb #d58eece9
+def _read_part(path: Path) -> Panel:
+    "The bars of the one symbol that a file is named after."
+    panel = read_panel(path)
+    if panel.symbols != (symbol_of(path),):
+        raise DataError(str(path), f"holds bars of {', '.join(panel.symbols)}", f"the file of a symbol is named {file_name(panel.symbols[0])}")
+    return panel
 
 # %% ../../nbs/market/02_store.ipynb #f2267b21
 @dataclass(frozen=True)
@@ -91,7 +80,7 @@ class BarStore:
             if s not in self.symbols:
                 raise unknown("symbol", s, list(self.symbols), str(self.path), DataError)
         if self.parted:
-            found = _put_together([self.path / file_name(s) for s in wanted])
+            found = stack([_read_part(self.path / file_name(s)) for s in wanted])
         elif symbols is None:
             found = read_panel(self.path)
         else:
