@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import httpx
 
 # %% auto #0
-__all__ = ['Kind', 'SourceError', 'secret', 'redact', 'first_words', 'Client']
+__all__ = ['Kind', 'SourceError', 'secret', 'redact', 'Outcome', 'first_words', 'judge', 'Pace', 'persist', 'Client']
 
 # %% ../../nbs/market/40_http.ipynb #9b2c194c
 Kind = Literal["key", "unknown", "limit", "down", "reply"]
@@ -106,8 +106,8 @@ for _name in _LOGGERS:
 
 # %% ../../nbs/market/40_http.ipynb #f2267b21
 @dataclass(frozen=True)
-class _Outcome:
-    "How one attempt ended."
+class Outcome:
+    """How one attempt ended."""
 
     text: str = ""
     kind: Kind | None = None     # None: well
@@ -141,24 +141,24 @@ def first_words(
     words = " ".join("".join(c if c.isprintable() else " " for c in words).split())
     return words if len(words) <= length else words[:length] + "…"
 
-def _judge(
-    status: int,
+def judge(
+    status: int,                  # of HTTP
     text: str,
-    headers: Mapping[str, str],
+    headers: Mapping[str, str],   # named in lower case, or in any case where the mapping does not care
     clean: Callable[[str], str],  # takes secrets out
-) -> _Outcome:
-    "What a complete reply means."
+) -> Outcome:
+    """What a complete reply means."""
     kinds: dict[int, Kind] = {401: "key", 402: "key", 403: "key", 404: "unknown", 410: "unknown", 429: "limit"}
     if status >= 400:
         kind, words = kinds.get(status, "down" if status >= 500 else "reply"), first_words(clean(text))
-        return _Outcome(kind=kind, what=f"answered {status}" + (f": {words}" if words else ""), again=kind in ("limit", "down"), after_s=_retry_after(headers))
+        return Outcome(kind=kind, what=f"answered {status}" + (f": {words}" if words else ""), again=kind in ("limit", "down"), after_s=_retry_after(headers))
     if status >= 300:
-        return _Outcome(kind="reply", what=f"answered {status}: go to {first_words(clean(headers.get('location', 'nowhere')))}")
+        return Outcome(kind="reply", what=f"answered {status}: go to {first_words(clean(headers.get('location', 'nowhere')))}")
     if not text.strip():
-        return _Outcome(kind="reply", what="an empty reply", again=True)
+        return Outcome(kind="reply", what="an empty reply", again=True)
     if text.lstrip()[:20].lower().startswith(("<!doctype html", "<html")):
-        return _Outcome(kind="reply", what=f"a web page instead of data: {first_words(clean(text))}")
-    return _Outcome(text=text)
+        return Outcome(kind="reply", what=f"a web page instead of data: {first_words(clean(text))}")
+    return Outcome(text=text)
 
 # %% ../../nbs/market/40_http.ipynb #c07f9f06
 _PATIENCE = 10  # a whole reply may take this many times `timeout_s`
@@ -170,7 +170,7 @@ def _attempt(
     accept: str,
     max_bytes: int,
     clean: Callable[[str], str],  # takes secrets out
-) -> _Outcome:
+) -> Outcome:
     "Ask once."
     import httpx
 
@@ -181,29 +181,34 @@ def _attempt(
             for piece in reply.iter_bytes():
                 body += piece
                 if len(body) > max_bytes:
-                    return _Outcome(kind="reply", what=f"a reply of more than {max_bytes / 1e6:g} MB")
+                    return Outcome(kind="reply", what=f"a reply of more than {max_bytes / 1e6:g} MB")
                 if time.monotonic() - began > _PATIENCE * silence_s:
-                    return _Outcome(kind="down", what=f"was not done after {_PATIENCE * silence_s:g} s", again=True)
+                    return Outcome(kind="down", what=f"was not done after {_PATIENCE * silence_s:g} s", again=True)
     except httpx.TimeoutException:
-        return _Outcome(kind="down", what=f"silent for {silence_s:g} s", again=True)
+        return Outcome(kind="down", what=f"silent for {silence_s:g} s", again=True)
     except httpx.TransportError as error:
-        return _Outcome(kind="down", what=f"{type(error).__name__}: {first_words(clean(str(error)))}", again=True)
+        return Outcome(kind="down", what=f"{type(error).__name__}: {first_words(clean(str(error)))}", again=True)
     except httpx.DecodingError:
-        return _Outcome(kind="reply", what="a reply that cannot be decompressed")
+        return Outcome(kind="reply", what="a reply that cannot be decompressed")
     except (httpx.InvalidURL, UnicodeError):
-        return _Outcome(kind="unknown", what="is no possible address")
-    return _judge(reply.status_code, body.decode("utf-8-sig", "replace"), reply.headers, clean)
+        return Outcome(kind="unknown", what="is no possible address")
+    return judge(reply.status_code, body.decode("utf-8-sig", "replace"), reply.headers, clean)
 
-# %% ../../nbs/market/40_http.ipynb #a893cb5a
-class _Pace:
-    "Hands out moments that are `60 / per_minute` seconds apart."
+# %% ../../nbs/market/40_http.ipynb #1cad576d
+class Pace:
+    """Hands out moments that are `60 / per_minute` seconds apart."""
 
-    def __init__(self, per_minute: float, clock: Callable[[], float], sleep: Callable[[float], None]) -> None:
+    def __init__(
+        self,
+        per_minute: float,                            # > 0
+        clock: Callable[[], float] = time.monotonic,  # seconds
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         self.gap_s, self._clock, self._sleep = 60 / per_minute, clock, sleep
         self._lock, self._next = threading.Lock(), clock()
 
     def wait(self) -> None:
-        "Sleep until the next moment."
+        """Sleep until the next moment."""
         with self._lock:
             now = self._clock()
             start = max(now, self._next)
@@ -211,20 +216,20 @@ class _Pace:
         if start > now:
             self._sleep(start - now)
 
-# %% ../../nbs/market/40_http.ipynb #b5d2ed2b
-def _persist(
-    once: Callable[[], _Outcome],
-    attempts: int,
-    backoff_s: float,
-    wait_s: float,                     # longest pause
-    sleep: Callable[[float], None],
-) -> _Outcome:
-    "Try until it works, cannot work, or was tried often enough."
+# %% ../../nbs/market/40_http.ipynb #0c6ece4c
+def persist(
+    once: Callable[[], Outcome],       # one attempt
+    attempts: int,                     # most of them, >= 1
+    backoff_s: float,                  # before the second one; doubles, plus jitter
+    wait_s: float,                     # longest pause, seconds
+    sleep: Callable[[float], None] = time.sleep,
+) -> Outcome:                          # of the last attempt
+    """Try until it works, cannot work, or was tried often enough."""
     import tenacity
 
-    def last(state: tenacity.RetryCallState) -> _Outcome:
+    def last(state: tenacity.RetryCallState) -> Outcome:
         assert state.outcome is not None
-        outcome: _Outcome = state.outcome.result()
+        outcome: Outcome = state.outcome.result()
         return outcome
 
     backoff = tenacity.wait_exponential_jitter(initial=backoff_s, max=wait_s, jitter=backoff_s)
@@ -272,7 +277,7 @@ class Client:
 
         self.base_url, self._secrets, self._max_bytes = _address(base_url, secrets), tuple(secrets), int(max_mb * 1e6)
         self._attempts, self._backoff_s, self._wait_s, self._sleep = attempts, backoff_s, wait_s, sleep
-        self._pace = _Pace(per_minute, clock, sleep)
+        self._pace = Pace(per_minute, clock, sleep)
         self._http = httpx.Client(timeout=timeout_s, headers={"User-Agent": f"mltrading/{__version__}", **(headers or {})}, verify=_tls())
         _SECRETS.update(self._secrets)
 
@@ -297,11 +302,11 @@ class Client:
         return SourceError(redact(self.base_url + path, self._secrets), redact(what, self._secrets), fix, kind)
 
     def _ask(self, path: str, params: Mapping[str, Any] | None, accept: str) -> str:
-        def once() -> _Outcome:
+        def once() -> Outcome:
             self._pace.wait()
             return _attempt(self._http, self.base_url + path, params, accept, self._max_bytes, lambda text: redact(text, self._secrets))
 
-        outcome = _persist(once, self._attempts, self._backoff_s, self._wait_s, self._sleep)
+        outcome = persist(once, self._attempts, self._backoff_s, self._wait_s, self._sleep)
         if outcome.kind is None:
             return outcome.text
         waiting = f"; it asks to be left alone for {outcome.after_s:.0f} s" if outcome.after_s else ""

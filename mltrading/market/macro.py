@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from bisect import insort
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,8 @@ from ..core.errors import DataError, unknown
 from .panel import TIME
 
 # %% auto #0
-__all__ = ['MACRO', 'empty_macro', 'check_macro', 'History', 'histories', 'as_of', 'vintage', 'Lag', 'release']
+__all__ = ['MACRO', 'LAGS', 'FREQUENCY_LAGS', 'empty_macro', 'check_macro', 'History', 'histories', 'as_of', 'vintage', 'Lag',
+           'release', 'frequency_of', 'lag_of', 'lagged']
 
 # %% ../../nbs/market/50_macro.ipynb #0c940d36
 MACRO = ("timestamp", "series", "value", "reference")
@@ -41,7 +43,7 @@ def check_macro(
             raise DataError(f"{where}, column `{column}`", f"is {macro[column].dtype}", "times are UTC with microseconds")
     if not pd.api.types.is_numeric_dtype(macro["value"]):
         raise DataError(f"{where}, column `value`", f"is {macro['value'].dtype}, not a number", "convert the column where the source is read")
-    rules: dict[str, tuple[pd.Series, str, str]] = {
+    rules: dict[str, tuple[Any, str, str]] = {
         "timestamp": (macro[["timestamp", "reference", "series"]].isna().any(axis=1), "time or series is missing", "remove the row"),
         "value": (~np.isfinite(macro["value"].astype(np.float64)), "is not a number", "leave out a period that has no figure"),
         "reference": (macro["timestamp"] < macro["reference"], "released before the period that it describes", "stamp each value with its release"),
@@ -160,3 +162,93 @@ def release(
     days = reference if reference.tz is None else reference.tz_convert("UTC").tz_localize(None)
     local = days + pd.DateOffset(months=lag.months, days=lag.days) + pd.Timedelta(f"{lag.clock}:00")
     return local.tz_localize(lag.zone, ambiguous=np.zeros(len(local), bool), nonexistent="shift_forward").tz_convert("UTC").as_unit("us")
+
+# %% ../../nbs/market/50_macro.ipynb #55a60b10
+_Entry = tuple[tuple[str, ...], Lag]
+
+_LABOUR: tuple[_Entry, ...] = (
+    (("CPIAUCSL", "CPIAUCNS", "CPILFESL", "CPILFENS"), Lag(1, 21, "08:30", why="Bureau of Labor Statistics: 10th to 15th of the next month")),
+    (("PPIACO", "PPIFIS", "PPIFID"), Lag(1, 21, "08:30", why="Bureau of Labor Statistics: 9th to 17th of the next month")),
+    (("PAYEMS", "UNRATE", "CIVPART", "EMRATIO", "AHEMAN", "AWHMAN", "CES0500000003", "UEMPMED", "UEMP27OV"), Lag(1, 10, "08:30", why="Employment Situation: a Friday from the 1st to the 10th of the next month")),
+    (("JTSJOL", "JTSQUR"), Lag(2, 12, "10:00", why="Job Openings and Labor Turnover: first ten days of the second month after")),
+    (("ICSA", "IC4WSA"), Lag(0, 6, "08:30", why="Department of Labor: claims of a week that ends on Saturday appear on the next Thursday, after a holiday by Friday")),
+    (("CCSA",), Lag(0, 13, "08:30", why="Department of Labor: continued claims appear a week after initial ones")),
+)
+
+# %% ../../nbs/market/50_macro.ipynb #12c45225
+_OUTPUT: tuple[_Entry, ...] = (
+    (("GDP", "GDPC1", "A191RL1Q225SBEA", "GDPDEF", "GPDI", "GCE", "EXPGS", "IMPGS", "PCEC"), Lag(4, 7, "08:30", why="Bureau of Economic Analysis: advance estimate, 25th to 31st of the month after the quarter")),
+    (("GDI", "GNP", "CP", "PSAVE"), Lag(5, 31, "08:30", why="Bureau of Economic Analysis: with the second estimate, for fourth quarters with the third")),
+    (("PCE", "PCEPI", "PCEPILFE", "PI", "DSPIC96", "PSAVERT"), Lag(2, 5, "08:30", why="Personal Income and Outlays: from the 25th of the next month to the first days of the one after")),
+    (("RSAFS", "RSXFS"), Lag(1, 21, "08:30", why="Census Bureau, advance retail sales: 12th to 18th of the next month")),
+    (("RETAILSMNSA", "BUSINV", "ISRATIO"), Lag(2, 18, "10:00", why="Census Bureau, trade inventories and sales: about six weeks after the month")),
+    (("DGORDER", "NEWORDER"), Lag(1, 31, "08:30", why="Census Bureau, advance durable goods: 23rd to 29th of the next month")),
+    (("HOUST", "PERMIT"), Lag(1, 24, "08:30", why="Census Bureau, new residential construction: 16th to 21st of the next month")),
+    (("HSN1F",), Lag(1, 31, "10:00", why="Census Bureau, new home sales: 22nd to 29th of the next month")),
+    (("TTLCONS",), Lag(2, 7, "10:00", why="Census Bureau, construction spending: first working days of the second month after")),
+    (("INDPRO", "TCU"), Lag(1, 21, "09:15", why="Federal Reserve G.17: 14th to 18th of the next month")),
+    (("UMCSENT",), Lag(1, 1, "10:00", why="University of Michigan: final figure at the end of the month itself; FRED shows it later")),
+)
+
+# %% ../../nbs/market/50_macro.ipynb #772a0c7d
+_YIELDS = tuple(f"DGS{m}" for m in ("1MO", "3MO", "6MO", "1", "2", "3", "5", "7", "10", "20", "30"))
+
+_MONEY: tuple[_Entry, ...] = (
+    ((*_YIELDS, "T10Y2Y", "T10Y3M", "DFII5", "DFII10", "T5YIE", "T10YIE", "DTB3", "DAAA", "DBAA"), Lag(0, 4, "16:15", why="Federal Reserve H.15: next working day")),
+    (("DFF", "EFFR", "SOFR"), Lag(0, 4, "10:00", why="Federal Reserve Bank of New York: next working day, 09:00")),
+    (("FEDFUNDS", "TB3MS", "GS1", "GS2", "GS10", "AAA", "BAA"), Lag(1, 7, "16:15", why="Federal Reserve H.15: averages of a month, in the first working days of the next")),
+    (("M1SL", "M2SL"), Lag(1, 28, "16:30", why="Federal Reserve H.6: fourth Tuesday of the next month, before 2021 earlier")),
+    (("M1", "M2"), Lag(0, 14, "16:30", why="Federal Reserve H.6, weekly until 2021: Thursday of the week after the one that ends on Monday")),
+    (("WALCL", "WRESBAL"), Lag(0, 3, "16:30", why="Federal Reserve H.4.1: Wednesday's level on Thursday, after a holiday on Friday")),
+    (("TOTBKCR",), Lag(0, 12, "16:15", why="Federal Reserve H.8: week that ends on Wednesday, on Friday of the next week")),
+    (("DEXUSEU", "DEXJPUS", "DEXCAUS", "DEXCHUS", "DEXMXUS", "DEXUSUK"), Lag(0, 8, "16:15", why="Federal Reserve H.10: all days of a week on the next Monday, after a holiday on Tuesday")),
+    (("DCOILWTICO", "DCOILBRENTEU"), Lag(0, 9, "17:00", why="Energy Information Administration, spot prices: on Wednesday through Monday of that week, after a holiday on Thursday")),
+    (("VIXCLS", "OVXCLS", "VXNCLS"), Lag(0, 0, "16:15", why="Cboe: computed while the options trade, until 16:15")),
+    (("BAMLH0A0HYM2", "BAMLC0A0CM"), Lag(0, 4, "10:00", why="ICE BofA indices: next working day")),
+    (("MORTGAGE30US", "MORTGAGE15US"), Lag(0, 1, "12:00", why="Freddie Mac: dated with the Thursday of its publication at noon")),
+    (("STLFSI", "STLFSI2", "STLFSI3", "STLFSI4"), Lag(0, 7, "16:00", why="St. Louis Fed: week that ends on Friday, by the next Thursday; estimated anew each week, so that a lag alone leaves hindsight in it")),
+    (("NFCI", "ANFCI"), Lag(0, 7, "16:00", why="Chicago Fed: week that ends on Friday, on the next Wednesday; estimated anew each week, so that a lag alone leaves hindsight in it")),
+)
+
+# %% ../../nbs/market/50_macro.ipynb #be105e21
+LAGS: dict[str, Lag] = {series: lag for entries in (_LABOUR, _OUTPUT, _MONEY) for names, lag in entries for series in names}
+
+FREQUENCY_LAGS = {
+    "daily": Lag(0, 10, "18:00", why="not listed: covers days that are published a week at a time"),
+    "weekly": Lag(0, 16, "18:00", why="not listed: two weeks after the week's end"),
+    "monthly": Lag(3, 5, "18:00", why="not listed: covers monthly figures that appear two months after their month"),
+    "quarterly": Lag(6, 0, "18:00", why="not listed: covers accounts that appear a quarter after theirs"),
+    "annual": Lag(18, 0, "18:00", why="not listed: half a year after the year's end"),
+}
+
+def frequency_of(
+    reference: pd.DatetimeIndex,  # dates of periods
+) -> str:                         # a name in FREQUENCY_LAGS
+    """How often a series has a period, from the median distance of its dates. A single date counts as annual: the longest lag."""
+    days = reference.sort_values().to_series().diff().dt.days.median()
+    limits = {"daily": 5, "weekly": 20, "monthly": 45, "quarterly": 135}
+    return next((name for name, limit in limits.items() if days <= limit), "annual")
+
+def lag_of(
+    series: str,
+    frequency: str,  # a name in FREQUENCY_LAGS, for a series that is not listed
+) -> Lag:
+    """The stated lag of a series. Raises `ParameterError` on an unknown frequency."""
+    if frequency not in FREQUENCY_LAGS:
+        raise unknown("frequency", frequency, list(FREQUENCY_LAGS), f"lag of {series}")
+    return LAGS.get(series, FREQUENCY_LAGS[frequency])
+
+def lagged(
+    values: pd.Series,       # reference date (naive, or midnight UTC) -> value, NaN where a period has none
+    series: str,             # name of the series in the result
+    lag: Lag | None = None,  # that of `lag_of` unless told
+) -> pd.DataFrame:           # macro columns, in order of release
+    """A series of which only the periods are known, stamped with its stated lag.
+
+    Known at: `timestamp`, for series that are not revised."""
+    known = values.dropna().sort_index(kind="stable")
+    reference = pd.DatetimeIndex(known.index)
+    lag = lag or lag_of(series, frequency_of(reference))
+    day = reference.tz_localize("UTC") if reference.tz is None else reference.tz_convert("UTC")
+    table = pd.DataFrame({"timestamp": release(reference, lag), "series": series, "value": known.to_numpy(np.float64), "reference": day.as_unit("us")})
+    return check_macro(table, f"series {series}")
