@@ -14,9 +14,9 @@ import yaml
 
 from mltrading.cli import main
 from mltrading.core.storage import write_parquet
+from mltrading.market.macro import empty_macro
 from mltrading.market.panel import to_frame
 from mltrading.market.simulate import random_walk
-from mltrading.market.snapshot import empty_macro
 
 Frame = pd.DataFrame
 

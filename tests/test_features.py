@@ -13,6 +13,7 @@ from mltrading.core.errors import DataError, LeakError, ParameterError
 from mltrading.features import kernels
 from mltrading.features.audit import audit, audit_function, check_causal, check_registry
 from mltrading.features.registry import Context, catalogue, compute, lookup
+from mltrading.market.macro import History
 from mltrading.market.panel import Panel, until
 from mltrading.market.simulate import random_walk
 from mltrading.market.snapshot import from_embedded, write_snapshot
@@ -47,7 +48,7 @@ def releases(panel: Panel, seed: int = 0) -> pd.DataFrame:
     rng = np.random.default_rng(seed)
     months = pd.date_range(panel.index[0] - pd.Timedelta(days=900), panel.index[-1], freq="MS", tz="UTC").as_unit("us")
     stamps = {"vix": panel.index + pd.Timedelta(minutes=15), "wti": panel.index, "aaa": months, "baa": months, "core_cpi": months}
-    parts = [pd.DataFrame({"timestamp": at, "series": s, "value": np.exp(3 + 0.1 * rng.standard_normal(len(at)))}) for s, at in stamps.items()]
+    parts = [pd.DataFrame({"timestamp": at, "series": s, "value": np.exp(3 + 0.1 * rng.standard_normal(len(at))), "reference": at.normalize()}) for s, at in stamps.items()]
     return pd.concat(parts, ignore_index=True)
 
 
@@ -162,7 +163,8 @@ def test_single_precision_is_the_rounded_double() -> None:
 
 def test_a_stale_or_future_release_is_not_seen() -> None:
     times = np.array(["2020-01-01T21:00", "2020-01-02T21:00", "2020-01-20T21:00"], "datetime64[us]")
-    c = Context(times, {"vix": (np.array(["2020-01-02T21:00", "2020-01-20T21:15"], "datetime64[us]"), np.array([10.0, 20.0]))}, None)
+    released = np.array(["2020-01-02T21:00", "2020-01-20T21:15"], "datetime64[us]")
+    c = Context(times, {"vix": History(released, released, np.array([10.0, 20.0]))}, None)
     np.testing.assert_array_equal(c.asof("vix", 10), [np.nan, 10.0, np.nan])
     np.testing.assert_array_equal(c.asof("vix", 18), [np.nan, 10.0, 10.0])
     assert np.isnan(c.asof("gold", 10)).all()

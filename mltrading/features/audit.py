@@ -34,7 +34,7 @@ def other_future(
     return Panel(panel.times, panel.symbols, {k: np.concatenate([b[:, :first], b[:, order] * scale], axis=1) for k, b in panel.fields.items()})
 
 def other_releases(
-    macro: pd.DataFrame,       # long: timestamp (release instant, UTC), series, value
+    macro: pd.DataFrame,       # long: timestamp (release instant, UTC), series, value, reference
     t: np.datetime64,          # last instant that stays as it is, UTC
     rng: np.random.Generator,
 ) -> pd.DataFrame:
@@ -133,7 +133,7 @@ def _summary(
 def audit_function(
     fn: Callable[..., Any],            # panel -> blocks; with `macro` given, (panel, macro) -> blocks
     panel: Panel,
-    macro: pd.DataFrame | None = None, # long: timestamp (release instant, UTC), series, value
+    macro: pd.DataFrame | None = None, # long: timestamp (release instant, UTC), series, value, reference
     *,
     cuts: int = 8,                     # random instants, >= 1
     seed: int = 0,
@@ -182,7 +182,7 @@ def _first_bar(
 def audit(
     panel: Panel,
     names: Sequence[str] | None = None,  # features; all that the panel can feed unless told
-    macro: pd.DataFrame | None = None,   # long: timestamp (release instant, UTC), series, value
+    macro: pd.DataFrame | None = None,   # long: timestamp (release instant, UTC), series, value, reference
     benchmark: str | None = None,        # a symbol of the panel that stands for the market
     *,
     cuts: int = 8,                       # random instants, >= 1

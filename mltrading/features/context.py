@@ -48,30 +48,30 @@ def turn_of_month(c: Context) -> Block:
 DAILY, MONTHLY = 10, 60  # days after which a release no longer counts
 
 def _over(
-    v: Block,  # values in order of release
-    n: int,    # releases back
+    c: Context,
+    series: str,
+    stale_days: int,
+    n: int,           # periods back
 ) -> Block:
-    "Relative change over n releases, NaN for the first n."
-    out = np.full(len(v), np.nan)
-    out[n:] = v[n:] / v[:-n] - 1 if len(v) > n else out[n:]
-    return out
+    "Relative change over n periods, both as they stood."
+    return c.asof(series, stale_days) / c.asof(series, stale_days, n) - 1
 
 @feature("vix_level", family="macro", needs=("macro:vix",), unit="% per year", formula="last VIX released", source="Cboe", warmup=lambda: 0, over="time")
 def vix_level(c: Context) -> Block:
     return c.asof("vix", DAILY)
 
-@feature("vix_change_{n}", family="macro", needs=("macro:vix",), unit="fraction", formula="VIX / VIX {n} releases before - 1", source="Cboe", grid={"n": (5,)}, warmup=lambda n: 0, over="time")
+@feature("vix_change_{n}", family="macro", needs=("macro:vix",), unit="fraction", formula="VIX / VIX {n} periods before - 1", source="Cboe", grid={"n": (5,)}, warmup=lambda n: 0, over="time")
 def vix_change(c: Context, n: int) -> Block:
-    return c.asof("vix", DAILY, lambda v: _over(v, n))
+    return _over(c, "vix", DAILY, n)
 
-@feature("wti_ret_{n}", family="macro", needs=("macro:wti",), unit="fraction", formula="crude oil / crude oil {n} releases before - 1", source="FRED DCOILWTICO", grid={"n": (20,)}, warmup=lambda n: 0, over="time")
+@feature("wti_ret_{n}", family="macro", needs=("macro:wti",), unit="fraction", formula="crude oil / crude oil {n} periods before - 1", source="FRED DCOILWTICO", grid={"n": (20,)}, warmup=lambda n: 0, over="time")
 def wti_ret(c: Context, n: int) -> Block:
-    return c.asof("wti", DAILY, lambda v: _over(v, n))
+    return _over(c, "wti", DAILY, n)
 
 @feature("credit_spread", family="macro", needs=("macro:baa", "macro:aaa"), unit="percentage points", formula="BAA - AAA, last of each released", source="FRED BAA, AAA", warmup=lambda: 0, over="time")
 def credit_spread(c: Context) -> Block:
     return c.asof("baa", MONTHLY) - c.asof("aaa", MONTHLY)
 
-@feature("cpi_yoy", family="macro", needs=("macro:core_cpi",), unit="fraction", formula="core CPI / core CPI 12 releases before - 1", source="FRED CPILFESL", warmup=lambda: 0, over="time")
+@feature("cpi_yoy", family="macro", needs=("macro:core_cpi",), unit="fraction", formula="core CPI / core CPI 12 periods before - 1", source="FRED CPILFESL", warmup=lambda: 0, over="time")
 def cpi_yoy(c: Context) -> Block:
-    return c.asof("core_cpi", MONTHLY, lambda v: _over(v, 12))
+    return _over(c, "core_cpi", MONTHLY, 12)

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..core.errors import DataError, ParameterError, unknown
 from ..core.jit import njit
 from .kernels import rank_across
+from ..market.macro import History, histories
 from ..market.panel import Panel
 
 # %% auto #0
@@ -36,24 +37,20 @@ Block = NDArray[np.float64]
 class Context:
     """What is the same for all symbols at each instant."""
 
-    times: NDArray[np.datetime64]                                           # (T,) bar stamps, UTC
-    macro: dict[str, tuple[NDArray[np.datetime64], Block]]                  # series -> release instants ascending, values
-    market: Block | None                                                    # (T,) closes of the benchmark, NaN where it has no bar
+    times: NDArray[np.datetime64]           # (T,) bar stamps, UTC
+    macro: dict[str, History]               # series -> what was published of it
+    market: Block | None                    # (T,) closes of the benchmark, NaN where it has no bar
 
     def asof(
         self,
-        series: str,                        # name of a macro series
-        stale_days: int,                    # calendar days after which a release no longer counts
-        transform: Callable[[Block], Block] = lambda v: v,  # of the released values, in order of release
-    ) -> Block:                             # (T,) NaN before the first release, after a stale one, and for an unknown series
-        "The last value released at or before each instant."
-        out = np.full(len(self.times), np.nan)
-        released, values = self.macro.get(series, (self.times[:0], out[:0]))
-        if len(values):
-            last = np.searchsorted(released, self.times, side="right") - 1
-            fresh = (last >= 0) & (self.times - released[last] <= np.timedelta64(stale_days, "D"))
-            out[fresh] = transform(values)[last[fresh]]
-        return out
+        series: str,      # name of a macro series
+        stale_days: int,  # calendar days after its first release from when on the newest figure no longer counts
+        back: int = 0,    # periods before the newest one
+    ) -> Block:           # (T,) NaN before the first release, after a stale one, and for an unknown series
+        "The newest figure, or one some periods before it, as it stood at each instant."
+        if series not in self.macro:
+            return np.full(len(self.times), np.nan)
+        return self.macro[series].at(self.times, back, np.timedelta64(stale_days, "D"))
 
 @dataclass(frozen=True)
 class Bars:
@@ -259,23 +256,14 @@ def _choose(
 # %% ../../nbs/features/10_registry.ipynb #8bf47a3f
 def _context(
     panel: Panel,
-    macro: pd.DataFrame | None,  # long: timestamp (release instant, UTC), series, value
+    macro: pd.DataFrame | None,  # long: timestamp (release instant, UTC), series, value, reference
     benchmark: str | None,
 ) -> Context:
     "What all symbols share."
-    series: dict[str, tuple[NDArray[np.datetime64], Block]] = {}
-    if macro is not None:
-        if lacking := [c for c in ("timestamp", "series", "value") if c not in macro.columns]:
-            raise DataError(f"macro releases, column `{lacking[0]}`", "is missing", "a table of releases needs timestamp, series and value")
-        if not isinstance(macro["timestamp"].dtype, pd.DatetimeTZDtype):
-            raise DataError("macro releases, column `timestamp`", f"times without a zone ({macro['timestamp'].dtype})", "convert to UTC where the source is read")
-        for name, part in macro.dropna(subset="value").sort_values("timestamp", kind="stable").groupby("series", sort=True):
-            stamps = part["timestamp"].dt.tz_convert("UTC").dt.tz_localize(None).to_numpy("datetime64[us]")
-            series[str(name)] = (stamps, part["value"].to_numpy(np.float64))
     if benchmark is not None and benchmark not in panel.symbols:
         raise unknown("symbol", benchmark, list(panel.symbols), "features.benchmark")
     market = None if benchmark is None else panel["close"][panel.symbols.index(benchmark)].copy()
-    return Context(panel.times, series, market)
+    return Context(panel.times, {} if macro is None else histories(macro), market)
 
 # %% ../../nbs/features/10_registry.ipynb #cb55589c
 def check_warmup(
@@ -329,7 +317,7 @@ def _across(
 def compute(
     panel: Panel,
     names: Sequence[str] | None = None,   # features; all that the panel can feed unless told
-    macro: pd.DataFrame | None = None,    # long table of releases: timestamp (release instant, UTC), series, value
+    macro: pd.DataFrame | None = None,    # long table of releases: timestamp (release instant, UTC), series, value, reference
     benchmark: str | None = None,         # a symbol of the panel that stands for the market
     *,
     dtype: type[np.floating[Any]] = np.float64,  # of the result; everything is computed in double precision

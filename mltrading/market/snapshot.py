@@ -18,15 +18,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..core.errors import DataError, ParameterError, unknown
 from ..core.storage import read_json, read_parquet, write_json, write_parquet
 from . import embedded
-from .panel import TIME, Panel, between, check_bars, from_frame, read_panel, select
+from .macro import check_macro, empty_macro
+from .panel import Panel, between, check_bars, from_frame, read_panel, select
 
 # %% auto #0
-__all__ = ['MACRO', 'SOURCES', 'Snapshot', 'empty_macro', 'check_macro', 'from_embedded', 'from_folder', 'fetch_snapshot',
-           'write_snapshot', 'recover', 'Market', 'read_snapshot', 'PanelParams', 'universe', 'traded']
+__all__ = ['SOURCES', 'Snapshot', 'from_embedded', 'from_folder', 'fetch_snapshot', 'write_snapshot', 'recover', 'Market',
+           'read_snapshot', 'PanelParams', 'universe', 'traded']
 
-# %% ../../nbs/market/30_snapshot.ipynb #0c940d36
-MACRO = ("timestamp", "series", "value", "reference")
-
+# %% ../../nbs/market/30_snapshot.ipynb #f2267b21
 @dataclass(frozen=True)
 class Snapshot:
     """Bars and macro values with where they came from."""
@@ -34,27 +33,6 @@ class Snapshot:
     bars: pd.DataFrame             # long
     macro: pd.DataFrame            # long: timestamp (release), series, value, reference
     manifest: dict[str, Any]       # source, files, symbols
-
-def empty_macro() -> pd.DataFrame:
-    """A table of no macro values."""
-    times = pd.Series([], dtype=TIME)
-    return pd.DataFrame({"timestamp": times, "series": pd.Series([], dtype=str), "value": pd.Series([], dtype=float), "reference": times})
-
-def check_macro(
-    macro: pd.DataFrame,
-    where: str,
-) -> pd.DataFrame:
-    """Macro values, checked. Raises `DataError` on missing columns, naive times, or a value known before the period that it describes."""
-    for column in MACRO:
-        if column not in macro.columns:
-            raise DataError(f"{where}, column `{column}`", "is missing", f"macro values need {', '.join(MACRO)}")
-    for column in ("timestamp", "reference"):
-        if macro[column].dtype != TIME:
-            raise DataError(f"{where}, column `{column}`", f"is {macro[column].dtype}", "times are UTC with microseconds")
-    if (early := (macro["timestamp"] < macro["reference"]).to_numpy()).any():
-        i = int(early.argmax())
-        raise DataError(f"{where}, column `timestamp`, row {i} ({macro['series'].iloc[i]})", "released before the period that it describes", "stamp each value with its release")
-    return macro
 
 # %% ../../nbs/market/30_snapshot.ipynb #bdf8b355
 def from_embedded() -> Snapshot:
@@ -133,7 +111,7 @@ def recover(
     shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(folder.with_name(f".{folder.name}.new"), ignore_errors=True)
 
-# %% ../../nbs/market/30_snapshot.ipynb #f2267b21
+# %% ../../nbs/market/30_snapshot.ipynb #dc5e723b
 @dataclass(frozen=True)
 class Market:
     """A snapshot as the pipeline uses it."""
