@@ -14,7 +14,7 @@ import pandas as pd
 from ..core.errors import DataError
 from .calendar import STEP, close_of
 from .macro import MACRO, Lag, check_macro, release
-from .panel import COLUMNS, OPTIONAL, PRICES, BarSet, check_bars
+from .panel import COLUMNS, FIELDS, PRICES, BarSet, check_bars
 from .upstream import Upstream, fetch
 
 # %% auto #0
@@ -87,7 +87,7 @@ def _index_bars(name: str, symbol: str) -> pd.DataFrame:
 def _sorted(parts: list[pd.DataFrame], where: str) -> pd.DataFrame:
     "The parts as one checked long table, its columns in the usual order."
     frame = pd.concat(parts).sort_values(["timestamp", "symbol"], ignore_index=True)
-    order = [c for c in dict.fromkeys((*COLUMNS, *OPTIONAL)) if c in frame.columns]
+    order = [c for c in dict.fromkeys((*COLUMNS, *FIELDS)) if c in frame.columns]
     return check_bars(frame[order], where)
 
 def bars() -> pd.DataFrame:  # long, canonical columns

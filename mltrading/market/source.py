@@ -15,7 +15,7 @@ import pandas as pd
 from ..core.errors import DataError, ParameterError, unknown
 from .calendar import STEP, close_of, expected, sessions
 from .http import SourceError
-from .panel import OPTIONAL, PRICES, TIME, check_bars
+from .panel import FIELDS, PRICES, TIME, check_bars
 
 # %% auto #0
 __all__ = ['Source', 'check_request', 'empty_bars', 'records', 'numbers', 'instants', 'plain_days', 'day_of', 'daily_bars',
@@ -145,7 +145,7 @@ def _finish(
     holes = values[needed].isna().any(axis="columns") if "close" in needed else pd.Series(True, values.index)
     if holes.sum() > max(10, len(values) / 2):
         raise SourceError(where, f"{holes.sum()} of {len(values)} bars lack a price or their volume")
-    order = [c for c in (*PRICES, *OPTIONAL[3:]) if c in values.columns]
+    order = [c for c in FIELDS if c in values.columns]
     out = pd.concat([pd.Series(stamps, values.index, name="timestamp", dtype=TIME), pd.Series(symbol, values.index, name="symbol", dtype="str"), values[order]], axis="columns")
     out = out[~holes].drop_duplicates().sort_values("timestamp", kind="stable", ignore_index=True)
     if out.empty:
@@ -205,7 +205,7 @@ def check_bars_of(
     """Ask a source for bars and hold them to the protocol. Raises `DataError` on what breaks it."""
     where = f"source {source.name}, {symbol}, {frequency}"
     bars = source.bars(symbol, start, end, frequency)
-    columns = ["timestamp", "symbol", *(c for c in (*PRICES, *OPTIONAL[3:]) if c in bars.columns)]
+    columns = ["timestamp", "symbol", *(c for c in FIELDS if c in bars.columns)]
     if list(bars.columns) != columns or bars["timestamp"].dtype != TIME:
         raise DataError(where, f"columns {list(bars.columns)} with times of {bars['timestamp'].dtype}", f"canonical ones are {columns}, times {TIME}")
     if strange := [c for c in columns[2:] if bars[c].dtype != np.float64]:
