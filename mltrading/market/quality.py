@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..core.errors import DataError, ParameterError, unknown
 from .calendar import STEP, expected, session_of, sessions
-from .panel import OPTIONAL, PRICES, TIME, Panel, to_frame
+from .panel import FIELDS, PRICES, TIME, Panel, to_frame
 
 # %% auto #0
 __all__ = ['Hits', 'POLICIES', 'SEVERITIES', 'RULES', 'SPLITS', 'UNITS', 'FINDING', 'Bars', 'Rule', 'rule', 'check_schema',
@@ -113,7 +113,7 @@ def _schema() -> Any:
     import pandera.pandas as pa
 
     prices, amounts = pa.Check.in_range(-1e12, 1e12), pa.Check.in_range(-1e18, 1e18)  # also refuses infinity
-    numbers = {c: pa.Column(float, amounts if c in ("volume", "trade_count") else prices, nullable=True, required=c == "close") for c in ("close", *OPTIONAL)}
+    numbers = {c: pa.Column(float, amounts if c in ("volume", "trade_count") else prices, nullable=True, required=c == "close") for c in FIELDS}
     years = pa.Check.in_range(pd.Timestamp("1800-01-01", tz="UTC"), pd.Timestamp("2200-01-01", tz="UTC"))
     return pa.DataFrameSchema({"timestamp": pa.Column(TIME, years), "symbol": pa.Column(), **numbers})
 
@@ -130,7 +130,7 @@ def check_schema(
     if not frame.columns.is_unique:
         raise DataError(f"{where}, column `{frame.columns[frame.columns.duplicated()][0]}`", "stands twice", "keep one of the two")
     frame = frame.reset_index(drop=True)
-    cast: dict[str, Any] = {c: float for c in ("close", *OPTIONAL) if c in frame.columns and pd.api.types.is_any_real_numeric_dtype(frame[c]) and frame[c].dtype != np.float64}
+    cast: dict[str, Any] = {c: float for c in FIELDS if c in frame.columns and pd.api.types.is_any_real_numeric_dtype(frame[c]) and frame[c].dtype != np.float64}
     if "timestamp" in frame.columns and isinstance(frame["timestamp"].dtype, pd.DatetimeTZDtype) and frame["timestamp"].dtype != TIME:
         frame = frame.assign(timestamp=frame["timestamp"].dt.tz_convert("UTC").dt.as_unit("us"))
     frame = frame.astype(cast) if cast else frame
@@ -409,7 +409,7 @@ def _laid_out(frame: pd.DataFrame, frequency: str, calendar: str | None) -> Bars
     order = by_symbol if not len(falls) else np.lexsort((times, code))
     moved = np.empty(len(t), bool)
     moved[by_symbol] = t < latest
-    fields = {f: frame[f].to_numpy(np.float64)[order] for f in (*PRICES, *OPTIONAL[3:]) if f in frame.columns and frame[f].notna().any()}
+    fields = {f: frame[f].to_numpy(np.float64)[order] for f in FIELDS if f in frame.columns and frame[f].notna().any()}
     return Bars(times[order], {"close": frame["close"].to_numpy(np.float64)[order]} | fields, np.asarray(symbols, dtype=object), code[order], order, moved[order], frequency, calendar)
 
 # %% ../../nbs/market/10_quality.ipynb #d2db728e
