@@ -282,25 +282,28 @@ def spike(bars: Bars) -> Hits:
 SPLITS = np.log([3 / 2, *range(2, 11), 12, 15, 20, 25, 30, 40, 50])
 UNITS = np.log([100, 1000])
 
-def _steps(bars: Bars, sizes: NDArray[np.float64], tolerance: float) -> NDArray[np.bool_]:
-    "(R,): the price changes by a factor of one of `sizes` (logarithms), up or down, and four bars later has not come back."
+def _near(size: NDArray[np.float64], sizes: NDArray[np.float64], tolerance: float) -> NDArray[np.bool_]:
+    "Where a change (logarithm) is one of `sizes` to within a part of it."
+    return np.asarray((np.abs(np.abs(size[:, None]) - sizes) < tolerance * sizes).any(axis=1))
+
+def _steps(bars: Bars, sizes: NDArray[np.float64]) -> NDArray[np.bool_]:
+    "(R,): the price changes by a factor of one of `sizes` (logarithms), up or down, and has not come back four bars later."
     x, hit = np.log(_adjusted(bars)), np.zeros(len(bars.code), bool)
     for price in [x] + ([x + np.log(bars.fields["open"] / bars.fields["close"])] if "open" in bars.fields else []):
         size = np.abs(price - bars.before(x))
-        large = np.flatnonzero(size > sizes.min() - tolerance)
+        large = np.flatnonzero(size > 0.9 * sizes.min())
         ahead = np.minimum(large[:, None] + np.arange(5), len(x) - 1)
         away = np.where(bars.code[ahead] == bars.code[large, None], np.abs(x[ahead] - x[large - 1][:, None]), np.inf)
-        near = np.abs(size[large, None] - sizes).min(axis=1) < tolerance
-        hit[large] |= near & (away.min(axis=1) > 0.6 * size[large])
+        hit[large] |= _near(size[large], sizes, 0.07) & (away.min(axis=1) > 0.6 * size[large])
     return hit
 
 @rule("the price changes by the ratio of a split and stays there: not adjusted", "warning", "flag")
 def split(bars: Bars) -> Hits:
-    return _steps(bars, SPLITS, 0.05)
+    return _steps(bars, SPLITS)
 
 @rule("the price changes a hundredfold or thousandfold and stays there: another unit", "error", "flag")
 def unit(bars: Bars) -> Hits:
-    return _steps(bars, UNITS, 0.2)
+    return _steps(bars, UNITS)
 
 def _by_symbol(bars: Bars, x: NDArray[np.float64], statistic: Callable[[NDArray[np.float64]], float]) -> NDArray[np.float64]:
     "(R,) a statistic of each symbol's finite values, repeated on its bars; NaN where it has none."
@@ -384,9 +387,8 @@ def _factor_step(bars: Bars) -> NDArray[np.float64]:
 def payout(bars: Bars) -> Hits:
     step = _factor_step(bars)
     large = np.flatnonzero(np.abs(step) > np.log(2) - 0.02)
-    near = np.abs(np.abs(step[large, None]) - SPLITS).min(axis=1) < 0.02
     hit = np.zeros(len(step), bool)
-    hit[large[~near]] = True
+    hit[large] = ~_near(step[large], SPLITS, 0.02)
     return hit
 
 @rule("the adjustment factor moves by over 10 % where the price does not", "error", "flag", needs=("close", "adj_factor"))
