@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     import httpx
 
 # %% auto #0
-__all__ = ['Kind', 'SourceError', 'secret', 'redact', 'Outcome', 'first_words', 'judge', 'Pace', 'persist', 'Client']
+__all__ = ['Kind', 'SourceError', 'secret', 'redact', 'Outcome', 'retry_after', 'first_words', 'judge', 'Pace', 'persist',
+           'Client']
 
 # %% ../../nbs/market/40_http.ipynb #9b2c194c
 Kind = Literal["key", "unknown", "limit", "down", "reply"]
@@ -115,9 +116,11 @@ class Outcome:
     again: bool = False          # another attempt may help
     after_s: float = 0.0         # how long the service asks to be left alone
 
-# %% ../../nbs/market/40_http.ipynb #32de1019
-def _retry_after(headers: Mapping[str, str]) -> float:
-    "Seconds to wait as a reply asks for it; 0 where it does not, or not readably."
+# %% ../../nbs/market/40_http.ipynb #4fcf1c2f
+def retry_after(
+    headers: Mapping[str, str],  # of a reply
+) -> float:
+    """Seconds to wait as a reply asks for it; 0 where it does not, or not readably."""
     asked = headers.get("retry-after", "").strip()
     if re.fullmatch(r"\d{1,9}", asked):
         return float(asked)
@@ -151,7 +154,7 @@ def judge(
     kinds: dict[int, Kind] = {401: "key", 402: "key", 403: "key", 404: "unknown", 410: "unknown", 429: "limit"}
     if status >= 400:
         kind, words = kinds.get(status, "down" if status >= 500 else "reply"), first_words(clean(text))
-        return Outcome(kind=kind, what=f"answered {status}" + (f": {words}" if words else ""), again=kind in ("limit", "down"), after_s=_retry_after(headers))
+        return Outcome(kind=kind, what=f"answered {status}" + (f": {words}" if words else ""), again=kind in ("limit", "down"), after_s=retry_after(headers))
     if status >= 300:
         return Outcome(kind="reply", what=f"answered {status}: go to {first_words(clean(headers.get('location', 'nowhere')))}")
     if not text.strip():
@@ -303,9 +306,11 @@ class Client:
         return SourceError(redact(self.base_url + path, self._secrets), redact(what, self._secrets), fix, kind)
 
     def _ask(self, path: str, params: Mapping[str, Any] | None, accept: str, form: Mapping[str, str] | None = None) -> str:
+        below = path if path.startswith("/") or not path else f"/{path}"  # nothing in a path may name another host
+
         def once() -> Outcome:
             self._pace.wait()
-            return _attempt(self._http, self.base_url + path, params, form, accept, self._max_bytes, lambda text: redact(text, self._secrets))
+            return _attempt(self._http, self.base_url + below, params, form, accept, self._max_bytes, lambda text: redact(text, self._secrets))
 
         outcome = persist(once, self._attempts, self._backoff_s, self._wait_s, self._sleep)
         if outcome.kind is None:

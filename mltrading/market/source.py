@@ -191,6 +191,10 @@ def intraday_bars(
     t = begins.tz_localize(None).to_numpy("datetime64[us]")
     at = np.searchsorted(opens, t, side="right") - 1
     inside = (at >= 0) & (t < closes[at])
+    odd = inside & ((t - opens[at]) % STEP[frequency].to_timedelta64() != np.timedelta64(0))
+    if odd.sum() > max(10, inside.sum() / 20):
+        raise SourceError(where, f"{odd.sum()} of {inside.sum()} bars do not begin a whole number of {frequency} after the opening of {calendar}, {begins[odd][0]} is the first")
+    inside &= ~odd
     stamps = np.minimum(t + STEP[frequency].to_timedelta64(), closes[at])[inside]
     return _finish(values[inside], pd.DatetimeIndex(stamps, tz="UTC"), symbol, where)
 
