@@ -36,8 +36,8 @@ repro: $(READY) ## from the locked prices to reports/index.html; runs only what 
 	@$(BIN)/mltrading repro
 
 .PHONY: data
-data: $(READY) ## rebuild the price snapshot: SOURCE=embedded, or SOURCE=folder FROM=/path/to/parquet
-	@$(BIN)/mltrading data --source $(or $(SOURCE),embedded) $(if $(FROM),--from '$(FROM)')
+data: $(READY) ## make a snapshot: SOURCE= FROM= SYMBOLS= UNIVERSE= START= END= FREQUENCY= MACRO= NEWS= POLICY= (see nbs/market)
+	@$(BIN)/mltrading data --source $(or $(SOURCE),embedded) $(foreach o,FROM SYMBOLS UNIVERSE START END FREQUENCY CALENDAR STAMP MANIFEST MACRO NEWS POLICY,$(if $($(o)),--$(shell echo $(o) | tr A-Z a-z) '$($(o))'))
 
 .PHONY: audit
 audit: $(READY) ## prove for every feature that it does not look ahead

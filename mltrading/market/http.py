@@ -170,6 +170,7 @@ def _attempt(
     http: httpx.Client,
     url: str,
     params: Mapping[str, Any] | None,
+    form: Mapping[str, str] | None,
     accept: str,
     max_bytes: int,
     clean: Callable[[str], str],  # takes secrets out
@@ -179,7 +180,7 @@ def _attempt(
 
     silence_s, began = http.timeout.read or 0.0, time.monotonic()
     try:
-        with http.stream("GET", url, params=params, headers={"Accept": accept}) as reply:
+        with http.stream("POST" if form else "GET", url, params=params, data=form, headers={"Accept": accept}) as reply:
             body = bytearray()
             for piece in reply.iter_bytes():
                 body += piece
@@ -287,9 +288,9 @@ class Client:
     def __repr__(self) -> str:
         return f"Client({redact(self.base_url, self._secrets)!r}, per_minute={60 / self._pace.gap_s:g})"
 
-    def json(self, path: str = "", params: Mapping[str, Any] | None = None) -> Any:
-        """The reply to a path below the base address, as JSON. Raises `SourceError`."""
-        text = self._ask(path, params, "application/json")
+    def json(self, path: str = "", params: Mapping[str, Any] | None = None, form: Mapping[str, str] | None = None) -> Any:
+        """The reply to a path below the base address, as JSON; a form is posted there. Raises `SourceError`."""
+        text = self._ask(path, params, "application/json", form)
         try:
             return json.loads(text)
         except (ValueError, RecursionError):
@@ -304,12 +305,12 @@ class Client:
         """An error about this service's reply to a path, secrets taken out; to be raised by the caller."""
         return SourceError(redact(self.base_url + path, self._secrets), redact(what, self._secrets), fix, kind)
 
-    def _ask(self, path: str, params: Mapping[str, Any] | None, accept: str) -> str:
+    def _ask(self, path: str, params: Mapping[str, Any] | None, accept: str, form: Mapping[str, str] | None = None) -> str:
         below = path if path.startswith("/") or not path else f"/{path}"  # nothing in a path may name another host
 
         def once() -> Outcome:
             self._pace.wait()
-            return _attempt(self._http, self.base_url + below, params, accept, self._max_bytes, lambda text: redact(text, self._secrets))
+            return _attempt(self._http, self.base_url + below, params, form, accept, self._max_bytes, lambda text: redact(text, self._secrets))
 
         outcome = persist(once, self._attempts, self._backoff_s, self._wait_s, self._sleep)
         if outcome.kind is None:
