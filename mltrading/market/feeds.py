@@ -24,7 +24,7 @@ from .source import plain_days
 
 # %% auto #0
 __all__ = ['VINTAGES', 'MACRO_SOURCES', 'TEXT_SOURCES', 'MacroSource', 'NewsSource', 'Fred', 'Gdelt', 'NewsApi', 'Reddit',
-           'AlpacaNews', 'PolygonNews']
+           'AlpacaNews', 'PolygonNews', 'AlphaVantageNews']
 
 # %% ../../nbs/market/54_feeds.ipynb #e29b38c6
 class MacroSource(Protocol):
@@ -83,18 +83,41 @@ def _records(
             raise client.error("reply", path, f"a record of `{name}` without `{lacking[0]}`: {str(item)[:120]}")
     return items
 
+def _pages(
+    client: Client,
+    path: str,
+    ask: Callable[[str], tuple[list[Any], str | None]],  # what a page is asked with, "" for the first -> its items, and the next one's, if any
+) -> list[Any]:
+    "All items of a list that comes in pages. A service that sends one in circles ends in a `SourceError` of kind `reply`."
+    items, token, seen = [], "", {""}
+    while True:
+        page, following = ask(token)
+        items += page
+        if not following:
+            return items
+        if following in seen:
+            raise client.error("reply", path, f"the next page is one that was read already: {following[:40]}")
+        seen.add(following)
+        token = following
+
 def _news(
     client: Client,
     path: str,
     rows: Sequence[tuple[str | None, ...]],  # as `news_table` takes them
     source: str,
+    zone: str | None = None,  # of times that name none
 ) -> pd.DataFrame:
     "The table of a source's rows, or a `SourceError` of kind `reply`."
     try:
-        return check_news(news_table(rows, source), source, pd.Timestamp.now("UTC"))
+        return check_news(news_table(rows, source, zone), source, pd.Timestamp.now("UTC"))
     except DataError as error:
         failure = error
     raise client.error("reply", path, f"{failure.where}: {failure.what}")
+
+def _delayed(table: pd.DataFrame, by: pd.Timedelta) -> pd.DataFrame:
+    "News whose stamps may be too early by so much: known by then, or now, where that is sooner."
+    later, now = table["timestamp"] + by, pd.Timestamp.now("UTC").floor("us")
+    return table.assign(timestamp=later.where(later <= now, now))
 
 # %% ../../nbs/market/54_feeds.ipynb #4ad646ea
 VINTAGES = 2000  # most vintages in one reply
@@ -177,8 +200,7 @@ class Gdelt:
         """Articles, with empty bodies; see `NewsSource`. Raises `SourceError`, `ParameterError`."""
         found = self._span(query, *_days(self.name, query, start, end))
         table = _news(self._client, "/api/v2/doc/doc", [(a["seendate"], a["url"], a["title"], "", a["url"], "") for a in found], self.name)
-        later, now = table["timestamp"] + pd.Timedelta(minutes=15), pd.Timestamp.now("UTC").floor("us")
-        return table.assign(timestamp=later.where(later <= now, now))
+        return _delayed(table, pd.Timedelta(minutes=15))
 
     def _span(self, query: str, begin: pd.Timestamp, finish: pd.Timestamp) -> list[dict[str, Any]]:
         "The articles from one second to another, both included."
@@ -208,15 +230,16 @@ class NewsApi:
     def news(self, query: str, start: date, end: date) -> pd.DataFrame:
         """Articles; see `NewsSource`. Raises `SourceError`, `ParameterError`."""
         begin, finish = _days(self.name, query, start, end)
-        path, found, page = "/v2/everything", [], 0
-        while True:
-            page += 1
-            params = {"q": query, "from": f"{begin:%FT%T}", "to": f"{finish:%FT%T}", "sortBy": "publishedAt", "pageSize": 100, "page": page}
-            reply = _ask(self._client, path, params, {"answered 426": "key"})
+        path = "/v2/everything"
+        params = {"q": query, "from": f"{begin:%FT%T}", "to": f"{finish:%FT%T}", "sortBy": "publishedAt", "pageSize": 100}
+
+        def page(number: str) -> tuple[list[Any], str | None]:
+            k = int(number or 1)
+            reply = _ask(self._client, path, {**params, "page": k}, {"answered 426": "key"})
             items = _records(self._client, path, reply, "articles", ("title", "url", "publishedAt"))
-            found += items
-            if not items or len(found) >= reply.get("totalResults", 0):
-                break
+            return items, str(k + 1) if items and 100 * k < int(reply.get("totalResults") or 0) else None
+
+        found = _pages(self._client, path, page)
         rows = [(a["publishedAt"], a["url"], a["title"], a.get("description"), a["url"], "") for a in found if a["title"] != "[Removed]"]
         return _news(self._client, path, rows, self.name)
 
@@ -239,16 +262,17 @@ class Reddit:
         forum, _, words = (part.strip() for part in query.partition(":"))
         path = f"/r/{forum}/search" if words else f"/r/{forum}/new"
         asked = {"limit": 100, "raw_json": 1} | ({"q": words, "restrict_sr": 1, "sort": "new"} if words else {})
-        client, posts = self._signed_in(), []
-        after: str | None = ""
-        while after is not None:
-            page, after = self._page(client, path, {**asked, "after": after} if after else asked)
-            posts += page
-            if not page or page[-1]["created_utc"] < begin:
-                break
-        else:
-            if len(posts) >= 900 and posts[-1]["created_utc"] > begin:
-                warnings.warn(f"reddit, {query}: the listing ends at {pd.Timestamp(posts[-1]['created_utc'], unit='s')}, after the span began", stacklevel=2)
+        client, ends = self._signed_in(), []
+
+        def page(after: str) -> tuple[list[Any], str | None]:
+            items, following = self._page(client, path, {**asked, "after": after} if after else asked)
+            ends.append((items[-1]["created_utc"], following) if items else (begin, None))
+            return items, following if items and items[-1]["created_utc"] >= begin else None
+
+        posts = _pages(client, path, page)
+        oldest, following = ends[-1]
+        if len(posts) >= 900 and oldest > begin and not following:
+            warnings.warn(f"reddit, {query}: the listing ends at {pd.Timestamp(oldest, unit='s')}, after the span began", stacklevel=2)
         kept = [p for p in posts if begin <= p["created_utc"] < finish + 1]
         return _news(client, path, [self._row(p) for p in kept], self.name)
 
@@ -283,6 +307,10 @@ def _plain(text: str) -> str:
     "Text without HTML tags."
     return re.sub(r"(?is)<(script|style)\b.*?(</\1>|$)|<[^>]*>", " ", text)
 
+def _joined(symbols: Any) -> str:
+    "Symbols as one text."
+    return " ".join(map(str, symbols or []))
+
 class AlpacaNews:
     """Company news of Alpaca; `query` is a symbol. Source: https://docs.alpaca.markets/reference/news-3"""
 
@@ -295,15 +323,15 @@ class AlpacaNews:
     def news(self, query: str, start: date, end: date) -> pd.DataFrame:
         """Articles, stamped with their last change; see `NewsSource`. Raises `SourceError`, `ParameterError`."""
         begin, finish = _days(self.name, query, start, end)
-        path, rows = "/v1beta1/news", []
-        token: str | None = ""
+        path = "/v1beta1/news"
         asked = {"symbols": query, "start": f"{begin:%FT%TZ}", "end": f"{finish:%FT%TZ}", "sort": "asc", "limit": 50, "include_content": "true"}
-        while token is not None:
-            reply = _ask(self._client, path, {**asked, "page_token": token} if token else asked, {})
-            for a in _records(self._client, path, reply, "news", ("id", "headline", "created_at", "updated_at", "symbols")):
-                body = _plain(a.get("content") or "").strip() or a.get("summary")
-                rows.append((a["updated_at"] or a["created_at"], str(a["id"]), a["headline"], body, a.get("url"), " ".join(map(str, a["symbols"] or []))))
-            token = reply.get("next_page_token")
+
+        def page(token: str) -> tuple[list[Any], str | None]:
+            reply = self._client.json(path, {**asked, "page_token": token} if token else asked)
+            return _records(self._client, path, reply, "news", ("id", "headline", "created_at", "updated_at", "symbols")), reply.get("next_page_token")
+
+        rows = [(a["updated_at"] or a["created_at"], str(a["id"]), a["headline"], _plain(a.get("content") or "").strip() or a.get("summary"), a.get("url"), _joined(a["symbols"]))
+                for a in _pages(self._client, path, page)]
         return _news(self._client, path, rows, self.name)
 
 # %% ../../nbs/market/54_feeds.ipynb #7a078391
@@ -319,18 +347,49 @@ class PolygonNews:
     def news(self, query: str, start: date, end: date) -> pd.DataFrame:
         """Articles with summaries; see `NewsSource`. Raises `SourceError`, `ParameterError`."""
         begin, finish = _days(self.name, query, start, end)
-        path, rows = "/v2/reference/news", []
-        asked: dict[str, Any] = {"ticker": query, "published_utc.gte": f"{begin:%FT%TZ}", "published_utc.lte": f"{finish:%FT%TZ}", "order": "asc", "sort": "published_utc", "limit": 1000}
-        while asked:
-            reply = _ask(self._client, path, asked, {})
-            for a in _records(self._client, path, reply, "results", ("id", "title", "published_utc")):
-                rows.append((a["published_utc"], a["id"], a["title"], a.get("description"), a.get("article_url"), " ".join(map(str, a.get("tickers") or []))))
-            asked = {name: values[0] for name, values in parse_qs(urlsplit(reply.get("next_url") or "").query).items() if name == "cursor"}
+        path = "/v2/reference/news"
+        asked = {"ticker": query, "published_utc.gte": f"{begin:%FT%TZ}", "published_utc.lte": f"{finish:%FT%TZ}", "order": "asc", "sort": "published_utc", "limit": 1000}
+
+        def page(cursor: str) -> tuple[list[Any], str | None]:
+            reply = self._client.json(path, {"cursor": cursor} if cursor else asked)
+            items = _records(self._client, path, reply, "results", ("id", "title", "published_utc"))
+            return items, parse_qs(urlsplit(reply.get("next_url") or "").query).get("cursor", [None])[0]
+
+        rows = [(a["published_utc"], a["id"], a["title"], a.get("description"), a.get("article_url"), _joined(a.get("tickers"))) for a in _pages(self._client, path, page)]
         return _news(self._client, path, rows, self.name)
+
+# %% ../../nbs/market/54_feeds.ipynb #a2f185d6
+class AlphaVantageNews:
+    """Company news of Alpha Vantage; `query` is a symbol. Source: https://www.alphavantage.co/documentation/#news-sentiment"""
+
+    name = "alphavantage"
+    most = 1000  # items in one reply
+    _means: Mapping[str, Kind] = {"rate limit": "limit", "call frequency": "limit", "invalid or missing": "key", "premium": "key", "Invalid inputs": "unknown"}
+
+    def __init__(self, base_url: str = "https://www.alphavantage.co", **client: Any) -> None:
+        self._key = secret("ALPHAVANTAGE_API_KEY")
+        self._client = Client(base_url, secrets=[self._key], **{"per_minute": 50, **client})
+
+    def news(self, query: str, start: date, end: date) -> pd.DataFrame:
+        """Articles with summaries; see `NewsSource`. Raises `SourceError`, `ParameterError`."""
+        begin, finish = _days(self.name, query, start, end)
+        path = "/query"
+        asked = {"function": "NEWS_SENTIMENT", "tickers": query, "time_to": f"{finish:%Y%m%dT%H%M}", "sort": "EARLIEST", "limit": self.most, "apikey": self._key}
+
+        def page(since: str) -> tuple[list[Any], str | None]:
+            reply = self._client.json(path, {**asked, "time_from": since or f"{begin:%Y%m%dT%H%M}"})
+            if isinstance(reply, dict) and "feed" not in reply:
+                words = str(reply)
+                raise self._client.error(next((kind for w, kind in self._means.items() if w in words), "reply"), path, words[:300])
+            items = _records(self._client, path, reply, "feed", ("title", "url", "time_published"))
+            return items, max(str(a["time_published"]) for a in items)[:13] if len(items) >= self.most else None
+
+        rows = [(a["time_published"], a["url"], a["title"], a.get("summary"), a["url"], _joined([t.get("ticker") for t in a.get("ticker_sentiment") or []])) for a in _pages(self._client, path, page)]
+        return _delayed(_news(self._client, path, rows, self.name, "UTC"), pd.Timedelta(hours=5))
 
 # %% ../../nbs/market/54_feeds.ipynb #49182886
 MACRO_SOURCES: dict[str, Callable[..., MacroSource]] = {"fred": Fred}
 
 TEXT_SOURCES: dict[str, Callable[..., NewsSource]] = {
-    "gdelt": Gdelt, "newsapi": NewsApi, "reddit": Reddit, "alpaca": AlpacaNews, "polygon": PolygonNews,
+    "gdelt": Gdelt, "newsapi": NewsApi, "reddit": Reddit, "alpaca": AlpacaNews, "polygon": PolygonNews, "alphavantage": AlphaVantageNews,
 }
