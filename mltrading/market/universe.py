@@ -22,7 +22,8 @@ from .panel import Panel
 from .upstream import Upstream, fetch
 
 # %% auto #0
-__all__ = ['UNIVERSES', 'PINS', 'Spell', 'Universe', 'spells_of', 'build', 'members', 'ever', 'symbols', 'mask', 'with_members']
+__all__ = ['UNIVERSES', 'PINS', 'Spell', 'Universe', 'spells_of', 'build', 'members', 'empty_members', 'ever', 'symbols', 'mask',
+           'with_members']
 
 # %% ../../nbs/market/18_universe.ipynb #f2267b21
 @dataclass(frozen=True)
@@ -132,6 +133,10 @@ def members(
         raise unknown("universe", name, list(UNIVERSES), "UNIVERSE=")
     own = _table().query("universe == @name")[["symbol", "start", "end"]].reset_index(drop=True)
     return own.assign(start=pd.to_datetime(own["start"]).dt.as_unit("us"), end=pd.to_datetime(own["end"]).dt.as_unit("us"))
+
+def empty_members() -> pd.DataFrame:
+    """A table of no spells."""
+    return members(next(iter(UNIVERSES))).iloc[:0]
 
 # %% ../../nbs/market/18_universe.ipynb #39ccf737
 def _asked(name: str, day: str | date | pd.Timestamp) -> pd.Timestamp:
