@@ -217,15 +217,19 @@ def _hours(bars: Bars) -> tuple[NDArray[np.datetime64], NDArray[np.datetime64]]:
     table = sessions(str(bars.calendar), first - margin, last + margin)
     return table["open"].to_numpy("datetime64[us]"), table["close"].to_numpy("datetime64[us]")
 
+_LATE = np.timedelta64(12, "h")  # a daily bar stamped later than this after the last close belongs to another session
+
 def _round_the_clock(opens: NDArray[np.datetime64], closes: NDArray[np.datetime64]) -> bool:
     return bool(np.median(closes - opens) > np.timedelta64(20, "h"))
 
-@rule("a daily bar is stamped inside its session, before it was knowable", "error", "fail", needs=("close", "calendar", "regular"))
+@rule("a daily bar is stamped before its session's close, when it was not knowable", "error", "fail", needs=("close", "calendar", "regular"))
 def early(bars: Bars) -> Hits:
     opens, closes = _hours(bars)
     if bars.frequency != "1d" or _round_the_clock(opens, closes):
         return np.zeros(len(bars.code), bool)
-    return opens[np.searchsorted(closes, bars.times, side="right")] < bars.times
+    after = np.searchsorted(closes, bars.times, side="right")
+    next_close_soon = (bars.times - closes[after - 1] > _LATE) & (closes[after] - bars.times < np.timedelta64(20, "h"))
+    return (opens[after] <= bars.times) | next_close_soon
 
 def _lost(bars: Bars) -> NDArray[np.bool_]:
     "(R,): bars that belong to no session."
@@ -233,7 +237,7 @@ def _lost(bars: Bars) -> NDArray[np.bool_]:
         return np.asarray(session_of(pd.DatetimeIndex(bars.times).tz_localize("UTC"), str(bars.calendar)).isna())
     opens, closes = _hours(bars)
     after = np.searchsorted(closes, bars.times, side="right")
-    return (bars.times - closes[after - 1] > np.timedelta64(12, "h")) & ~(opens[after] < bars.times)
+    return (bars.times - closes[after - 1] > _LATE) & (opens[after] > bars.times)
 
 def _weekend(bars: Bars) -> NDArray[np.bool_]:
     return np.asarray((bars.frequency == "1d") & (pd.DatetimeIndex(bars.times).day_of_week >= 5))
