@@ -9,9 +9,13 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from .core.errors import MLTradingError
 from .core.params import root
+
+if TYPE_CHECKING:
+    from mltrading.market.request import DataRequest
 
 # %% auto #0
 __all__ = ['parser', 'main']
@@ -34,26 +38,51 @@ def _stage(given: argparse.Namespace) -> None:
     run_stage(given.name, given.system, given.profile)
     print(f"{given.name} {given.system} done in {time.perf_counter() - started:.1f} s", file=sys.stderr)
 
-# %% ../nbs/90_cli.ipynb #85079fd3
+# %% ../nbs/90_cli.ipynb #86f03cd4
+def _request(given: argparse.Namespace) -> DataRequest:
+    "What the options of `data` ask for."
+    from mltrading.core.params import block
+    from mltrading.market.request import DataRequest
+
+    def words(text: str | None) -> list[str]:
+        return [w.strip() for w in (text or "").split(",") if w.strip()]
+
+    policies = dict(w.split("=", 1) if "=" in w else (w, "") for w in words(given.policy))
+    asked = {"source": given.source, "path": given.path, "manifest": given.manifest, "stamp": given.stamp, "calendar": given.calendar, "symbols": words(given.symbols),
+             "universe": given.universe, "start": given.start, "end": given.end, "frequency": given.frequency, "macro": given.macro, "news": given.news, "policies": policies}
+    return block(DataRequest, {k: v for k, v in asked.items() if v}, "make data")
+
 def _data(given: argparse.Namespace) -> None:
     from mltrading.core.pipeline import dvc
-    from mltrading.market.snapshot import fetch_snapshot, write_snapshot
+    from mltrading.market.request import answer, closing, complete
+    from mltrading.market.snapshot import read_snapshot, write_snapshot
 
-    snapshot = fetch_snapshot(given.source, given.path)
-    write_snapshot(snapshot, root() / "data")
+    request = _request(given)
+    found = answer(request)
+    if found.report is not None:
+        print(closing(found.report))
+    manifest = write_snapshot(complete(found), root() / "data")
     dvc("add", "--quiet", "data", fix="data/ is complete; run `dvc add data` again to lock it")
-    if given.source == "embedded":
+    if request.source == "embedded":
         dvc("push", "--quiet", "data", fix="data/ is locked; run `dvc push data` again to put it into the remote")
-    print(f"{len(snapshot.bars):,} bars of {snapshot.bars['symbol'].nunique()} symbols in {root() / 'data'}, locked in data.dvc")
+    for name, facts in manifest["sets"].items():
+        print(f"{name}: {facts['rows']:,} bars of {len(facts['symbols'])} symbols, {facts['frequency']}, {str(facts['first'])[:10]} to {str(facts['last'])[:10]}")
+    said = read_snapshot(root() / "data").table("findings")
+    counts = said.groupby("severity")["bars"].sum()
+    print(f"quality: {', '.join(f'{n:,} bars with an {k}' if k == 'error' else f'{n:,} with a {k}' for k, n in counts.items()) or 'nothing found'}; reports/data.html shows which, after `make repro`")
+    print(f"in {root() / 'data'}, locked in data.dvc")
 
+# %% ../nbs/90_cli.ipynb #6f33fced
 def _audit(given: argparse.Namespace) -> None:
     from mltrading.features.audit import check_registry
     from mltrading.market.snapshot import read_snapshot
 
     market, started = read_snapshot(root() / "data"), time.perf_counter()
-    marked = [s for s, facts in market.manifest["symbols"].items() if facts.get("role") == "benchmark"]
-    table = check_registry(market.panel, macro=market.macro if len(market.macro) else None, benchmark=marked[0] if marked else None, cuts=given.cuts)
-    print(f"{len(table)} features on {market.panel!r}: none looks ahead, all begin when they say; {time.perf_counter() - started:.1f} s")
+    panel = market.store(given.bars or next(iter(market.manifest["sets"]))).panel()
+    marked = [s for s in panel.symbols if market.manifest["symbols"][s]["role"] == "benchmark"]
+    macro = market.macro
+    table = check_registry(panel, macro=macro if len(macro) else None, benchmark=marked[0] if marked else None, cuts=given.cuts)
+    print(f"{len(table)} features on {panel!r}: none looks ahead, all begin when they say; {time.perf_counter() - started:.1f} s")
 
 def _refresh(_: argparse.Namespace) -> None:
     from mltrading.core.notebooks import clean, export, readme
@@ -84,13 +113,23 @@ def parser() -> argparse.ArgumentParser:
     stage.add_argument("name")
     stage.add_argument("system", nargs="?", default="")
     stage.add_argument("--profile", default="", help="the profile of params.yaml unless told")
-    data = command("data", "rebuild the price snapshot and lock it", _data)
-    data.add_argument("--source", default="embedded")
-    data.add_argument("--from", dest="path", default=None, help="the folder that the folder source reads")
+    _data_options(command("data", "make a snapshot of market data and lock it", _data))
     audit = command("audit", "prove for every feature that it does not look ahead", _audit)
+    audit.add_argument("--bars", default="", help="a set of bars of the snapshot; its first unless told")
     audit.add_argument("--cuts", type=int, default=8, help="random instants at which the data are cut")
     command("refresh", "export the package, clean the notebooks, write README.md", _refresh)
     return top
+
+def _data_options(data: argparse.ArgumentParser) -> None:
+    "The options of `data`; `market.request` says what they mean."
+    data.add_argument("--source", default="embedded", help="embedded, folder, or a source of the network")
+    for name, what in (("symbols", "separated by commas, as the source writes them"), ("universe", "a named list instead of symbols"), ("start", "first day, as 2015-01-01"), ("end", "last day; yesterday unless told"),
+                       ("frequency", "1d unless told, 1h, 30m, 15m, 5m or 1m"), ("calendar", "of a folder's bars, as XNYS"), ("stamp", "what a folder's intraday times mean: start or close"),
+                       ("manifest", "a manifest.json that describes a folder, where it cannot stand in it"), ("policy", "quality rules and what they do, as jump=fail,gaps=flag")):
+        data.add_argument(f"--{name}", default=None, help=what)
+    data.add_argument("--from", dest="path", default=None, help="the folder that SOURCE=folder reads")
+    for name, what in (("macro", "SOURCE:SERIES,SERIES; may be repeated"), ("news", "SOURCE:words; may be repeated")):
+        data.add_argument(f"--{name}", action="append", default=[], help=what)
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; return the exit code."""

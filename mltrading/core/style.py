@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['THEME', 'PALETTE', 'CYCLE', 'WIDTH', 'compact', 'svg', 'use_style', 'figure', 'label_ends']
+__all__ = ['THEME', 'PALETTE', 'CYCLE', 'WIDTH', 'compact', 'svg', 'use_style', 'figure', 'label_ends', 'date_axis']
 
 # %% ../../nbs/core/40_style.ipynb #bf20c08a
 THEME: dict[str, tuple[str, str]] = {  # name -> (on light, on dark)
@@ -149,3 +149,14 @@ def label_ends(
             at[i], at[i + 1] = at[i] - lack / 2, at[i + 1] + lack / 2
     for text, here, there in zip(texts, points, at, strict=True):
         text.set_position((5, round(there - here, 2)))
+
+# %% ../../nbs/core/40_style.ipynb #cbfd8ed2
+def date_axis(
+    ax: Any,  # the axes, their x values dates
+) -> None:
+    """Few, short dates along the x axis."""
+    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+
+    places = AutoDateLocator(minticks=3, maxticks=8)
+    ax.xaxis.set_major_locator(places)
+    ax.xaxis.set_major_formatter(ConciseDateFormatter(places, show_offset=False))

@@ -26,7 +26,7 @@ from ..core.errors import DataError, ParameterError, unknown
 from ..core.storage import read_json
 from .calendar import STEP, close_of, guess_calendar, sessions
 from .macro import check_macro, empty_macro
-from .panel import OPTIONAL, TIME, BarSet
+from .panel import TIME, BarSet
 from .quality import FINDING, RULES, SPLITS, examine, policies_of, table
 
 # %% auto #0

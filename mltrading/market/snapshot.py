@@ -93,7 +93,9 @@ def write_snapshot(
 
     Raises `DataError` where no bar is left, and whatever making the parts raises."""
     with replacing(folder) as new:
-        sets, findings, removed = {}, [], []
+        sets: dict[str, Any] = {}
+        findings: list[pd.DataFrame] = []
+        removed: list[pd.DataFrame] = []
         for name, parts in snapshot.sets.items():
             facts, found, out = _write_set(name, parts, snapshot.by_symbol, new / "bars")
             findings, removed = findings + found, removed + out

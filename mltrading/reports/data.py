@@ -12,8 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ..core.style import PALETTE, figure
-from ..market.quality import RULES
+from ..core.style import PALETTE, date_axis, figure
 from ..market.snapshot import Market
 from .tables import Table
 
@@ -47,7 +46,7 @@ def coverage(
 def _steps(counts: pd.Series) -> tuple[NDArray[np.datetime64], NDArray[np.float64]]:
     "The corners of a staircase, down to zero after the last month."
     months = counts.index.append(pd.PeriodIndex([counts.index[-1] + 1]))
-    return months.to_timestamp().to_numpy(), np.append(counts.to_numpy(float), 0.0)
+    return pd.PeriodIndex(months).to_timestamp().to_numpy(), np.append(counts.to_numpy(float), 0.0)
 
 # %% ../../nbs/reports/35_data.ipynb #865b934d
 def plot_coverage(
@@ -55,7 +54,7 @@ def plot_coverage(
 ) -> Figure:
     """Symbols with a bar in each month, a strip per set."""
     names = list(market.manifest["sets"])
-    fig, axes = figure(height=1.1 + 0.62 * len(names), title="Who is there, and when", subtitle="Symbols with a bar in the month; the strip is as high as the set has symbols", nrows=len(names), sharex=True, squeeze=False)
+    fig, axes = figure(height=1.1 + 0.62 * len(names), title="Who is there, and when", subtitle="Symbols with a bar in the month, of those in the set", nrows=len(names), sharex=True, squeeze=False)
     for ax, name in zip(axes[:, 0], names, strict=True):
         x, y = _steps(coverage(market, name))
         most = len(market.manifest["sets"][name]["symbols"])
@@ -65,6 +64,8 @@ def plot_coverage(
         ax.text(0.0, 1.0, f"{name}, {most}", transform=ax.transAxes, ha="left", va="bottom", color=PALETTE["muted"])
         ax.spines["bottom"].set_visible(ax is axes[-1, 0])
         ax.tick_params(axis="x", length=4.0 if ax is axes[-1, 0] else 0.0)
+        ax.margins(x=0)
+    date_axis(axes[-1, 0])
     return fig
 
 # %% ../../nbs/reports/35_data.ipynb #3149c2c5
@@ -76,9 +77,9 @@ def findings_table(
     """What each rule found in each set, errors first."""
     rows = []
     for (name, rule), part in findings.groupby(["set", "rule"], sort=False):
-        worst = part.loc[part["bars"].idxmax()]
+        worst = part.sort_values("bars", kind="stable").iloc[-1]
         rows.append({"rule": rule, "set": name, "severity": worst["severity"], "bars": int(part["bars"].sum()), "symbols": len(part), "most in": worst["symbol"], "first": part["first"].min(), "done": worst["done"],
-                     "it means": RULES[str(rule)].means})
+                     "it means": worst["means"]})
     columns = ["severity", "rule", "set", "bars", "symbols", "most in", "first", "done", "it means"]
     frame = pd.DataFrame(rows, columns=columns)
     frame = frame.sort_values("severity", key=lambda s: s.map(_ORDER), kind="stable", ignore_index=True)

@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.colors import ListedColormap, to_rgba
-from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Outline
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ..core.errors import DataError
-from ..core.style import CYCLE, PALETTE, figure, label_ends
+from ..core.style import CYCLE, PALETTE, date_axis, figure, label_ends
 
 # %% auto #0
 __all__ = ['colours_of', 'plot_folds', 'plot_equity', 'plot_monthly', 'plot_fold_quality', 'plot_shap', 'plot_cost_sensitivity',
@@ -51,11 +50,6 @@ def colours_of(
         quiet = any(word in name.lower() for word in ("index", "buy", "hold", "constant"))
         out[name] = PALETTE["system" if k == 0 else "index" if quiet and PALETTE["index"] not in out.values() else rest[(k - 1) % len(rest)]]
     return out
-
-def _dates(ax: Any) -> None:
-    places = AutoDateLocator(minticks=3, maxticks=8)
-    ax.xaxis.set_major_locator(places)
-    ax.xaxis.set_major_formatter(ConciseDateFormatter(places, show_offset=False))
 
 def _zero(ax: Any, at: float = 0.0, vertical: bool = False) -> None:
     (ax.axvline if vertical else ax.axhline)(at, color=PALETTE["ink"], lw=0.9, zorder=1.5)
@@ -97,7 +91,7 @@ def plot_folds(
     top.set_yticks(list(shown), [f"{folds['fold'].iloc[k]}" for k in shown])
     top.set_ylabel("fold")
     top.grid(False)
-    _dates(top)
+    date_axis(top)
     strip.grid(False)
     _strip(strip, folds.iloc[-1])
     return fig
@@ -139,7 +133,7 @@ def plot_equity(
     low.yaxis.set_major_formatter(_percent())
     low.yaxis.set_major_locator(MaxNLocator(4))
     low.set_ylim(top=0)
-    _dates(low)
+    date_axis(low)
     top.spines["bottom"].set_visible(False)
     top.tick_params(axis="x", length=0)
     for ax in (top, low):
