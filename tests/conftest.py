@@ -36,5 +36,16 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
+def embedded_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded snapshot as `make data` writes it, made once; to be copied, not changed."""
+    from mltrading.market.request import from_embedded
+    from mltrading.market.snapshot import write_snapshot
+
+    folder = tmp_path_factory.mktemp("embedded") / "data"
+    write_snapshot(from_embedded({}), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def new_project() -> Callable[[Path], Path]:
     return make_project

@@ -14,25 +14,28 @@ import pytest
 
 from mltrading.core.runner import run_stage
 from mltrading.core.storage import content_id, read_parquet
-from mltrading.market.snapshot import Snapshot, from_embedded, write_snapshot
+from mltrading.market.panel import BarSet
+from mltrading.market.snapshot import Snapshot, examined, read_snapshot, write_snapshot
 
 SYSTEM, PROFILE = "multiasset", "smoke"
 STAGES = ("panel", "features", "train", "backtest")
 T = pd.Timestamp("2016-06-01 20:00", tz="UTC")  # inside a test window of the small profile
 
 
-def shuffled_after(snapshot: Snapshot, t: pd.Timestamp, seed: int) -> Snapshot:
-    """The snapshot with each symbol's bars, and each macro series' values, in another order after `t`."""
+def shuffled_after(embedded: Path, t: pd.Timestamp | None, seed: int = 0) -> Snapshot:
+    """The daily bars and macro values of the embedded snapshot; each symbol's bars, and each series' values, in another order after `t`."""
     rng = np.random.default_rng(seed)
 
     def mix(frame: pd.DataFrame, by: str, columns: list[str]) -> pd.DataFrame:
         out = frame.copy()
-        late = frame["timestamp"] > t
+        late = frame["timestamp"] > (t or frame["timestamp"].max())
         for _, rows in frame[late].groupby(by):
             out.loc[rows.index, columns] = rows[columns].to_numpy()[rng.permutation(len(rows))]
         return out
 
-    return Snapshot(mix(snapshot.bars, "symbol", ["open", "high", "low", "close", "volume"]), mix(snapshot.macro, "series", ["value"]), snapshot.manifest)
+    bars = mix(read_parquet(embedded / "bars" / "daily.parquet"), "symbol", ["open", "high", "low", "close", "volume"])
+    manifest = read_snapshot(embedded).manifest
+    return Snapshot({"daily": [examined(BarSet("daily", bars, "1d", "XNYS", "total"), {})]}, manifest, macro=mix(read_parquet(embedded / "macro.parquet"), "series", ["value"]))
 
 
 def chain(folder: Path, snapshot: Snapshot) -> Path:
@@ -46,10 +49,10 @@ def chain(folder: Path, snapshot: Snapshot) -> Path:
 
 
 @pytest.fixture(scope="module")
-def twins(tmp_path_factory: pytest.TempPathFactory, new_project: Callable[[Path], Path]) -> tuple[Path, Path]:
+def twins(tmp_path_factory: pytest.TempPathFactory, embedded_data: Path, new_project: Callable[[Path], Path]) -> tuple[Path, Path]:
     """The small chain, run on the real snapshot and on one whose prices after T are shuffled."""
     top = tmp_path_factory.mktemp("chain")
-    return chain(new_project(top / "real"), from_embedded()), chain(new_project(top / "shuffled"), shuffled_after(from_embedded(), T, seed=1))
+    return chain(new_project(top / "real"), shuffled_after(embedded_data, None)), chain(new_project(top / "shuffled"), shuffled_after(embedded_data, T, seed=1))
 
 
 def same_until(a: Path, b: Path, column: str, t: pd.Timestamp = T) -> tuple[int, bool]:
@@ -89,10 +92,10 @@ def test_nothing_stamped_until_t_knows_what_follows(twins: tuple[Path, Path], ta
 
 @pytest.mark.slow
 @pytest.mark.parametrize("instant", ["2013-11-29 18:00", "2014-08-15 20:00", "2018-02-05 21:00"])
-def test_nothing_knows_what_follows_other_instants(twins: tuple[Path, Path], tmp_path: Path, new_project: Callable[[Path], Path], instant: str) -> None:
+def test_nothing_knows_what_follows_other_instants(twins: tuple[Path, Path], tmp_path: Path, embedded_data: Path, new_project: Callable[[Path], Path], instant: str) -> None:
     """A half day, a quiet day, and the day of a crash."""
     t = pd.Timestamp(instant, tz="UTC")
-    other = chain(new_project(tmp_path / "other"), shuffled_after(from_embedded(), t, seed=2))
+    other = chain(new_project(tmp_path / "other"), shuffled_after(embedded_data, t, seed=2))
     for table, column in TABLES:
         rows, differs = same_until(twins[0] / table, other / table, column, t)
         assert rows

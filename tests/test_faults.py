@@ -27,7 +27,7 @@ def shop(project: Path) -> Path:
     (project / "data").mkdir()
     save(project, to_frame(random_walk(3, 400, seed=1, ragged=False)))
     write_parquet(empty_macro(), project / "data" / "macro.parquet")
-    (project / "data" / "manifest.json").write_text(json.dumps({"source": "simulated", "symbols": {f"S{i:03d}": {"name": f"S{i:03d}", "class": "simulated", "role": "traded"} for i in range(3)}}))
+    (project / "data" / "manifest.json").write_text(json.dumps({"source": "simulated", "sets": {"daily": {"frequency": "1d", "calendar": "24/5"}}, "symbols": {f"S{i:03d}": {"name": f"S{i:03d}", "class": "simulated", "role": "traded"} for i in range(3)}}))
     change(project, lambda p: p["systems"]["multiasset"]["panel"].update(benchmark=None))
     change(project, lambda p: p["profiles"].update(smoke={"multiasset": {}}))
     old = project / "build" / "smoke" / "multiasset" / "panel"
@@ -37,7 +37,7 @@ def shop(project: Path) -> Path:
 
 
 def save(project: Path, frame: Frame) -> None:
-    write_parquet(frame, project / "data" / "bars.parquet")
+    write_parquet(frame, project / "data" / "bars" / "daily.parquet")
 
 
 def change(project: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
@@ -68,14 +68,14 @@ def at(column: str, row: int, value: float) -> Callable[[Frame], Frame]:
 
 
 CASES: dict[str, tuple[Callable[[Frame], Frame], tuple[str, ...]]] = {
-    "missing column": (lambda f: f.drop(columns="close"), ("bars.parquet", "column `close`", "is missing")),
-    "duplicate bar": (lambda f: pd.concat([f, f.iloc[[-1]]], ignore_index=True), ("bars.parquet", "row 1200 (S002 at", "a second bar")),
-    "negative price": (at("close", 7, -3.5), ("bars.parquet", "column `close`", "row 7 (S001 at", "-3.5")),
-    "NaN price": (at("close", 8, np.nan), ("bars.parquet", "column `close`", "row 8 (S002 at", "nan")),
-    "unsorted times": (lambda f: f.iloc[::-1].reset_index(drop=True), ("bars.parquet", "column `timestamp`", "row 1 (", "not sorted")),
-    "naive times": (lambda f: f.assign(timestamp=f["timestamp"].dt.tz_localize(None)), ("bars.parquet", "column `timestamp`", "without a zone")),
-    "empty panel": (lambda f: f.iloc[:0], ("bars.parquet", "holds no bars")),
-    "constant price": (lambda f: f.assign(**{c: np.where(f["symbol"] == "S001", 10.0, f[c]) for c in ("open", "high", "low", "close")}), ("bars.parquet", "column `close`", "S001 has the constant price 10")),
+    "missing column": (lambda f: f.drop(columns="close"), ("daily.parquet", "column `close`", "is missing")),
+    "duplicate bar": (lambda f: pd.concat([f, f.iloc[[-1]]], ignore_index=True), ("daily.parquet", "row 1200 (S002 at", "a second bar")),
+    "negative price": (at("close", 7, -3.5), ("daily.parquet", "column `close`", "row 7 (S001 at", "-3.5")),
+    "NaN price": (at("close", 8, np.nan), ("daily.parquet", "column `close`", "row 8 (S002 at", "nan")),
+    "unsorted times": (lambda f: f.iloc[::-1].reset_index(drop=True), ("daily.parquet", "column `timestamp`", "row 1 (", "not sorted")),
+    "naive times": (lambda f: f.assign(timestamp=f["timestamp"].dt.tz_localize(None)), ("daily.parquet", "column `timestamp`", "without a zone")),
+    "empty panel": (lambda f: f.iloc[:0], ("daily.parquet", "holds no bars")),
+    "constant price": (lambda f: f.assign(**{c: np.where(f["symbol"] == "S001", 10.0, f[c]) for c in ("open", "high", "low", "close")}), ("rule `dead`", "(S001 at", "the price never changes")),
 }
 
 
@@ -87,9 +87,9 @@ def test_bad_bars(shop: Path, capsys: pytest.CaptureFixture[str], case: str) -> 
 
 
 def test_file_cut_short(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = shop / "data" / "bars.parquet"
+    path = shop / "data" / "bars" / "daily.parquet"
     path.write_bytes(path.read_bytes()[:2000])
-    fails(shop, capsys, "bars.parquet", "not a complete Parquet file")
+    fails(shop, capsys, "daily.parquet", "not a complete Parquet file")
 
 
 def test_unknown_parameter_in_a_block(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:

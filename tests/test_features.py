@@ -1,5 +1,6 @@
 """Features on panels that are ragged, frozen, tiny or huge: the same bits under truncation, and never an infinity."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,6 @@ from mltrading.features.registry import Context, catalogue, compute, lookup
 from mltrading.market.macro import History
 from mltrading.market.panel import Panel, until
 from mltrading.market.simulate import random_walk
-from mltrading.market.snapshot import from_embedded, write_snapshot
 
 SHORT = settings(max_examples=25, deadline=None, derandomize=True)
 
@@ -170,8 +170,8 @@ def test_a_stale_or_future_release_is_not_seen() -> None:
     assert np.isnan(c.asof("gold", 10)).all()
 
 
-def test_the_audit_command_on_the_embedded_snapshot(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_snapshot(from_embedded(), project / "data")
+def test_the_audit_command_on_the_embedded_snapshot(project: Path, embedded_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(embedded_data, project / "data")
     assert main(["audit", "--cuts", "3"]) == 0
     said = capsys.readouterr().out
     assert f"{len(catalogue())} features on Panel(28 symbols" in said

@@ -15,15 +15,14 @@ from mltrading.core.notebooks import clean, contents, readme
 from mltrading.core.params import load_params, read_params, read_yaml
 from mltrading.core.pipeline import stages
 from mltrading.core.storage import read_json
-from mltrading.market.snapshot import from_embedded, write_snapshot
 from mltrading.reports.league import read_metrics, results_markdown, results_sentence
 
 
-def test_running_a_notebook_by_hand_and_cleaning_it_changes_no_byte(project: Path) -> None:
+def test_running_a_notebook_by_hand_and_cleaning_it_changes_no_byte(project: Path, embedded_data: Path) -> None:
     """As JupyterLab would: execute all cells, save, clean."""
     (project / "nbs").unlink()
     shutil.copytree(Path(__file__).parents[1] / "nbs" / "pipeline", project / "nbs" / "pipeline", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
-    write_snapshot(from_embedded(), project / "data")
+    shutil.copytree(embedded_data, project / "data")
     path = project / "nbs" / "pipeline" / "10_panel.ipynb"
     before = path.read_bytes()
     nb = nbformat.read(path, as_version=4)
@@ -77,7 +76,7 @@ def test_parameters_are_known(root: Path) -> None:
 
 
 def test_stages_run_in_order(root: Path) -> None:
-    assert [s for s, _ in stages(root)] == ["panel", "features", "train", "backtest", "report", "compare"]
+    assert [s for s, _ in stages(root)] == ["panel", "features", "train", "backtest", "report", "data", "compare"]
 
 
 def test_front_page_tells_the_numbers_that_stand_in_git(root: Path) -> None:
