@@ -20,7 +20,8 @@ from .calendar import STEP, close_of, guess_calendar, sessions
 from .files import BarFile, numbers_of, read_bars, read_table, times_of
 from .macro import check_macro, empty_macro
 from .panel import BarSet
-from .quality import RULES, SPLITS, examine, policies_of, table
+from .quality import examine, policies_of, table
+from .rules import RULES, SPLITS
 
 # %% auto #0
 __all__ = ['STAMPS', 'ADJUSTED', 'Told', 'Folder', 'read_folder']
@@ -180,7 +181,7 @@ def _prices(bars: pd.DataFrame, told: Told, notes: list[str]) -> tuple[str, list
     ordered = bars.sort_values(["symbol", "timestamp"])
     factor, close = (np.log(ordered[c].where(ordered[c] > 0)).groupby(ordered["symbol"]).diff().to_numpy() for c in ("adj_factor", "close"))
     large = np.flatnonzero((np.abs(factor) > 0.35) & (np.abs(factor + close) < 0.5 * np.abs(factor)))
-    split = (np.abs(np.abs(factor[large])[:, None] - SPLITS) < 0.02 * SPLITS).any()
+    split = (np.abs(np.abs(factor[large])[:, None] - SPLITS) < 0.005 * SPLITS).any()
     return ("raw", ["prices are raw: the factor holds splits"]) if split else ("splits", ["prices taken as adjusted for splits: the factor holds none"])
 
 def _lost(bars: pd.DataFrame, dates: pd.Series, policy: str, calendar: str, where: str) -> tuple[pd.DataFrame, list[dict[str, Any]], pd.DataFrame]:
