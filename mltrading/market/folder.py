@@ -5,10 +5,6 @@
 # %% ../../nbs/market/35_folder.ipynb #35e0d873
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,17 +13,15 @@ from zoneinfo import ZoneInfo
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv as pa_csv
-import pyarrow.parquet as pq
 
 from ..core.errors import DataError, ParameterError, unknown
 from ..core.storage import read_json
 from .calendar import STEP, close_of, guess_calendar, sessions
+from .files import BarFile, numbers_of, read_bars, read_table, times_of
 from .macro import check_macro, empty_macro
-from .panel import TIME, BarSet
-from .quality import FINDING, RULES, SPLITS, examine, policies_of, table
+from .panel import BarSet
+from .quality import examine, policies_of, table
+from .rules import RULES, SPLITS
 
 # %% auto #0
 __all__ = ['STAMPS', 'ADJUSTED', 'Told', 'Folder', 'read_folder']
@@ -67,211 +61,8 @@ def _told(entries: Any, where: str, stamp: str | None, calendar: str | None) -> 
     base = {"stamp": stamp, "calendar": calendar}
     return {"": Told(**base), **{name: Told(**(base | dict(entry))) for name, entry in entries.items()}}
 
-# %% ../../nbs/market/35_folder.ipynb #563a591b
-def _parquet(path: Path) -> pd.DataFrame:
-    try:
-        frame = pq.read_table(path, page_checksum_verification=True).to_pandas()
-    except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError, OverflowError) as error:
-        raise DataError(str(path), f"not a complete Parquet file ({(str(error).splitlines() or [type(error).__name__])[0]})", "fetch or write it again") from error
-    return frame if isinstance(frame.index, pd.RangeIndex) else frame.reset_index()
-
-def _text(path: Path) -> str:
-    "A text file, decoded."
-    try:
-        body = path.read_bytes()
-        body = gzip.decompress(body) if path.suffix == ".gz" else body
-        text = body.decode("utf-16" if body[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-    except (OSError, EOFError, ValueError) as error:
-        raise DataError(str(path), f"cannot be read as text ({error})", "save it as UTF-8") from error
-    if not text.strip():
-        raise DataError(str(path), "is empty", "fetch it again")
-    if text.lstrip().startswith("<"):
-        raise DataError(str(path), "holds a web page, not a table", "the server answered with a page; fetch the file again")
-    if "\0" in text:
-        raise DataError(str(path), "holds binary data, not text", "fetch it again")
-    return text
-
-def _csv(path: Path) -> tuple[pd.DataFrame, str, bool]:
-    "All cells as text, the delimiter, and whether the last line ends."
-    text = _text(path)
-    first = text.lstrip().splitlines()[0]
-    delimiter = max(",;\t|", key=first.count)
-    header = [c.strip() for c in next(csv.reader([first], delimiter=delimiter))]
-    if len(header) < 2:
-        raise DataError(f"{path}, line 1", f"`{first[:60]}` is one column", "separate columns by comma, semicolon, tab or bar")
-    if any(re.fullmatch(r"[-+]?[\d.,:/ TZ-]+", c) for c in header):
-        raise DataError(f"{path}, line 1", f"`{first[:60]}` are values, not names", "give the table a first line with the names of its columns")
-    if twice := [c for c in header if header.count(c) > 1]:
-        raise DataError(f"{path}, column `{twice[0]}`", "stands twice", "keep one of the two")
-    options = pa_csv.ConvertOptions(column_types={c: pa.string() for c in header}, strings_can_be_null=True, null_values=["", "NA", "N/A", "NaN", "nan", "null", "None", "-"])
-    try:
-        cells = pa_csv.read_csv(io.BytesIO(text.lstrip().encode()), read_options=pa_csv.ReadOptions(column_names=header, skip_rows=1), convert_options=options,
-                                parse_options=pa_csv.ParseOptions(delimiter=delimiter))
-    except (pa.ArrowException, ValueError) as error:
-        raise DataError(str(path), f"not a table of {len(header)} columns ({str(error).splitlines()[0]})", "fetch or write it again") from error
-    stripped = [pc.utf8_trim_whitespace(cells[c]) for c in header]
-    return pa.table(stripped, names=header).to_pandas(), delimiter, text.endswith(("\n", "\r"))
-
-# %% ../../nbs/market/35_folder.ipynb #23c2d0cd
-_NAMES = {
-    "timestamp": ("timestamp", "datetime", "date", "time", "day", "ts", "dt", "unix", "epoch", "unixtime", "tradedate", "quotedate"),
-    "symbol": ("symbol", "ticker", "instrument", "asset", "code"),
-    "open": ("open", "openprice"), "high": ("high", "highprice"), "low": ("low", "lowprice"), "close": ("close", "closeprice", "closelast", "last", "price"),
-    "volume": ("volume", "vol"), "vwap": ("vwap",), "trade_count": ("tradecount", "trades", "numberoftrades", "count"),
-    "adj_factor": ("adjfactor", "adjustmentfactor"), "adj_close": ("adjclose", "adjustedclose", "closeadj", "adjcloseprice"),
-}
-_CANONICAL = {alias: name for name, aliases in _NAMES.items() for alias in aliases}
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower())
-
-def _roles(frame: pd.DataFrame, told: Told, where: str) -> dict[str, str]:
-    "This project's name -> the file's name, of the columns that are used."
-    roles: dict[str, str] = {}
-    for name, column in told.columns.items():
-        if name not in _NAMES:
-            raise unknown("column", name, list(_NAMES), f"{where}, option `columns`")
-        if column not in frame.columns:
-            raise unknown("column", column, [str(c) for c in frame.columns], f"{where}, option `columns`", DataError)
-        roles[name] = column
-    for column in (str(c) for c in frame.columns):
-        name = _CANONICAL.get(_plain(column), "")
-        if not name or name in told.columns or column in told.columns.values():
-            continue
-        if name in roles and {_plain(roles[name]), _plain(column)} == {"date", "time"}:
-            roles["timestamp"] = next(c for c in (roles[name], column) if _plain(c) == "date")  # the pair is joined by `_times`
-        elif name in roles and (_plain(column) == name) == (_plain(roles[name]) == name):
-            raise DataError(f"{where}, columns `{roles[name]}` and `{column}`", f"could both be the {name}", f'say which: "columns": {{"{name}": "{column}"}}')
-        elif name not in roles or _plain(column) == name:
-            roles[name] = column
-    first = str(frame.columns[0])
-    if "timestamp" not in roles and _plain(first) in ("", "index", "unnamed0"):
-        roles["timestamp"] = first
-    if "timestamp" not in roles:
-        raise DataError(f"{where}, column `timestamp`", "is missing", f'say which column holds the time, of {[str(c) for c in frame.columns]}: "columns": {{"timestamp": "…"}}')
-    return roles
-
-# %% ../../nbs/market/35_folder.ipynb #c60be30c
-def _numbers(column: pd.Series, where: str, delimiter: str) -> pd.Series:
-    "A column of floats, or an error that names the first cell that is none."
-    if pd.api.types.is_any_real_numeric_dtype(column):
-        return column.astype(np.float64)
-    if pd.api.types.is_datetime64_any_dtype(column) or not pd.api.types.is_string_dtype(column):
-        raise DataError(where, f"is {column.dtype}, not a number", "look at the file")
-    given = column.dropna()
-    if delimiter == ";" and len(given) and given.str.fullmatch(r"[-+]?\d+(,\d+)?").all() and given.str.contains(",").any():
-        if given.str.fullmatch(r"[-+]?\d{1,3}(,\d{3})?").all():
-            raise DataError(where, f"`{given.iloc[0]}` may be thousands or a decimal comma", "write decimal points")
-        column = column.str.replace(",", ".", regex=False)
-    numbers = pd.to_numeric(column, errors="coerce")
-    if (bad := (numbers.isna() & column.notna()).to_numpy()).any():
-        row = int(bad.argmax())
-        raise DataError(f"{where}, row {row}", f"`{column.iloc[row]}` is not a number", "write plain numbers with a decimal point, and the names of the columns once")
-    return numbers.astype(np.float64)
-
-_EPOCHS = {"s": (3e8, 5e9), "ms": (3e11, 5e12), "us": (3e14, 5e15), "ns": (3e17, 5e18)}
-
-def _whole(column: pd.Series, where: str) -> pd.Series:
-    "Times written as whole numbers: dates as 20240131, or seconds or parts of them since 1970 (UTC)."
-    numbers = column.astype("int64")
-    if numbers.between(18000101, 22001231).all():
-        return _parsed(column.astype(str), "%Y%m%d", where)
-    for unit, (low, high) in _EPOCHS.items():
-        if numbers.between(low, high).all():
-            return pd.Series(pd.to_datetime(numbers.to_numpy(), unit=unit, utc=True).as_unit("us"), index=column.index)
-    raise DataError(f"{where}, row 0", f"`{numbers.iloc[0]}` is no time that can be told", "write dates as 2024-01-31, or seconds since 1970")
-
-def _parsed(column: pd.Series, form: str, where: str) -> pd.Series:
-    "Times from text of a known form."
-    times = pd.to_datetime(column, format=form, errors="coerce", utc=bool(column.str.contains(r"[+Z]|\d-\d\d:?\d\d$").any()))
-    if (bad := (times.isna() & column.notna()).to_numpy()).any():
-        row = int(bad.argmax())
-        raise DataError(f"{where}, row {row}", f"`{column.iloc[row]}` is not a time like the others (`{column.dropna().iloc[0]}`)", "write all times alike, as 2024-01-31 or 2024-01-31 15:30:00+00:00")
-    return pd.Series(times).dt.as_unit("us")
-
-# %% ../../nbs/market/35_folder.ipynb #d47b0bd0
-_SLASHED = r"\d{1,2}[/.]\d{1,2}[/.]\d{4}"
-
-def _slashed(column: pd.Series, where: str) -> str:
-    "The form of dates like 31/01/2024, which the column has to decide."
-    parts = column.str.extract(r"^(\d+)([/.])(\d+)").dropna()
-    first, second = (pd.to_numeric(parts[i]).max() > 12 for i in (0, 2))
-    if first == second:
-        raise DataError(f"{where}, row 0", f"`{column.iloc[0]}` may be day or month first" if not first else "days and months change places", "write dates as 2024-01-31")
-    sep, clock = parts[1].iloc[0], column.dropna().iloc[0].partition(" ")[2]
-    return (f"%d{sep}%m{sep}%Y" if first else f"%m{sep}%d{sep}%Y") + (" %H:%M:%S"[:3 * clock.count(":") + 3] if clock else "")
-
-def _times(frame: pd.DataFrame, roles: dict[str, str], where: str) -> tuple[pd.Series, bool]:
-    "The times as the file has them, naive or in UTC, and whether they are dates."
-    column = frame[roles["timestamp"]]
-    where = f"{where}, column `{roles['timestamp']}`"
-    clock = next((c for c in frame.columns if _plain(str(c)) == "time" and c != roles["timestamp"]), None)
-    if clock is not None and _plain(roles["timestamp"]) == "date":
-        column = column.astype(str).str.removesuffix(" 00:00:00") + " " + frame[clock].astype(str)
-    if column.isna().any():
-        raise DataError(f"{where}, row {int(column.isna().to_numpy().argmax())}", "is missing", "remove the row")
-    if pd.api.types.is_object_dtype(column):  # dates of Parquet
-        column = column.astype(str)
-    if pd.api.types.is_string_dtype(column) and column.str.fullmatch(r"\d+").all():
-        column = column.astype("int64") if column.str.len().max() < 19 or (column < "9223372036854775808").all() else column
-    if pd.api.types.is_integer_dtype(column):
-        column = _whole(column, where)
-    elif pd.api.types.is_string_dtype(column):
-        zoned = column.str.contains(r"(?:Z|[+-]\d\d:?\d\d)$") & column.str.contains(":")
-        if zoned.any() and not zoned.all():
-            raise DataError(f"{where}, row {int((zoned != zoned.iloc[0]).to_numpy().argmax())}", "some times carry a zone and others none", "write all times alike")
-        midnight = column.str.contains(r"^[^ T]*$|[ T]00:00(?::00(?:\.0+)?)?(?:Z|[+-]\d\d:?\d\d)?$").all()
-        if zoned.any() and midnight and not column.str.contains(r"(?:Z|[+-]00:?00)$").all():
-            column = column.str.slice(0, 10)  # midnight of the exchange's zone: its date
-        return _parsed(column, _slashed(column, where) if column.str.match(_SLASHED).all() else "ISO8601", where), bool(midnight)
-    if not pd.api.types.is_datetime64_any_dtype(column):
-        raise DataError(where, f"is {column.dtype}, not a time", "write dates as 2024-01-31, or whole seconds since 1970")
-    dates = bool((column == column.dt.normalize()).all())
-    if column.dt.tz is not None:
-        column = column.dt.tz_localize(None) if dates and str(column.dt.tz) != "UTC" else column.dt.tz_convert("UTC")
-    return column.dt.as_unit("us"), dates
-
-# %% ../../nbs/market/35_folder.ipynb #f2267b21
-@dataclass(frozen=True)
-class _File:
-    "One file, with times as it writes them."
-
-    bars: pd.DataFrame       # timestamp (naive or UTC), symbol where the file has it, fields
-    dates: bool              # all times are midnight
-    notes: tuple[str, ...]
-    cut: bool                # the last line does not end
-
-def _read(path: Path, told: Told) -> _File:
-    raw, delimiter, ended = (_parquet(path), ",", True) if path.suffix == ".parquet" else _csv(path)
-    raw.columns = pd.Index([str(c) for c in raw.columns])
-    if raw.empty:
-        raise DataError(str(path), "holds no bars", "fetch it again")
-    roles = _roles(raw, told, str(path))
-    times, dates = _times(raw, roles, str(path))
-    if not {"close", "adj_close"} & set(roles):
-        return _File(_melted(raw, roles, times, str(path), delimiter), dates, ("a wide table of closes",), not ended)
-    name = {column: role for role, column in roles.items()}
-    used = {name[c]: c for c in raw.columns if c in name}
-    bars = pd.DataFrame({r: times if r == "timestamp" else raw[c].astype("str") if r == "symbol" else _numbers(raw[c], f"{path}, column `{c}`", delimiter) for r, c in used.items()})
-    notes = [f"columns not used: {', '.join(unused)}"] if (unused := [c for c in raw.columns if c not in name and not (_plain(c) == "time" and _plain(roles["timestamp"]) == "date")]) else []
-    if "close" not in bars.columns:
-        bars, notes = bars.rename(columns={"adj_close": "close"}), [*notes, "closes are adjusted closes"]
-    if "adj_close" in bars.columns:
-        # where there is no price there is no factor; the row falls to the rule about its price
-        factor = (bars["adj_close"] / bars["close"]).where(bars["close"] > 0, 1.0)
-        bars = bars.assign(adj_factor=bars.get("adj_factor", factor)).drop(columns="adj_close")
-    return _File(bars, dates, tuple(notes), not ended)
-
-def _melted(raw: pd.DataFrame, roles: dict[str, str], times: pd.Series, where: str, delimiter: str) -> pd.DataFrame:
-    "A wide table of closes in long form; places without a price are no bars."
-    others = [c for c in raw.columns if c != roles["timestamp"]]
-    numeric = [pd.api.types.is_any_real_numeric_dtype(raw[c]) or pd.api.types.is_string_dtype(raw[c]) and pd.to_numeric(raw[c].dropna(), errors="coerce").notna().all() for c in others]
-    if raw.columns[0] != roles["timestamp"] or len(others) < 2 or not all(numeric) or 5 * (len(roles) - 1) > len(others) or "symbol" in roles:
-        raise DataError(f"{where}, column `close`", "is missing", f'say which column holds it, of {list(raw.columns)}: "columns": {{"close": "…"}}')
-    parts = [pd.DataFrame({"timestamp": times, "symbol": str(c), "close": _numbers(raw[c], f"{where}, column `{c}`", delimiter)}).dropna() for c in others]
-    return pd.concat(parts, ignore_index=True).astype({"symbol": "str"})
-
-def _frequency(file: _File, where: str) -> str:
+# %% ../../nbs/market/35_folder.ipynb #239a7532
+def _frequency(file: BarFile, where: str) -> str:
     "The most common step between a symbol's bars."
     frame = file.bars
     code = pd.factorize(frame["symbol"])[0] if "symbol" in frame.columns else np.zeros(len(frame), np.int64)
@@ -322,7 +113,7 @@ def _to_closes(stamps: pd.Series, frequency: str, calendar: str) -> pd.Series:
 # %% ../../nbs/market/35_folder.ipynb #aaa91a50
 def _ask_stamp(where: str, frequency: str) -> DataError:
     return DataError(f"{where}, column `timestamp`", "names the start or the close of a bar, and the data cannot tell which: if starts were taken for closes, "
-                     f"every price would be known {'a bar' if frequency == 'irregular' else STEP[frequency]} before it was", "say STAMP=close or STAMP=start; start is the safe one")
+                     f"every price would be known a whole bar ({frequency}) before it was", "say STAMP=close or STAMP=start; start is the safe one")
 
 def _day_closes(stamps: pd.Series, dates: bool, calendar: str, told: Told, where: str) -> pd.Series:
     "Close instants of daily bars, NaT where a date is no session."
@@ -390,7 +181,7 @@ def _prices(bars: pd.DataFrame, told: Told, notes: list[str]) -> tuple[str, list
     ordered = bars.sort_values(["symbol", "timestamp"])
     factor, close = (np.log(ordered[c].where(ordered[c] > 0)).groupby(ordered["symbol"]).diff().to_numpy() for c in ("adj_factor", "close"))
     large = np.flatnonzero((np.abs(factor) > 0.35) & (np.abs(factor + close) < 0.5 * np.abs(factor)))
-    split = (np.abs(np.abs(factor[large])[:, None] - SPLITS) < 0.02 * SPLITS).any()
+    split = (np.abs(np.abs(factor[large])[:, None] - SPLITS) < 0.005 * SPLITS).any()
     return ("raw", ["prices are raw: the factor holds splits"]) if split else ("splits", ["prices taken as adjusted for splits: the factor holds none"])
 
 def _lost(bars: pd.DataFrame, dates: pd.Series, policy: str, calendar: str, where: str) -> tuple[pd.DataFrame, list[dict[str, Any]], pd.DataFrame]:
@@ -408,7 +199,7 @@ def _lost(bars: pd.DataFrame, dates: pd.Series, policy: str, calendar: str, wher
              for s, part in removed.groupby("symbol")]
     return bars[~lost].reset_index(drop=True), found, removed
 
-# %% ../../nbs/market/35_folder.ipynb #dc5e723b
+# %% ../../nbs/market/35_folder.ipynb #f2267b21
 @dataclass(frozen=True)
 class Folder:
     """What a folder holds."""
@@ -423,14 +214,14 @@ def _macro(path: Path) -> pd.DataFrame:
     "Macro values of a folder."
     for file in (path / "macro.parquet", path / "macro.csv"):
         if file.exists() and file.suffix == ".parquet":
-            return check_macro(_parquet(file), str(file))
+            return check_macro(read_table(file)[0], str(file))
         if file.exists():
-            raw, delimiter, _ = _csv(file)
+            raw, delimiter, _ = read_table(file)
             for column in [c for c in ("timestamp", "reference") if c in raw.columns]:
-                times = _times(raw, {"timestamp": column}, str(file))[0]
+                times = times_of(raw, column, str(file))[0]
                 raw[column] = times.dt.tz_localize("UTC") if column == "reference" and times.dt.tz is None else times
             if "value" in raw.columns:
-                raw["value"] = _numbers(raw["value"], f"{file}, column `value`", delimiter)
+                raw["value"] = numbers_of(raw["value"], f"{file}, column `value`", delimiter)
             return check_macro(raw, str(file))
     return empty_macro()
 
@@ -443,21 +234,22 @@ def _manifest(path: Path, tables: Mapping[str, Any] | str | Path | None) -> tupl
         raise DataError(str(file), "is not a manifest", 'write {"symbols": {"SPY": {"name": "SPDR S&P 500", "class": "etf", "role": "benchmark"}}}, or remove the file')
     return (tables, symbols, "tables") if isinstance(tables, Mapping) else (said.get("tables", {}), symbols, str(file))
 
-def _gather(path: Path, told: dict[str, Told]) -> dict[str, tuple[Told, list[_File], str]]:
+def _gather(path: Path, told: dict[str, Told]) -> dict[str, tuple[Told, list[BarFile], str]]:
     "Name of a set -> what is said of it, its files, and its frequency."
     files = sorted(p for p in path.iterdir() if p.name.endswith((".parquet", ".csv", ".csv.gz")) and not p.name.startswith((".", "macro."))) if path.is_dir() else []
     if not files:
         raise DataError(str(path), "no Parquet or CSV files of bars", "name a folder that holds timestamp, symbol, close and, where known, open, high, low, volume")
-    found: dict[str, tuple[Told, list[_File], str]] = {}
+    found: dict[str, tuple[Told, list[BarFile], str]] = {}
     shared = {c: f for name in told if name in {*STEP, *_SET.values()} for c, f in told[name].columns.items()}
     used = set()
     for p in files:
         stem = p.name.split(".csv")[0].removesuffix(".parquet")
-        file = _read(p, told.get(stem, Told(columns=shared)))
+        file = read_bars(p, told[stem].columns if stem in told else shared)
         frequency = _frequency(file, str(p))
         by_symbol = "symbol" not in file.bars.columns
         name = _SET.get(frequency, frequency) if by_symbol or len(files) == 1 else stem
-        file = _File(file.bars.assign(symbol=pd.Series(stem, index=file.bars.index, dtype="str")), file.dates, file.notes, file.cut) if by_symbol else file
+        if by_symbol:
+            file.bars.insert(1, "symbol", pd.Series(stem, index=file.bars.index, dtype="str"))
         if name in found and not (by_symbol and found[name][2] == frequency):
             raise DataError(str(p), f"a second table named `{name}`", "rename the file")
         said = told.get(stem, told.get(name, told[""]))
@@ -467,8 +259,8 @@ def _gather(path: Path, told: dict[str, Told]) -> dict[str, tuple[Told, list[_Fi
         raise unknown("table", strange[0], sorted(used), "tables")
     return found
 
-# %% ../../nbs/market/35_folder.ipynb #c9279582
-def _set(name: str, told: Told, files: list[_File], frequency: str, where: str, policies: Mapping[str, str]) -> tuple[BarSet, pd.DataFrame, pd.DataFrame]:
+# %% ../../nbs/market/35_folder.ipynb #9a8cf2f5
+def _set(name: str, told: Told, files: list[BarFile], frequency: str, where: str, policies: Mapping[str, str]) -> tuple[BarSet, pd.DataFrame, pd.DataFrame]:
     "One set of bars, its findings and what was removed."
     if len({(f.dates, f.bars["timestamp"].dt.tz is None) for f in files}) > 1:
         raise DataError(where, "some files have dates or times without a zone, others have not", "write all times alike")
