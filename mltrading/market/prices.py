@@ -352,7 +352,7 @@ def _exchange(name: str, base_url: str, timeout_s: float) -> Any:
     if name not in ccxt.exchanges:
         raise unknown("exchange", name, ccxt.exchanges, "source ccxt")
     options = {"defaultType": "spot", "fetchMarkets": {"types": ["spot"]}}
-    exchange = getattr(ccxt, name)({"timeout": int(timeout_s * 1000), "trust_env": True, "enableLastResponseHeaders": True, "options": options})
+    exchange = getattr(ccxt, name)({"timeout": int(timeout_s * 1000), "trust_env": True, "enableLastJsonResponse": True, "options": options})
     if base_url:
         exchange.urls["api"] = _moved(exchange.urls["api"], base_url.rstrip("/"))
     return exchange
@@ -372,9 +372,14 @@ def _try(exchange: Any, ask: Callable[[], None]) -> Outcome:
     "One attempt through the library."
     import ccxt
 
+    exchange.last_json_response = None
     try:
         ask()
-        return Outcome()
+        if exchange.last_json_response is not None:
+            return Outcome()
+        text = exchange.last_http_response or ""  # no JSON, which the library takes for a reply without candles
+        outcome = judge(200, text, {}, str)
+        return outcome if outcome.kind else Outcome(kind="reply", what=f"not JSON: {first_words(text)}")
     except ccxt.BaseError as error:
         kind = next(kind for types, kind in _kinds(ccxt) if isinstance(error, types))
         after_s = retry_after(exchange.last_response_headers or {}) if kind == "limit" else 0.0
