@@ -134,8 +134,10 @@ class Replay:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # else each body waits for the acknowledgement of its headers
 
             def do_GET(self) -> None:
+                self.rfile.read(int(self.headers.get("Content-Length", 0)))  # a posted form
                 url = urlsplit(self.path)
                 headers = {k.lower(): v for k, v in self.headers.items()}
                 reply = replay.answer(Asked(url.path, {k: v[-1] for k, v in parse_qs(url.query).items()}, headers))
@@ -143,7 +145,7 @@ class Replay:
                     replay.released.wait(10)
                     self.close_connection = True
                     return
-                echo = f"{self.path} {headers.get('authorization', '')} {headers.get('apca-api-secret-key', '')}".replace('"', "")
+                echo = " ".join([self.path, *headers.values()]).replace('"', "")
                 data = reply.text().replace("ECHO", echo).encode()
                 self.send_response(reply.status)
                 for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **reply.headers}.items():

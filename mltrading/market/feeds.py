@@ -58,14 +58,15 @@ def _ask(
     client: Client,
     path: str,
     params: Mapping[str, Any],
-    means: Mapping[str, Kind],  # words in a failure -> what kind it is in truth
+    means: Mapping[str, Kind],  # words in a reply that is not as expected -> what they mean
 ) -> Any:
     "A reply as JSON."
     try:
         return client.json(path, params)
     except SourceError as error:
         failure = error
-    raise client.error(next((kind for words, kind in means.items() if words in failure.what), failure.kind), path, failure.what)
+    meant = next((kind for words, kind in means.items() if words in failure.what), failure.kind)
+    raise client.error(meant if failure.kind == "reply" else failure.kind, path, failure.what)
 
 def _records(
     client: Client,
@@ -165,7 +166,7 @@ class Fred:
         "All items of a list that comes in pages."
         items: list[Any] = []
         while True:
-            reply = _ask(self._client, path, {**params, "limit": limit, "offset": len(items), "api_key": self._key, "file_type": "json"}, {"does not exist": "unknown", "api_key": "key"})
+            reply = _ask(self._client, path, {**params, "limit": limit, "offset": len(items), "api_key": self._key, "file_type": "json"}, {"does not exist": "unknown", "variable api_key": "key", "Variable api_key": "key"})
             page = reply.get(name) if isinstance(reply, dict) else None
             if not isinstance(page, list) or not isinstance(reply.get("count"), int):
                 raise self._client.error("reply", path, f"no list `{name}` with its count, but {str(reply)[:120]}")

@@ -56,17 +56,22 @@ class BarStore:
     @cached_property
     def symbols(self) -> tuple[str, ...]:
         """The symbols, ascending. Raises `DataError` where there is nothing."""
-        if self.parted:
-            if found := sorted(symbol_of(p) for p in self.path.glob("_*.parquet")):
-                return tuple(found)
-            raise DataError(str(self.path), "holds no bars", "run `make data`")
         if not self.path.exists():
             raise DataError(str(self.path), "no such file", "run `make repro`, or `make data` for the raw bars")
+        found = [symbol_of(p) for p in self.path.glob("_*.parquet")] if self.parted else self._listed()
+        if not found:
+            raise DataError(str(self.path), "holds no bars", "run `make data`")
+        return tuple(sorted(found))
+
+    def _listed(self) -> list[str]:
+        "The symbols that the rows of the one file name."
         try:
             with pq.ParquetFile(self.path, read_dictionary=["symbol"]) as file:
-                return tuple(sorted(str(s) for s in file.read(columns=["symbol"]).column(0).unique().to_pylist()))
-        except (pa.ArrowInvalid, OSError, KeyError) as error:
-            raise DataError(str(self.path), f"not a complete Parquet file of bars ({str(error).splitlines()[0]})", "fetch it again: `dvc checkout` or `make data`") from error
+                if "symbol" not in file.schema_arrow.names:
+                    raise DataError(f"{self.path}, column `symbol`", "is missing", "a table of bars needs timestamp, symbol and close")
+                return [str(s) for s in file.read(columns=["symbol"]).column(0).unique().to_pylist()]
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(str(self.path), f"not a complete Parquet file ({str(error).splitlines()[0]})", "fetch it again: `dvc checkout` or `make data`") from error
 
     def panel(
         self,

@@ -77,10 +77,10 @@ def _archived(item: Upstream, cache: Path) -> bytes:
 # %% ../../nbs/market/15_upstream.ipynb #d621ea85
 def fetch(
     item: Upstream,
-    cache: Path | None = None,  # where archives are kept; build/upstream unless told
+    cache: Path | None = None,  # where archives are kept; .cache/upstream unless told
 ) -> bytes:                     # the file as shipped
     """A pinned file. Raises `DataError` where it cannot be had or is not what was pinned."""
-    body = _installed(item) or _archived(item, cache or root() / "build" / "upstream")
+    body = _installed(item) or _archived(item, cache or root() / ".cache" / "upstream")
     if (found := hashlib.sha256(body).hexdigest()) != item.sha256:
         raise DataError(f"{item.package} {item.version}: {item.path}", f"sha256 {found[:12]}… where {item.sha256[:12]}… was pinned", "the package was changed after its release; do not use it")
     return body
