@@ -1,21 +1,30 @@
-"""The embedded snapshot is what data.dvc locks, wherever and whenever it is built."""
+"""Snapshots: the embedded one is what data.dvc locks, and no kill at any instant costs anybody the old one."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
+from replay import Market, Replay, stooq
 
+from mltrading.cli import main
 from mltrading.core.params import read_yaml
-from mltrading.market.snapshot import from_embedded, read_snapshot, recover, write_snapshot
+from mltrading.core.storage import write_parquet
+from mltrading.market.panel import to_frame
+from mltrading.market.request import from_embedded
+from mltrading.market.simulate import random_walk
+from mltrading.market.snapshot import read_snapshot
 
 
 def locked(root: Path) -> dict[str, str]:
@@ -26,12 +35,11 @@ def locked(root: Path) -> dict[str, str]:
 
 
 def md5s(folder: Path) -> dict[str, str]:
-    return {p.name: hashlib.md5(p.read_bytes(), usedforsecurity=False).hexdigest() for p in folder.iterdir()}
+    return {str(p.relative_to(folder)): hashlib.md5(p.read_bytes(), usedforsecurity=False).hexdigest() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_rebuilt_snapshot_has_the_locked_bytes(root: Path, tmp_path: Path) -> None:
-    write_snapshot(from_embedded(), tmp_path / "data")
-    assert md5s(tmp_path / "data") == locked(root)
+def test_rebuilt_snapshot_has_the_locked_bytes(root: Path, embedded_data: Path) -> None:
+    assert md5s(embedded_data) == locked(root)
 
 
 def test_remote_inside_the_repository_holds_it_and_is_small(root: Path) -> None:
@@ -41,30 +49,148 @@ def test_remote_inside_the_repository_holds_it_and_is_small(root: Path) -> None:
     assert sum(p.stat().st_size for p in remote.rglob("*") if p.is_file()) < 12e6
 
 
-def test_every_upstream_file_stands_in_the_manifest(tmp_path: Path) -> None:
-    manifest = from_embedded().manifest
-    for item in manifest["files"].values():
+def test_every_upstream_file_stands_in_the_manifest() -> None:
+    for item in from_embedded({}).manifest["files"].values():
         assert len(item["sha256"]) == 64
         assert item["version"]
         assert item["licence"]
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.02, 0.05, 0.1])
-def test_a_kill_leaves_the_old_snapshot_or_the_new(tmp_path: Path, delay: float) -> None:
-    folder = tmp_path / "data"
-    write_snapshot(from_embedded(), folder)
-    before = md5s(folder)
-    code = f"from mltrading.market.snapshot import *\ns = from_embedded()\nprint('go', flush=True)\nwhile True: write_snapshot(s, {str(folder)!r})"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=os.environ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "go\n"
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-    recover(folder)
-    assert md5s(folder) == before
-    assert [p.name for p in tmp_path.iterdir()] == ["data"]
-    assert len(read_snapshot(folder).panel.symbols) == 28
-
-
 def test_dvc_file_is_plain(root: Path) -> None:
     assert list(yaml.safe_load((root / "data.dvc").read_text())) == ["outs"]
+
+
+# ------------------------------------------------------------------------------------------------ own files, from the command line
+
+
+@pytest.fixture
+def shop(project: Path) -> Path:
+    """A project under DVC, with a folder of bars of one's own beside it."""
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"], cwd=project, check=True)
+    (project.parent / "mine").mkdir()
+    write_parquet(to_frame(random_walk(3, 250, seed=1, ragged=False)), project.parent / "mine" / "prices.parquet")
+    return project
+
+
+def test_own_files_become_a_locked_snapshot(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "--source", "folder", "--from", str(shop.parent / "mine"), "--calendar", "24/5"]) == 0
+    said = capsys.readouterr().out
+    assert "daily: 750 bars of 3 symbols" in said
+    assert "quality:" in said
+    assert read_snapshot(shop / "data").store("daily").panel().symbols == ("S000", "S001", "S002")
+    assert read_yaml(shop / "data.dvc")["outs"][0]["md5"].endswith(".dir")
+    before = md5s(shop / "data")
+    assert main(["data", "--source", "folder", "--from", str(shop.parent / "mine"), "--calendar", "24/5"]) == 0
+    assert md5s(shop / "data") == before
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    (["--source", "yahoo"], "unknown source `yahoo`"),
+    (["--source", "stooq", "--symbols", "SPY", "--start", "tomorrow"], "make data.start: 'tomorrow' is not allowed"),
+    (["--source", "stooq", "--symbols", "SPY"], "add START="),
+    (["--source", "folder", "--from", "MINE", "--policy", "jumps=fail"], "unknown rule `jumps`"),
+    (["--source", "folder", "--from", "MINE", "--policy", "jump"], "rule `jump`"),
+    (["--source", "folder", "--from", "MINE", "--policy", "gaps=fail", "--calendar", "24/7"], "rule `gaps`"),
+])  # fmt: skip
+def test_what_cannot_be_done_is_said_and_nothing_is_lost(shop: Path, capsys: pytest.CaptureFixture[str], options: list[str], says: str) -> None:
+    (shop / "data").mkdir()
+    (shop / "data" / "manifest.json").write_text("an earlier snapshot")
+    assert main(["data", *[str(shop.parent / "mine") if o == "MINE" else o for o in options]]) == 1
+    message = capsys.readouterr().err
+    assert says in message
+    assert "→" in message
+    assert "Traceback" not in message
+    assert md5s(shop / "data") == {"manifest.json": hashlib.md5(b"an earlier snapshot", usedforsecurity=False).hexdigest()}
+
+
+# ------------------------------------------------------------------------------------------------ kills
+
+SYMBOLS = ["AAA.US", *(f"S{i:02d}.US" for i in range(19))]
+
+# the real command, which asks a server of this computer instead of the real one
+COMMAND = """
+import sys
+from functools import partial
+from mltrading.market import prices
+prices.PRICE_SOURCES["stooq"] = partial(prices.Stooq, base_url=sys.argv[1], per_minute=60_000, backoff_s=0.01)
+from mltrading.cli import main
+print("go", flush=True)
+sys.exit(main(["data", "--source", "stooq", "--symbols", sys.argv[2], "--start", "2024-03-01", "--end", sys.argv[3]]))
+"""
+
+
+class Slow(Market):
+    """A market that knows all symbols and takes its time."""
+
+    def days(self, *span: object) -> list[object]:
+        time.sleep(0.01)
+        return super().days(*span)  # type: ignore[arg-type, return-value]
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Replay]:
+    monkeypatch.setattr("replay.KNOWN", {s.lower() for s in SYMBOLS})
+    with Replay([stooq(Slow())]) as server:
+        yield server
+
+
+def start(shop: Path, service: Replay, end: str) -> subprocess.Popen[str]:
+    env = {**os.environ, "MLTRADING_ROOT": str(shop), "PYTHONPATH": str(Path(__file__).parents[1])}
+    process = subprocess.Popen([sys.executable, "-c", COMMAND, service.url, ",".join(SYMBOLS), end], cwd=shop, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "go\n"
+    return process
+
+
+def killed_at_random(shop: Path, service: Replay, kills: int) -> None:
+    """A first snapshot; then commands that ask for another one are killed, each at a random instant of its run; then one is let through."""
+    rng, began = random.Random(1), time.monotonic()
+    first = start(shop, service, "2024-03-08")
+    _, err = first.communicate()
+    assert first.returncode == 0, err
+    span, finished = time.monotonic() - began, 0
+    for _ in range(kills):
+        before, asked = md5s(shop / "data"), rng.choice(["2024-03-11", "2024-03-12", "2024-11-27", "2024-11-29"])
+        process = start(shop, service, asked)
+        time.sleep(rng.uniform(0, span))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        market = read_snapshot(shop / "data")
+        if md5s(shop / "data") != before:
+            finished += 1
+            assert market.manifest["request"]["end"] == asked
+        panel = market.store("daily").panel()
+        assert panel.symbols == tuple(sorted(SYMBOLS))
+        assert panel.alive.sum() == market.manifest["sets"]["daily"]["rows"]
+    assert finished < kills
+    last = start(shop, service, "2024-12-02")
+    out, err = last.communicate()
+    assert last.returncode == 0, err
+    assert f"daily: {7 * len(SYMBOLS)} bars of {len(SYMBOLS)} symbols" in out
+    assert read_snapshot(shop / "data").store("daily").panel().alive.all()
+    assert [p.name for p in shop.iterdir() if p.name.startswith(".data")] == []
+
+
+def test_a_kill_leaves_a_whole_snapshot(shop: Path, service: Replay) -> None:
+    killed_at_random(shop, service, kills=2)
+
+
+@pytest.mark.slow
+def test_twenty_kills_leave_a_whole_snapshot(shop: Path, service: Replay) -> None:
+    killed_at_random(shop, service, kills=20)
+
+
+def test_an_interrupted_download_goes_on_where_it_was(shop: Path, service: Replay) -> None:
+    process = start(shop, service, "2024-03-12")
+    while len(service.asked) < 8:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (shop / "data").exists()
+    come = len(list((shop / ".cache" / "stooq" / "1d").glob("*.json")))
+    assert come >= 6
+    before = len(service.asked)
+    again = start(shop, service, "2024-03-12")
+    again.communicate()
+    assert again.returncode == 0
+    assert len(service.asked) - before == len(SYMBOLS) - come
