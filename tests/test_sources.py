@@ -20,10 +20,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import replay
+from replay import PRICES, SESSIONS, Market, Replay
+
 from mltrading.market.http import SourceError
 from mltrading.market.prices import PRICE_SOURCES
 from mltrading.market.source import Source, check_bars_of
-from replay import PRICES, SESSIONS, Market, Replay
 
 ONLINE = os.environ.get("MLTRADING_ONLINE") == "1"
 KEYS = {"alphavantage": ["ALPHAVANTAGE_API_KEY"], "polygon": ["POLYGON_API_KEY"], "alpaca": ["ALPACA_API_KEY", "ALPACA_SECRET_KEY"], "stooq": ["STOOQ_API_KEY"]}
