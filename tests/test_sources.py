@@ -285,6 +285,14 @@ def test_requests_keep_their_distance(serve: Callable[[str], Replay], market: Ma
     assert gaps.min() > 0.04
 
 
+def test_a_reply_that_drips_is_a_hang(serve: Callable[[str], Replay]) -> None:
+    server, began = serve("polygon"), time.monotonic()
+    server.fail_always(replay.drip)
+    error = failure(lambda: replayed("polygon", server, timeout_s=0.05, attempts=1).bars("AAA", *SPRING, "1d"))
+    assert (error.kind, "was not done" in str(error)) == ("down", True)
+    assert time.monotonic() - began < 2
+
+
 def test_an_endless_reply_is_refused(serve: Callable[[str], Replay]) -> None:
     server = serve("stooq")
     server.fail_always(replay.body("Date,Open\n" + "x" * 200_000))
