@@ -163,11 +163,11 @@ class AlphaVantage:
 
 # %% ../../nbs/market/46_prices.ipynb #9a54f9d4
 def _all_pages(
-    ask: Callable[[str | None], tuple[list[Any], str | None]],  # a token, None for the first page -> its items, and the next token
+    ask: Callable[[str], tuple[list[Any], str]],  # a token, "" for the first page -> its items, and the next token, "" after the last
     where: str,
 ) -> list[Any]:
     "The items of all pages."
-    items, token = ask(None)
+    items, token = ask("")
     seen: set[str] = set()
     while token:
         if token in seen:
@@ -206,13 +206,13 @@ class Polygon:
             return daily_bars(values, day_of(begins), symbol, self.calendar, start, end, where)
         return intraday_bars(values, begins, symbol, self.calendar, frequency, start, end, where)
 
-    def _page(self, path: str) -> tuple[list[Any], str | None]:
+    def _page(self, path: str) -> tuple[list[Any], str]:
         "The bars of a page, and the path of the next."
         reply = self._client.json(path)
         if not isinstance(reply, dict) or not isinstance(items := reply.get("results", [] if reply.get("resultsCount") == 0 else None), list):
             raise self._client.error("reply", path, f"no `results`: {first_words(str(reply))}")
         following = urlsplit(str(reply.get("next_url") or ""))
-        return items, f"{following.path}?{following.query}" if following.query else None
+        return items, f"{following.path}?{following.query}" if following.query else ""
 
 # %% ../../nbs/market/46_prices.ipynb #60ca9263
 class Alpaca:
@@ -243,7 +243,7 @@ class Alpaca:
             return daily_bars(values, day_of(begins), symbol, self.calendar, start, end, where)
         return intraday_bars(values, begins, symbol, self.calendar, frequency, start, end, where)
 
-    def _page(self, symbol: str, params: Mapping[str, Any]) -> tuple[list[Any], str | None]:
+    def _page(self, symbol: str, params: Mapping[str, Any]) -> tuple[list[Any], str]:
         "The bars of a page, and the next token."
         path, failure = f"/v2/stocks/{quote(symbol, safe='')}/bars", None
         try:
@@ -254,7 +254,7 @@ class Alpaca:
             raise self._client.error("unknown", path, failure.what) if "invalid symbol" in failure.what else failure
         if not isinstance(reply, dict) or "bars" not in reply or not isinstance(reply["bars"] or [], list):
             raise self._client.error("reply", path, f"no `bars`: {first_words(str(reply))}")
-        return reply["bars"] or [], reply.get("next_page_token")
+        return reply["bars"] or [], str(reply.get("next_page_token") or "")
 
 # %% ../../nbs/market/46_prices.ipynb #208f17d1
 class Yahoo:

@@ -124,8 +124,9 @@ def plain_days(
     return pd.DatetimeIndex(_readable(pd.to_datetime(column, errors="coerce", format="%Y-%m-%d"), column, where)).as_unit("us")
 
 def _readable(times: pd.Series, given: pd.Series, where: str) -> pd.Series:
-    if (bad := times.isna().to_numpy()).any():
-        raise SourceError(f"{where}, row {int(bad.argmax())}", f"{str(given[bad].iloc[0])[:40]!r} is not a time")
+    year = times.dt.year
+    if (bad := (times.isna() | (year < 1800) | (year > 2200)).to_numpy()).any():
+        raise SourceError(f"{where}, row {int(bad.argmax())}", f"{str(given[bad].iloc[0])[:40]!r} is not the time of a bar")
     return times
 
 def day_of(
