@@ -41,6 +41,7 @@ class Reply:
     data: bool = True  # whether faults apply to it: False for cookies, lists of markets, …
     hang: bool = False  # never answered
     cut: bool = False  # announced whole, sent half
+    drip: bool = False  # sent byte by byte, never silent for long
 
     def text(self) -> str:
         return self.body if isinstance(self.body, str) else json.dumps(self.body)
@@ -64,6 +65,10 @@ def hang(reply: Reply) -> Reply:
 
 def cut(reply: Reply) -> Reply:
     return replace(reply, cut=True)
+
+
+def drip(reply: Reply) -> Reply:
+    return replace(reply, drip=True)
 
 
 def empty(reply: Reply) -> Reply:
@@ -101,6 +106,7 @@ class Replay:
         self._always: Fault | None = None
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
+        self._server.handle_error = lambda *_: None  # type: ignore[method-assign]  # whoever hung up does not matter
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     asked: list[Asked]
@@ -134,7 +140,7 @@ class Replay:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
-            disable_nagle_algorithm = True  # else each body waits for the acknowledgement of its headers
+            disable_nagle_algorithm = True
 
             def do_GET(self) -> None:
                 self.rfile.read(int(self.headers.get("Content-Length", 0)))  # a posted form
@@ -147,10 +153,13 @@ class Replay:
                     return
                 echo = " ".join([self.path, *headers.values()]).replace('"', "")
                 data = reply.text().replace("ECHO", echo).encode()
-                self.send_response(reply.status)
-                for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **reply.headers}.items():
+                self.send_response_only(reply.status)
+                for name, value in {"Date": self.date_time_string(), "Content-Type": "application/json", "Content-Length": str(len(data)), **reply.headers}.items():
                     self.send_header(name, value)
                 self.end_headers()
+                while reply.drip and data and not replay.released.wait(0.02):
+                    self.wfile.write(data[:1])
+                    data = data[1:]
                 self.wfile.write(data[: len(data) // 2] if reply.cut else data)
                 self.close_connection = reply.cut
 

@@ -104,8 +104,8 @@ def buckets(
     frequency: str,                    # a key of STEP; "1d" is the whole session
     first: str | date | pd.Timestamp,  # first session date, included
     last: str | date | pd.Timestamp,   # last session date, included
-) -> pd.DataFrame:                     # one row per bucket: `session` (naive date), `open`, `close` in UTC, ascending
-    """The intervals (open, close] of all bars of regular hours.
+) -> pd.DataFrame:                     # one row per bucket, ascending: `session` (naive date), `open`, `close` in UTC, `rest` (whether it lies in the lunch break)
+    """The intervals (open, close] that sessions are cut into.
 
     Raises `ParameterError` on an unknown frequency, and as `sessions` does."""
     if frequency not in STEP:
@@ -120,9 +120,9 @@ def buckets(
     day = table.iloc[row]
     opens = day["open"].to_numpy("datetime64[us]") + k * step[row]
     closes = np.minimum(opens + step[row], day["close"].to_numpy("datetime64[us]"))
-    resting = (opens >= day["break_start"].to_numpy("datetime64[us]")) & (closes <= day["break_end"].to_numpy("datetime64[us]"))
-    columns = {"session": day.index, "open": pd.DatetimeIndex(opens, tz="UTC"), "close": pd.DatetimeIndex(closes, tz="UTC")}
-    return pd.DataFrame(columns)[~resting].reset_index(drop=True)
+    rest = (opens >= day["break_start"].to_numpy("datetime64[us]")) & (closes <= day["break_end"].to_numpy("datetime64[us]"))
+    columns = {"session": day.index, "open": pd.DatetimeIndex(opens, tz="UTC"), "close": pd.DatetimeIndex(closes, tz="UTC"), "rest": rest}
+    return pd.DataFrame(columns)
 
 def expected(
     calendar: str,
@@ -131,7 +131,8 @@ def expected(
     last: str | date | pd.Timestamp,   # last session date, included
 ) -> pd.DatetimeIndex:                 # UTC close instants, ascending
     """The stamps of the bars that a complete feed of regular hours has. Raises `ParameterError` as `buckets` does."""
-    return pd.DatetimeIndex(buckets(calendar, frequency, first, last)["close"], name=None)
+    table = buckets(calendar, frequency, first, last)
+    return pd.DatetimeIndex(table["close"][~table["rest"]], name=None)
 
 # %% ../../nbs/market/05_calendar.ipynb #e2dfefc4
 def guess_calendar(

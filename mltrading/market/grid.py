@@ -10,7 +10,6 @@ from datetime import date
 
 import numpy as np
 import pandas as pd
-from numba import prange
 from numpy.typing import NDArray
 
 from ..core.errors import DataError, ParameterError, unknown
@@ -46,7 +45,7 @@ class Grid:
 _FIRST, _LAST, _MAX, _MIN, _SUM = range(5)
 _HOW = {"open": _FIRST, "high": _MAX, "low": _MIN, "close": _LAST, "volume": _SUM, "trade_count": _SUM, "adj_factor": _LAST}
 
-@njit(parallel=True)
+@njit
 def _gather(
     block: NDArray[np.float64],  # (N, T)
     lo: NDArray[np.int64],       # (B,) first column of each interval
@@ -56,7 +55,7 @@ def _gather(
     "Reduce runs of columns, row by row, passing over NaN."
     n = len(block)
     out = np.full((n, len(lo)), np.nan)
-    for i in prange(n):
+    for i in range(n):
         for b in range(len(lo)):
             got = np.nan
             for t in range(lo[b], hi[b]):
@@ -102,7 +101,7 @@ def session_grid(
     first: str | date | pd.Timestamp,  # first session date, included
     last: str | date | pd.Timestamp,   # last session date, included
 ) -> Grid:
-    """The intervals of regular hours at a frequency. Raises `ParameterError` on an unknown calendar or frequency."""
+    """The intervals of regular hours at a frequency, a lunch break included. Raises `ParameterError` on an unknown calendar or frequency."""
     table = buckets(calendar, frequency, first, last)
     return Grid(table["open"].to_numpy("datetime64[us]"), table["close"].to_numpy("datetime64[us]"))
 
@@ -117,16 +116,15 @@ def _around(calendar: str, frequency: str, first: pd.Timestamp, last: pd.Timesta
     step = STEP[frequency].to_timedelta64()
     count = -(-(opens[1:] - closes[:-1]) // step)
     row = np.repeat(np.arange(len(count)), count)
-    back = np.repeat(np.cumsum(count), count) - np.arange(len(row))  # count, count - 1, … 1
-    starts = np.maximum(opens[1:][row] - back * step, closes[:-1][row])
-    ends = opens[1:][row] - (back - 1) * step
-    order = np.argsort(np.append(ends, inside.ends), kind="stable")
-    return Grid(np.append(starts, inside.starts)[order], np.append(ends, inside.ends)[order])
+    k = np.arange(len(row)) - np.repeat(np.cumsum(count), count)  # -count … -1, from each open
+    starts, ends = np.maximum(opens[1:][row] + k * step, closes[:-1][row]), opens[1:][row] + (k + 1) * step
+    starts, ends = np.append(starts, inside.starts), np.append(ends, inside.ends)
+    order = np.argsort(ends, kind="stable")
+    return Grid(starts[order], ends[order])
 
-# %% ../../nbs/market/15_grid.ipynb #554cf54b
-def _begins(times: NDArray[np.datetime64], own: str, calendar: str, first: pd.Timestamp, last: pd.Timestamp) -> NDArray[np.datetime64]:
-    "Where each bar begins, as far as can be said from its stamp."
-    grid = session_grid(calendar, own, first, last)
+# %% ../../nbs/market/15_grid.ipynb #f6d9d169
+def _begins(times: NDArray[np.datetime64], own: str, grid: Grid) -> NDArray[np.datetime64]:
+    "Where each bar begins, as far as can be said from its stamp and the grid of its own frequency."
     at = np.minimum(np.searchsorted(grid.ends, times), len(grid) - 1)
     return np.where(grid.ends[at] == times, grid.starts[at], times - STEP[own].to_timedelta64())
 
@@ -157,16 +155,13 @@ def resample(
     if STEP[own] > STEP[frequency]:
         raise ParameterError("resample", f"bars of {own} do not contain bars of {frequency}", f"ask for {own} or coarser")
     first, last = (panel.index[k].tz_localize(None).normalize() + pd.Timedelta(days=d) for k, d in ((0, -14), (-1, 14)))
-    grid = (_around if extended else session_grid)(calendar, frequency, first, last)
-    begins = _begins(panel.times, own, calendar, first, last)
-    if extended:
-        edges = grid.ends
-    else:  # before an open there is nothing to mix with
+    lay = _around if extended else session_grid
+    grid, begins = lay(calendar, frequency, first, last), _begins(panel.times, own, lay(calendar, own, first, last))
+    if not extended:  # what trades before an open is another matter
         opens, closes = (sessions(calendar, first, last)[c].to_numpy("datetime64[us]") for c in ("open", "close"))
-        edges = np.union1d(closes, np.setdiff1d(grid.ends, opens))
         at = np.searchsorted(opens, panel.times) - 1
         begins = np.where(panel.times <= closes[at], np.maximum(begins, opens[at]), begins)
-    _check_edges(panel.times, begins, edges, frequency)
+    _check_edges(panel.times, begins, grid.ends, frequency)
     lo, hi = (np.searchsorted(panel.times, edge, side="right") for edge in (grid.starts, grid.ends))
     if not (lo < hi).any():
         raise DataError(f"calendar `{calendar}`", f"none of the bars from {panel.times[0]} to {panel.times[-1]} closes in its hours", "check the calendar, and that stamps are closes in UTC")
@@ -175,12 +170,11 @@ def resample(
 # %% ../../nbs/market/15_grid.ipynb #a11bfe93
 def align(
     panel: Panel,
-    times: NDArray[np.datetime64],  # (D,) decision instants, UTC, ascending
+    times: NDArray[np.datetime64],  # (D,) decision instants, UTC, `datetime64[us]`, ascending
 ) -> Panel:                         # at `times[1:]`; `times[0]` only begins the first interval
     """The bars of a market, gathered between the decision instants of another.
 
     Raises `ParameterError` where `times` do not ascend.
 
     Known at: each value at its decision instant."""
-    moments = times.astype("datetime64[us]")
-    return onto(panel, Grid(moments[:-1], moments[1:]))
+    return onto(panel, Grid(times[:-1], times[1:]))

@@ -5,14 +5,20 @@
 # %% ../../nbs/market/70_simulate.ipynb #35e0d873
 from __future__ import annotations
 
+from dataclasses import dataclass
+from zlib import crc32
+
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from .panel import Panel
+from ..core.errors import DataError, ParameterError
+from ..core.jit import njit
+from .calendar import buckets, close_of, session_of, sessions
+from .panel import PRICES, BarSet, Panel, to_frame
 
 # %% auto #0
-__all__ = ['random_walk']
+__all__ = ['REGIMES', 'random_walk', 'Regime', 'regime_market', 'bridge_intraday', 'simulated_set', 'is_simulated']
 
 # %% ../../nbs/market/70_simulate.ipynb #9e77b267
 def _bars(
@@ -90,3 +96,193 @@ def _alive(
         alive[i, last:] = False
         alive[i, rng.integers(0, bars, max(1, bars // 100))] = False
     return alive
+
+# %% ../../nbs/market/70_simulate.ipynb #f2267b21
+@dataclass(frozen=True)
+class Regime:
+    """One state of a simulated market."""
+
+    name: str
+    drift_annual: float      # of the log price, jumps apart
+    vol_annual: float        # standard deviation of log returns, jumps apart
+    correlation: float       # between any two symbols, 0 to 1
+    jumps_per_year: float
+    days: float              # how long it lasts on average, in sessions, > 1
+
+REGIMES = (
+    Regime("calm", 0.12, 0.14, 0.25, 1.0, 250.0),
+    Regime("nervous", 0.02, 0.24, 0.45, 4.0, 80.0),
+    Regime("crisis", -0.40, 0.45, 0.75, 15.0, 30.0),
+)
+_YEAR = 252                  # sessions
+_JUMP = (-0.02, 0.03)        # mean and standard deviation of the logarithm of a jump
+
+def _regime_path(regimes: tuple[Regime, ...], n_bars: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    "The state at each bar, the first regime to begin with; a regime is left for any of the others alike."
+    path, draws = np.zeros(n_bars, np.int64), rng.random((2, n_bars))
+    for t in range(1, n_bars):
+        k = path[t - 1]
+        leaves = len(regimes) > 1 and draws[0, t] < 1 / regimes[k].days
+        path[t] = (k + 1 + int(draws[1, t] * (len(regimes) - 1))) % len(regimes) if leaves else k
+    return path
+
+# %% ../../nbs/market/70_simulate.ipynb #af7fb9b7
+def regime_market(
+    n_symbols: int = 5,
+    n_bars: int = 1000,
+    seed: int = 0,
+    regimes: tuple[Regime, ...] = REGIMES,
+    calendar: str = "XNYS",
+    start: str = "2010-01-04",       # first session
+) -> tuple[Panel, pd.Series]:        # daily bars stamped with their closes; the true regime at each bar, by name
+    """A simulated market that switches between regimes, with clustering volatility and common jumps.
+
+    Raises `ParameterError` on a regime that cannot be.
+
+    Known at: each bar at its own stamp; the regime never. Simulated: no result on it says anything about a market."""
+    for r in regimes:
+        if not (r.vol_annual > 0 and 0 <= r.correlation <= 1 and 0 <= r.jumps_per_year <= _YEAR and r.days > 1):
+            raise ParameterError(f"regime `{r.name}`", f"cannot be: {r}", "volatility is positive, correlation from 0 to 1, and a regime lasts more than a session")
+    rng, shape = np.random.default_rng(seed), (n_symbols, n_bars)
+    path = _regime_path(regimes, n_bars, rng)
+    drift, vol, rho, jumps = (np.array([getattr(r, f) for r in regimes])[path] for f in ("drift_annual", "vol_annual", "correlation", "jumps_per_year"))
+    spread = vol / np.sqrt(_YEAR) * _clustered_volatility(shape, rng, daily=np.exp(-(0.08**2) / (1 - 0.97**2)))
+    shocks = np.sqrt(rho) * rng.standard_normal(n_bars) + np.sqrt(1 - rho) * rng.standard_normal(shape)
+    jump = np.where(rng.random(n_bars) < jumps / _YEAR, rng.normal(*_JUMP, n_bars), 0.0)
+    log_close = np.log(rng.uniform(20, 200, (n_symbols, 1))) + np.cumsum(drift / _YEAR + spread * shocks + jump, axis=1)
+    closes = sessions(calendar, start, pd.Timestamp(start) + pd.Timedelta(days=2 * n_bars + 30))["close"].iloc[:n_bars]
+    panel = Panel(closes.to_numpy("datetime64[us]"), tuple(f"R{i:03d}" for i in range(n_symbols)), _bars(log_close, spread, rng))
+    return panel, pd.Series(np.array([r.name for r in regimes])[path], index=panel.index, name="regime")
+
+# %% ../../nbs/market/70_simulate.ipynb #2a3480b1
+_FINE = 4                                   # points of the path per bar
+
+@njit
+def _bend(path: NDArray[np.float64], at: NDArray[np.int64], to: NDArray[np.float64]) -> None:
+    "Shift a path, linearly between the points `at`, so that it passes through `to` there."
+    shift = to - path[at]
+    for s in range(len(at) - 1):
+        for j in range(at[s], at[s + 1]):
+            path[j] += shift[s] + (shift[s + 1] - shift[s]) * (j - at[s]) / (at[s + 1] - at[s])
+    path[at[-1]] += shift[-1]
+
+@njit
+def _bridge(
+    day: NDArray[np.float64],   # (4,) open, high, low, close
+    steps: NDArray[np.float64], # (S,) independent shocks, their variances summing to 1
+) -> NDArray[np.float64]:       # (S + 1,) prices from the open to the close
+    "A path through the four prices of a day."
+    o, h, l, c = np.log(day)  # noqa: E741
+    n = len(steps)
+    path = np.append(0.0, np.cumsum(steps)) * (h - l) / np.sqrt(4 * np.log(2.0))
+    _bend(path, np.array([0, n]), np.array([o, c]))
+    high, low = 1 + np.argmax(path[1:n]), 1 + np.argmin(path[1:n])
+    if high == low:
+        low = high - 1 if high > 1 else high + 1
+    if high < low:
+        _bend(path, np.array([0, high, low, n]), np.array([o, h, l, c]))
+    else:
+        _bend(path, np.array([0, low, high, n]), np.array([o, l, h, c]))
+    for j in range(n + 1):
+        while (path[j] > h or path[j] < l) and h > l:
+            path[j] = 2 * h - path[j] if path[j] > h else 2 * l - path[j]
+    out = np.minimum(np.maximum(np.exp(path), day[2]), day[1])
+    out[0], out[high], out[low], out[n] = day
+    return out
+
+# %% ../../nbs/market/70_simulate.ipynb #5a83c9a3
+def _busy(n: int) -> NDArray[np.float64]:
+    "How busy each of n equal parts of a session is: four times as busy at its ends as in its middle."
+    x = (np.arange(n) + 0.5) / n
+    share = 0.5 + 1.5 * (2 * x - 1) ** 2
+    return share / share.sum()
+
+def _split_volume(total: float, n: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    "Parts of a volume, none negative, that add up to it without rounding."
+    share = _busy(n) * np.exp(0.3 * rng.standard_normal(n))
+    unit = 1.0 if total == np.floor(total) else np.spacing(total)
+    running = np.rint(np.cumsum(share) / share.sum() * (total / unit))
+    running[-1] = total / unit
+    return np.diff(running, prepend=0.0) * unit
+
+# %% ../../nbs/market/70_simulate.ipynb #83a781fe
+def _bridge_symbol(
+    days: NDArray[np.float64],   # (4, D) open, high, low, close
+    volume: NDArray[np.float64], # (D,) NaN: none
+    count: NDArray[np.int64],    # (D,) bars of each day
+    seed: tuple[int, int],
+) -> NDArray[np.float64]:        # (5, sum of count) open, high, low, close, volume
+    "The bars of one symbol within its days; NaN on days without a bar."
+    walk, trade = (np.random.default_rng((*seed, k)) for k in range(2))
+    out, start = np.full((5, int(count.sum())), np.nan), 0
+    for d, n in enumerate(count):
+        here = slice(start, start := start + n)
+        if np.isnan(days[3, d]):
+            continue
+        path = _bridge(np.ascontiguousarray(days[:, d]), walk.standard_normal(n * _FINE) * np.sqrt(_busy(n * _FINE)))
+        inside = np.lib.stride_tricks.sliding_window_view(path, _FINE + 1)[::_FINE]
+        out[:4, here] = inside[:, 0], inside.max(axis=1), inside.min(axis=1), inside[:, -1]
+        if not np.isnan(volume[d]):
+            out[4, here] = _split_volume(volume[d], n, trade)
+    return out
+
+# %% ../../nbs/market/70_simulate.ipynb #65e21dda
+def _check_days(daily: Panel, calendar: str) -> pd.DatetimeIndex:
+    "The sessions of daily bars that can be bridged."
+    for field in PRICES:
+        if (lacking := daily.alive & np.isnan(daily[field])).any():
+            raise DataError(f"panel, field `{field}`", f"{daily.symbols[int(lacking.any(axis=1).argmax())]} has no {field}", "a day is bridged between its four prices: leave out symbols that have only closes")
+    o, h, l, c = (daily[f] for f in PRICES)  # noqa: E741
+    if (odd := (h < np.maximum(o, c)) | (l > np.minimum(o, c))).any():
+        i, t = np.argwhere(odd)[0]
+        raise DataError(f"panel, {daily.symbols[i]} at {daily.index[t]}", "its high or low lies inside its open and close", "correct or remove the bar")
+    days = session_of(daily.index, calendar)
+    wrong = np.asarray(days.isna())
+    wrong[~wrong] = close_of(days[~wrong], calendar) != daily.index[~wrong]
+    if wrong.any():
+        raise DataError(f"panel, time {daily.index[int(wrong.argmax())]}", f"is not a close of {calendar}", "bridge daily bars that are stamped with the closes of their sessions")
+    return days
+
+def bridge_intraday(
+    daily: Panel,     # daily bars with open, high, low, close, stamped with the closes of their sessions
+    frequency: str,   # a key of STEP
+    calendar: str,
+    seed: int = 0,
+) -> Panel:           # bars of regular hours; `onto` the sessions they are the daily bars again
+    """Simulated bars within real days, whose open, high, low, close and volume are reproduced exactly.
+
+    Raises `DataError` on symbols without the four prices, on inconsistent prices, and on stamps that are not closes of the calendar.
+
+    Known at: nothing here is: each day's bars know its high, low and close from the start. For tests and teaching only.
+
+    Source: Parkinson (1980), Journal of Business 53(1), for the spread that fits a range."""
+    days = _check_days(daily, calendar)
+    table = buckets(calendar, frequency, days[0], days[-1])
+    table = table[table["session"].isin(days) & ~table["rest"]]
+    count = np.asarray(table.groupby("session").size(), np.int64)
+    blank = np.full(len(days), np.nan)
+    blocks = [_bridge_symbol(np.array([daily[f][i] for f in PRICES]), daily["volume"][i] if "volume" in daily.fields else blank, count, (seed, crc32(s.encode()))) for i, s in enumerate(daily.symbols)]
+    fields = {f: np.ascontiguousarray(np.array(blocks)[:, k]) for k, f in enumerate((*PRICES, "volume")) if f in daily.fields}
+    if "adj_factor" in daily.fields:
+        fields["adj_factor"] = np.repeat(daily["adj_factor"], count, axis=1)
+    return Panel(table["close"].to_numpy("datetime64[us]"), daily.symbols, fields)
+
+# %% ../../nbs/market/70_simulate.ipynb #b1667eb5
+_SIMULATED = "simulated: "
+
+def simulated_set(
+    panel: Panel,
+    name: str,               # how `params.yaml` calls it
+    frequency: str,          # of the bars: a key of STEP
+    calendar: str,
+    how: str,                # what was simulated, in a few words
+    prices: str = "total",   # as in `BarSet`: bars bridged inside real days are adjusted for what the days were
+) -> BarSet:
+    """Simulated bars as a set that says so."""
+    return BarSet(name, to_frame(panel), frequency, calendar, prices, (_SIMULATED + how,))
+
+def is_simulated(
+    notes: tuple[str, ...] | list[str],  # of a `BarSet`, or as its manifest keeps them
+) -> bool:
+    """Whether a set of bars was simulated, wholly or in part."""
+    return any(note.startswith(_SIMULATED) for note in notes)
