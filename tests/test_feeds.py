@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 from replay import Asked, Fault, Replay, Reply, Route, body, cut, empty, hang, html, renamed, status
 
-from mltrading.core.errors import ParameterError
+from mltrading.core.errors import DataError, ParameterError
 from mltrading.market import feeds
 from mltrading.market.feeds import MACRO_SOURCES, TEXT_SOURCES, AlphaVantageNews, Fred, Gdelt
 from mltrading.market.http import SourceError
@@ -305,7 +305,7 @@ def test_what_passes_is_got_over(bench: Bench) -> None:
 
 
 FIELDS = {"fred": ["realtime_start", "date", "value", "observations", "count"], "gdelt": ["articles", "title", "seendate"], "newsapi": ["articles", "title", "publishedAt"], "reddit": ["children", "title", "created_utc", "permalink"],
-          "alpaca": ["news", "headline", "created_at", "symbols"], "polygon": ["results", "title", "published_utc"], "alphavantage": ["feed", "title", "time_published"]}  # fmt: skip
+          "alpaca": ["news", "headline", "created_at"], "polygon": ["results", "title", "published_utc"], "alphavantage": ["feed", "title", "time_published"]}  # fmt: skip
 
 
 @pytest.mark.parametrize(("bench", "name"), [(source, name) for source, names in FIELDS.items() for name in names], indirect=["bench"])
@@ -343,6 +343,34 @@ def test_a_time_without_a_zone_is_refused(bench: Bench) -> None:
     plain = bench.replay.routes[0]
     bench.replay.routes = [lambda asked: None if (reply := plain(asked)) is None else Reply(reply.text().replace('00Z"', '00"'))]
     assert "names no zone" in str(bench.failure())
+
+
+def mutated(value: Any, rng: random.Random) -> Any:
+    """A reply of which one part, somewhere, is something else."""
+    parts = list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
+    if not parts or rng.random() < 0.2:
+        return rng.choice([None, True, -1, 10**400, 1e308, float("nan"), "", "9999-99-99", "\ud800", [], ["x"], {}, {"x": 1}])
+    key, part = rng.choice(parts)
+    copy = value.copy()
+    copy[key] = mutated(part, rng)
+    return copy
+
+
+def test_a_corrupted_reply_is_a_named_error_or_a_table(bench: Bench) -> None:
+    good, rng, failures = bench.ask(), random.Random(0), 0
+    plain = bench.replay.routes[0]
+    bench.replay.routes = [lambda asked: None if (reply := plain(asked)) is None else Reply(mutated(reply.body, rng))]
+    bench.archive.items = bench.archive.items[:3]
+    for _ in range(60):
+        try:
+            table = bench.ask()
+        except DataError:
+            failures += 1
+            continue
+        check = check_macro if bench.name in MACRO_SOURCES else check_news
+        check(table, bench.name)
+        assert list(table.columns) == list(good.columns)
+    assert failures > 10
 
 
 # ------------------------------------------------------------------------------------------------ each service's own ways

@@ -72,17 +72,21 @@ def _records(
     client: Client,
     path: str,
     reply: Any,
-    name: str,             # of the list in the reply
-    needed: Sequence[str],  # fields of each record
+    name: str,                # of the list in the reply
+    needed: Mapping[str, type],  # fields of each record, and what they hold; null is allowed
 ) -> list[dict[str, Any]]:
-    "The records of a reply, or a `SourceError` of kind `reply` that says what is missing."
+    "The records of a reply, or a `SourceError` of kind `reply` that says what is wrong with it."
     items = reply.get(name) if isinstance(reply, dict) else None
     if not isinstance(items, list):
         raise client.error("reply", path, f"no list `{name}`, but {str(reply)[:120]}")
     for item in items:
-        if lacking := [f for f in needed if not isinstance(item, dict) or f not in item]:
-            raise client.error("reply", path, f"a record of `{name}` without `{lacking[0]}`: {str(item)[:120]}")
+        if lacking := [f for f, kind in needed.items() if not isinstance(item, dict) or f not in item or not isinstance(item[f], kind | None)]:
+            raise client.error("reply", path, f"a record of `{name}` without `{lacking[0]}`, or with a strange one: {str(item)[:120]}")
     return items
+
+def _text(value: Any) -> str:
+    "What a record holds where text may stand."
+    return value if isinstance(value, str) else ""
 
 def _pages(
     client: Client,
@@ -154,7 +158,7 @@ class Fred:
     def macro(self, series: str, start: date, end: date) -> pd.DataFrame:
         """The periods of a series in all their vintages; see `MacroSource`. Raises `SourceError`, `ParameterError`."""
         _days(self.name, series, start, end)
-        dates = sorted(self._all("/fred/series/vintagedates", "vintage_dates", {"series_id": series}, 10_000))
+        dates = sorted(map(str, self._all("/fred/series/vintagedates", "vintage_dates", {"series_id": series}, 10_000)))
         rows = []
         for k in range(0, len(dates), VINTAGES):
             until = plain_days([dates[k + VINTAGES]], series)[0] - pd.Timedelta(days=1) if k + VINTAGES < len(dates) else None
@@ -179,7 +183,7 @@ class Fred:
     def _table(self, rows: list[Any], series: str, began: pd.DatetimeIndex) -> pd.DataFrame:
         "Macro values from the rows of replies."
         path, where = "/fred/series/observations", f"fred, {series}"
-        rows = _records(self._client, path, {"observations": rows}, "observations", ("date", "realtime_start", "value"))
+        rows = _records(self._client, path, {"observations": rows}, "observations", {"date": str, "realtime_start": str, "value": str})
         rows = [r for r in rows if r["value"] != "."]
         values = pd.to_numeric(pd.Series([r["value"] for r in rows], dtype=object), errors="coerce").astype(float)
         if values.isna().any():
@@ -210,7 +214,7 @@ class Gdelt:
         reply = _ask(self._client, path, {"query": query, "mode": "artlist", "format": "json", "sort": "dateasc", "maxrecords": self.most, **span}, {"limit requests": "limit"})
         if reply == {}:
             return []
-        found = _records(self._client, path, reply, "articles", ("url", "title", "seendate"))
+        found = _records(self._client, path, reply, "articles", {"url": str, "title": str, "seendate": str})
         if len(found) < self.most:
             return found
         if finish - begin <= pd.Timedelta(minutes=15):
@@ -237,11 +241,13 @@ class NewsApi:
         def page(number: str) -> tuple[list[Any], str | None]:
             k = int(number or 1)
             reply = _ask(self._client, path, {**params, "page": k}, {"answered 426": "key"})
-            items = _records(self._client, path, reply, "articles", ("title", "url", "publishedAt"))
-            return items, str(k + 1) if items and 100 * k < int(reply.get("totalResults") or 0) else None
+            items = _records(self._client, path, reply, "articles", {"title": str, "url": str, "publishedAt": str})
+            if not isinstance(total := reply.get("totalResults"), int):
+                raise self._client.error("reply", path, f"`totalResults` is {str(total)[:40]}")
+            return items, str(k + 1) if items and 100 * k < total else None
 
         found = _pages(self._client, path, page)
-        rows = [(a["publishedAt"], a["url"], a["title"], a.get("description"), a["url"], "") for a in found if a["title"] != "[Removed]"]
+        rows = [(a["publishedAt"], a["url"], a["title"], _text(a.get("description")), a["url"], "") for a in found if a["title"] != "[Removed]"]
         return _news(self._client, path, rows, self.name)
 
 # %% ../../nbs/market/54_feeds.ipynb #670a36b4
@@ -282,24 +288,24 @@ class Reddit:
         path = "/api/v1/access_token"
         reply = self._door.json(path, form={"grant_type": "client_credentials"})
         token = reply.get("access_token") if isinstance(reply, dict) else None
-        if not isinstance(token, str) or not token:
+        if not isinstance(token, str) or not (token and token.isascii() and token.isprintable()):
             raise self._door.error("key", path, f"gave no token: {sorted(reply) if isinstance(reply, dict) else type(reply).__name__}")
         return self._open(token)
 
     @staticmethod
-    def _page(client: Client, path: str, params: Mapping[str, Any]) -> tuple[list[dict[str, Any]], str | None]:
+    def _page(client: Client, path: str, params: Mapping[str, Any]) -> tuple[list[dict[str, Any]], str]:
         "One page of a listing, newest first, and what to ask the next one with."
         reply = client.json(path, params)
         listing = reply.get("data") if isinstance(reply, dict) else None
-        items = [c["data"] for c in _records(client, path, listing, "children", ("data",))]
-        _records(client, path, {"posts": items}, "posts", ("name", "title", "created_utc", "permalink"))
-        if not all(isinstance(p["created_utc"], int | float) for p in items):
-            raise client.error("reply", path, "a post whose `created_utc` is no number")
-        return sorted(items, key=lambda p: -p["created_utc"]), listing.get("after")  # type: ignore[union-attr]
+        items = [c["data"] for c in _records(client, path, listing, "children", {"data": dict})]
+        _records(client, path, {"posts": items}, "posts", {"name": str, "title": str, "created_utc": float, "permalink": str})
+        if any(p["created_utc"] is None for p in items):
+            raise client.error("reply", path, "a post without its time")
+        return sorted(items, key=lambda p: -p["created_utc"]), _text(listing.get("after"))  # type: ignore[union-attr]
 
     @staticmethod
     def _row(post: Mapping[str, Any]) -> tuple[str | None, ...]:
-        text = post.get("selftext") or ""
+        text = _text(post.get("selftext"))
         body = "" if post.get("edited") or text in ("[removed]", "[deleted]") else text
         return pd.Timestamp(post["created_utc"], unit="s", tz="UTC").isoformat(), post["name"], post["title"], body, f"https://www.reddit.com{post['permalink']}", ""
 
@@ -310,7 +316,7 @@ def _plain(text: str) -> str:
 
 def _joined(symbols: Any) -> str:
     "Symbols as one text."
-    return " ".join(map(str, symbols or []))
+    return " ".join(map(str, symbols)) if isinstance(symbols, list) else ""
 
 class AlpacaNews:
     """Company news of Alpaca; `query` is a symbol. Source: https://docs.alpaca.markets/reference/news-3"""
@@ -329,9 +335,9 @@ class AlpacaNews:
 
         def page(token: str) -> tuple[list[Any], str | None]:
             reply = self._client.json(path, {**asked, "page_token": token} if token else asked)
-            return _records(self._client, path, reply, "news", ("id", "headline", "created_at", "updated_at", "symbols")), reply.get("next_page_token")
+            return _records(self._client, path, reply, "news", {"id": int, "headline": str, "created_at": str, "updated_at": str}), _text(reply.get("next_page_token"))
 
-        rows = [(a["updated_at"] or a["created_at"], str(a["id"]), a["headline"], _plain(a.get("content") or "").strip() or a.get("summary"), a.get("url"), _joined(a["symbols"]))
+        rows = [(a["updated_at"] or a["created_at"], str(a["id"]), a["headline"], _plain(_text(a.get("content"))).strip() or _text(a.get("summary")), _text(a.get("url")), _joined(a.get("symbols")))
                 for a in _pages(self._client, path, page)]
         return _news(self._client, path, rows, self.name)
 
@@ -353,10 +359,10 @@ class PolygonNews:
 
         def page(cursor: str) -> tuple[list[Any], str | None]:
             reply = self._client.json(path, {"cursor": cursor} if cursor else asked)
-            items = _records(self._client, path, reply, "results", ("id", "title", "published_utc"))
-            return items, parse_qs(urlsplit(reply.get("next_url") or "").query).get("cursor", [None])[0]
+            items = _records(self._client, path, reply, "results", {"id": str, "title": str, "published_utc": str})
+            return items, parse_qs(urlsplit(_text(reply.get("next_url"))).query).get("cursor", [None])[0]
 
-        rows = [(a["published_utc"], a["id"], a["title"], a.get("description"), a.get("article_url"), _joined(a.get("tickers"))) for a in _pages(self._client, path, page)]
+        rows = [(a["published_utc"], a["id"], a["title"], _text(a.get("description")), _text(a.get("article_url")), _joined(a.get("tickers"))) for a in _pages(self._client, path, page)]
         return _news(self._client, path, rows, self.name)
 
 # %% ../../nbs/market/54_feeds.ipynb #a2f185d6
@@ -382,10 +388,11 @@ class AlphaVantageNews:
             if isinstance(reply, dict) and "feed" not in reply:
                 words = str(reply)
                 raise self._client.error(next((kind for w, kind in self._means.items() if w in words), "reply"), path, words[:300])
-            items = _records(self._client, path, reply, "feed", ("title", "url", "time_published"))
+            items = _records(self._client, path, reply, "feed", {"title": str, "url": str, "time_published": str, "ticker_sentiment": list})
             return items, max(str(a["time_published"]) for a in items)[:13] if len(items) >= self.most else None
 
-        rows = [(a["time_published"], a["url"], a["title"], a.get("summary"), a["url"], _joined([t.get("ticker") for t in a.get("ticker_sentiment") or []])) for a in _pages(self._client, path, page)]
+        rows = [(a["time_published"], a["url"], a["title"], _text(a.get("summary")), a["url"], _joined([t.get("ticker") for t in a["ticker_sentiment"] or [] if isinstance(t, dict)]))
+                for a in _pages(self._client, path, page)]
         return _delayed(_news(self._client, path, rows, self.name, "UTC"), pd.Timedelta(hours=5))
 
 # %% ../../nbs/market/54_feeds.ipynb #49182886

@@ -110,8 +110,8 @@ def news_table(
     source: str,                             # its name
     zone: str | None = None,                 # of times that name none
 ) -> pd.DataFrame:                           # columns of NEWS, checked, repetitions left out
-    """A table of news from a source's rows. Entities such as `&amp;` become characters, runs of spaces one space. Raises `DataError` as `published` and `check_news` do."""
-    given = [tuple("" if v is None else v for v in row) for row in rows]
+    """A table of news from a source's rows. Entities such as `&amp;` become characters, runs of spaces one space, halves of characters a question mark. Raises `DataError` as `published` and `check_news` do."""
+    given = [tuple("" if v is None else v.encode("utf-8", "replace").decode("utf-8") for v in row) for row in rows]
     table = pd.DataFrame(given, columns=["timestamp", *_TEXT[1:]]).astype(str)
     table["timestamp"] = published(table["timestamp"].tolist(), source, zone)
     for column in ("title", "body"):
