@@ -140,15 +140,7 @@ class Replay:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
-<<<<<<< HEAD
-<<<<<<< HEAD
             disable_nagle_algorithm = True  # else each body waits for the acknowledgement of its headers
-=======
-            disable_nagle_algorithm = True
->>>>>>> prices
-=======
-            disable_nagle_algorithm = True
->>>>>>> words
 
             def do_GET(self) -> None:
                 self.rfile.read(int(self.headers.get("Content-Length", 0)))  # a posted form
