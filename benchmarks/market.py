@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -17,9 +16,9 @@ import pandas as pd
 
 from mltrading.core.storage import write_parquet
 from mltrading.market.grid import resample
-from mltrading.market.panel import PRICES, Panel, from_frame, read_panel, to_frame
+from mltrading.market.panel import PRICES, Panel, read_panel, to_frame
 from mltrading.market.quality import examine
-from mltrading.market.simulate import bridge_intraday, random_walk
+from mltrading.market.simulate import bridge_intraday, random_walk, regime_market
 
 
 def best(work: Callable[[], object], rounds: int = 3) -> float:
@@ -46,9 +45,9 @@ def by_pandas(path: Path) -> dict[str, pd.DataFrame]:
 
 def peak_mb(path: Path) -> float:
     """Most memory that reading a panel adds to a process that has imported everything, MB."""
-    code = ("import resource, sys\nfrom mltrading.market.panel import read_panel\nimport pyarrow.parquet\n"
-            "read_panel(sys.argv[1])\nbefore = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\nread_panel(sys.argv[2])\n"
-            "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)")
+    code = ("import sys\nfrom mltrading.market.panel import read_panel\n"
+            "def peak():\n    return int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])\n"
+            "read_panel(sys.argv[1])\nbefore = peak()\nread_panel(sys.argv[2])\nprint((peak() - before) / 1024)")
     tiny = path.with_name("tiny.parquet")
     write_parquet(to_frame(random_walk(3, 50)), tiny)
     return float(subprocess.run([sys.executable, "-c", code, str(tiny), str(path)], capture_output=True, text=True, check=True).stdout)
@@ -87,12 +86,13 @@ def rules(panel: Panel) -> None:
 
 def minutes(n_symbols: int, n_days: int) -> None:
     """Resampling minutes to five minutes, hours and days; the peer is pandas' own resample."""
-    panel = bridge_intraday(random_walk(n_symbols, n_days, seed=1, ragged=False, start="2022-01-03"), "1m", "24/7", seed=1)
+    daily, _ = regime_market(n_symbols, n_days, seed=1)
+    panel = bridge_intraday(daily, "1m", "XNYS", seed=1)
     rows = int(panel.alive.sum())
     frames = [panel.view(f) for f in ("open", "high", "low", "close", "volume")]
     how = ("first", "max", "min", "last", "sum")
     for frequency, rule in (("5m", "5min"), ("1h", "1h"), ("1d", "1D")):
-        ours = best(lambda f=frequency: resample(panel, f, "24/7"))
+        ours = best(lambda f=frequency: resample(panel, "1m", f, "XNYS"))
         theirs = best(lambda r=rule: [getattr(x.resample(r, closed="right", label="right"), h)() for x, h in zip(frames, how, strict=True)], 1)
         print(f"{'1 minute to ' + frequency:34s} {rows:>9,} rows  {rows / ours / 1e6:6.1f} M bars/s      {theirs / ours:5.1f} × pandas")
 
@@ -109,7 +109,7 @@ def main() -> None:
         if data := os.environ.get("MLTRADING_DATA"):
             real(Path(data), work)
         rules(panel)
-    minutes(10, 100)
+    minutes(28, 250)
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def _day_closes(stamps: pd.Series, dates: bool, calendar: str, told: Told, where
         as_dates = close.notna().mean()
         if min(as_closes, as_dates) > 0.9 and told.stamp is None:
             raise _ask_stamp(where, "1d")
-        if told.stamp == "close" and as_closes > 0.9 or as_closes > as_dates:
+        if (told.stamp == "close" and as_closes > 0.9) or as_closes > as_dates:
             return stamps
     return days.map(close)
 

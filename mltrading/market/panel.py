@@ -68,6 +68,7 @@ def _keys(names: list[str], column: Column, where: str) -> _Keys:
     stamps, symbols = _check_columns(names, column, where)
     t = stamps.dt.tz_convert("UTC").dt.as_unit("us").dt.tz_localize(None).to_numpy()
     codes, seen = pd.factorize(symbols.array)
+    del stamps, symbols
     known = np.asarray(seen, dtype=object).astype(str).astype(object)
     order = np.argsort(known, kind="stable")
     rank = np.empty(len(order), np.int32)
@@ -293,7 +294,8 @@ def read_panel(
         raise DataError(str(path), "no such file", "run `make repro`, or `make data` for the raw bars")
     try:
         with pq.ParquetFile(path, read_dictionary=["symbol"]) as file:
-            return _blocks(file.schema_arrow.names, lambda name: file.read(columns=[name]).column(0).to_pandas(), str(path))
+            # one thread: more of them hold more memory, and one column gains nothing from them
+            return _blocks(file.schema_arrow.names, lambda name: file.read(columns=[name], use_threads=False).column(0).to_pandas(), str(path))
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(str(path), f"not a complete Parquet file ({str(error).splitlines()[0]})", "fetch it again: `dvc checkout` or `make data`") from error
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..core.errors import DataError, ParameterError, unknown
 from .calendar import STEP
-from .panel import FIELDS, PRICES, TIME, Panel, to_frame
+from .panel import FIELDS, TIME, Panel, to_frame
 from .rules import RULES, SEVERITIES, Bars, Rule
 
 # %% auto #0

@@ -20,6 +20,7 @@ from .. import __version__
 from ..core.errors import DataError, ParameterError, unknown
 from ..core.params import root
 from . import embedded
+from .feeds import MACRO_SOURCES, TEXT_SOURCES
 from .fetch import Cache, gather
 from .folder import read_folder
 from .macro import empty_macro
@@ -29,7 +30,6 @@ from .prices import PRICE_SOURCES
 from .snapshot import Part, Snapshot, examined
 from .source import Source
 from .universe import UNIVERSES, empty_members, ever, members
-from .feeds import MACRO_SOURCES, TEXT_SOURCES
 
 # %% auto #0
 __all__ = ['SETS', 'NETWORK_ONLY', 'FOLDER_ONLY', 'DataRequest', 'Answer', 'check_data_request', 'from_embedded', 'from_folder',

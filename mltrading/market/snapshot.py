@@ -164,4 +164,5 @@ def read_snapshot(
 ) -> Market:
     """A snapshot. Raises `DataError` on a folder that is none."""
     market = Market(Path(folder))
-    return market if market.manifest else market
+    _ = market.manifest  # a folder that is no snapshot is refused here, not later
+    return market
