@@ -147,8 +147,8 @@ class Replay:
                     return
                 echo = " ".join([self.path, *headers.values()]).replace('"', "")
                 data = reply.text().replace("ECHO", echo).encode()
-                self.send_response(reply.status)
-                for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **reply.headers}.items():
+                self.send_response_only(reply.status)
+                for name, value in {"Date": self.date_time_string(), "Content-Type": "application/json", "Content-Length": str(len(data)), **reply.headers}.items():
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(data[: len(data) // 2] if reply.cut else data)

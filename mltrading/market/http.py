@@ -137,7 +137,7 @@ def _http_date(text: str) -> datetime | None:
 # %% ../../nbs/market/40_http.ipynb #11d315e9
 def first_words(
     text: str,          # of a reply, secrets taken out
-    length: int = 120,  # characters, > 0
+    length: int = 240,  # characters, > 0
 ) -> str:
     """The first readable words of a reply, HTML tags left out, on one line."""
     words = re.sub(r"(?is)<(script|style)\b.*?(</\1>|$)|<[^>]*>", " ", text[:20_000])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable, Mapping
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
@@ -97,7 +98,7 @@ class Stooq:
             text = self._client.text("/q/d/l/", {"s": theirs, "i": "d", **span, **self._key})
         except SourceError as error:
             failure, text = error, error.what
-        if "apikey" in text.lower():
+        if (failure is None or failure.kind == "reply") and re.search("get[ _](your )?api_?key", text.lower()):
             raise self._client.error("key", "/q/d/l/", "asks for a key" if not self._key else "refused the key", "get one at stooq.com and set STOOQ_API_KEY")
         if failure:
             raise failure
@@ -368,18 +369,27 @@ def _kinds(ccxt: Any) -> list[tuple[Any, Kind]]:
     "The library's exceptions, the special ones before the general, and what each means."
     return [(ccxt.BadSymbol, "unknown"), (ccxt.AuthenticationError, "key"), ((ccxt.RateLimitExceeded, ccxt.DDoSProtection), "limit"), (ccxt.NetworkError, "down"), (ccxt.BaseError, "reply")]
 
-def _try(exchange: Any, ask: Callable[[], None]) -> Outcome:
-    "One attempt through the library."
+def _understood(exchange: Any, candles: list[Any]) -> Outcome:
+    "Whether the reply that gave these candles was one; the library takes anything that it cannot read for a reply without candles."
+    reply, text = exchange.last_json_response, exchange.last_http_response or ""
+    if reply is None and (outcome := judge(200, text, {}, str)).kind:
+        return outcome
+    if candles or _most(reply) == 0:
+        return Outcome()
+    return Outcome(kind="reply", what=f"no candles that can be read: {first_words(text)}")
+
+def _most(reply: Any) -> int:
+    "How many items the longest list in a reply has; -1 where there is no list."
+    return len(reply) if isinstance(reply, list) else max([_most(v) for v in reply.values()], default=-1) if isinstance(reply, dict) else -1
+
+def _try(exchange: Any, ask: Callable[[], list[Any]], candles: list[Any]) -> Outcome:
+    "One attempt through the library; what it gives goes to `candles`."
     import ccxt
 
     exchange.last_json_response = None
     try:
-        ask()
-        if exchange.last_json_response is not None:
-            return Outcome()
-        text = exchange.last_http_response or ""  # no JSON, which the library takes for a reply without candles
-        outcome = judge(200, text, {}, str)
-        return outcome if outcome.kind else Outcome(kind="reply", what=f"not JSON: {first_words(text)}")
+        candles[:] = ask()
+        return _understood(exchange, candles)
     except ccxt.BaseError as error:
         kind = next(kind for types, kind in _kinds(ccxt) if isinstance(error, types))
         after_s = retry_after(exchange.last_response_headers or {}) if kind == "limit" else 0.0
@@ -429,7 +439,7 @@ class Ccxt:
     def _page(self, symbol: str, frequency: str, since: int, where: str) -> pd.DataFrame:
         "Candles from an instant on, each a row of numbers."
         found: list[Any] = []
-        outcome = persist(lambda: _try(self.exchange, lambda: found.extend(self.exchange.fetch_ohlcv(symbol, frequency, since, self._per_page))), *self._patience)
+        outcome = persist(lambda: _try(self.exchange, lambda: self.exchange.fetch_ohlcv(symbol, frequency, since, self._per_page), found), *self._patience)
         if outcome.kind:
             raise SourceError(where, outcome.what, kind=outcome.kind)
         if not all(isinstance(c, list) and len(c) == 6 for c in found):

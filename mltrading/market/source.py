@@ -74,7 +74,9 @@ def records(
         raise SourceError(where, f"no list of bars, but {type(items).__name__}: {str(items)[:80]}")
     return pd.DataFrame(items)
 
-# %% ../../nbs/market/44_source.ipynb #5cf8d257
+# %% ../../nbs/market/44_source.ipynb #c7b98de7
+_MAY_LACK = ("vwap", "trade_count")  # a bar is whole without them
+
 def numbers(
     rows: pd.DataFrame,          # as the vendor names its columns
     columns: Mapping[str, str],  # canonical name -> the vendor's
@@ -87,7 +89,7 @@ def numbers(
     for name, theirs in columns.items():
         if theirs in rows.columns:
             out[name] = _floats(rows[theirs], theirs, where)
-        elif name not in ("vwap", "trade_count"):
+        elif name not in _MAY_LACK:
             raise SourceError(f"{where}, column `{theirs}`", f"is missing; there are {', '.join(map(str, rows.columns))}")
     return pd.DataFrame(out, index=rows.index)
 
@@ -140,16 +142,15 @@ def _finish(
     where: str,
 ) -> pd.DataFrame:
     "Long bars: complete rows, sorted, each instant once."
-    values = values.dropna(axis="columns", how="all")
-    needed = [c for c in (*PRICES, "volume", "adj_factor") if c in values.columns]
-    holes = values[needed].isna().any(axis="columns") if "close" in needed else pd.Series(True, values.index)
-    if holes.sum() > max(10, len(values) / 2):
-        raise SourceError(where, f"{holes.sum()} of {len(values)} bars lack a price or their volume")
-    order = [c for c in (*PRICES, *OPTIONAL[3:]) if c in values.columns]
-    out = pd.concat([pd.Series(stamps, values.index, name="timestamp", dtype=TIME), pd.Series(symbol, values.index, name="symbol", dtype="str"), values[order]], axis="columns")
-    out = out[~holes].drop_duplicates().sort_values("timestamp", kind="stable", ignore_index=True)
-    if out.empty:
+    fields = [c for c in (*PRICES, *OPTIONAL[3:]) if c in values.columns and values[c].notna().any()]
+    if "close" not in fields:
         return empty_bars()
+    needed = [c for c in fields if c not in _MAY_LACK]
+    whole = values[needed].notna().all(axis="columns").to_numpy()
+    if (~whole).sum() > max(10, len(values) / 2):
+        raise SourceError(where, f"{(~whole).sum()} of {len(values)} bars lack a price or their volume")
+    out = pd.DataFrame({"timestamp": stamps, "symbol": pd.Series(symbol, range(len(values)), dtype="str")} | {c: values[c].to_numpy() for c in fields})
+    out = out[whole].drop_duplicates().sort_values("timestamp", kind="stable", ignore_index=True)
     if (twice := out["timestamp"].duplicated().to_numpy()).any():
         raise SourceError(f"{where}, {out['timestamp'][twice].iloc[0]}", "two different bars for one instant")
     return out
