@@ -13,12 +13,12 @@ import pandas as pd
 
 from ..core.errors import DataError
 from .calendar import STEP, close_of
-from .macro import MACRO, Lag, check_macro, release
+from .macro import LAGS, check_macro, lagged
 from .panel import COLUMNS, FIELDS, PRICES, BarSet, check_bars
 from .upstream import Upstream, fetch
 
 # %% auto #0
-__all__ = ['UPSTREAM', 'NAMES', 'ETFS', 'INDICES', 'BENCHMARK', 'OTHERS', 'CAUTION', 'LAGS', 'bars', 'ticks', 'sets',
+__all__ = ['UPSTREAM', 'NAMES', 'ETFS', 'INDICES', 'BENCHMARK', 'OTHERS', 'CAUTION', 'SERIES', 'bars', 'ticks', 'sets',
            'symbol_facts', 'macro']
 
 # %% ../../nbs/market/20_embedded.ipynb #cf95bfc4
@@ -224,22 +224,18 @@ def symbol_facts() -> dict[str, dict[str, str]]:
     kind = {**dict.fromkeys(NAMES, "stock"), **dict.fromkeys(ETFS, "etf"), **dict.fromkeys((*INDICES, BENCHMARK), "index"), **OTHERS}
     return {s: {"name": n, "class": kind[s], "role": "benchmark" if s == BENCHMARK else "traded"} for s, n in NAMES.items()}
 
-# %% ../../nbs/market/20_embedded.ipynb #8aed70ac
-LAGS = {  # series -> (file, column, from the reference to the release)
-    "vix": ("vix", "vix", Lag(0, 0, "16:15", why="computed until 16:15 of the day itself")),
-    "wti": ("wti", "DCOILWTICO", Lag(0, 7, "16:00", why="published in weekly batches")),
-    "aaa": ("yields", "AAA", Lag(1, 7, "16:00", why="a monthly average, published in the following days")),
-    "baa": ("yields", "BAA", Lag(1, 7, "16:00", why="a monthly average, published in the following days")),
-    "core_cpi": ("core_cpi", "CPILFESL", Lag(1, 21, "16:00", why="released around the middle of the next month")),
+# %% ../../nbs/market/20_embedded.ipynb #b5a7b239
+SERIES = {  # series -> (file, column, name at FRED)
+    "vix": ("vix", "vix", "VIXCLS"),
+    "wti": ("wti", "DCOILWTICO", "DCOILWTICO"),
+    "aaa": ("yields", "AAA", "AAA"),
+    "baa": ("yields", "BAA", "BAA"),
+    "core_cpi": ("core_cpi", "CPILFESL", "CPILFESL"),
 }
 
 def macro() -> pd.DataFrame:  # long: timestamp (release), series, value, reference (period, midnight UTC)
     """The embedded macro series, stamped with the instant at which each value was known at the latest.
 
     Known at: `timestamp`."""
-    parts = []
-    for series, (name, column, lag) in LAGS.items():
-        values = pd.to_numeric(_csv(name)[column], errors="coerce").dropna()
-        reference = pd.DatetimeIndex(values.index)
-        parts.append(pd.DataFrame({"timestamp": release(reference, lag), "series": series, "value": values.to_numpy(np.float64), "reference": reference.tz_localize("UTC").as_unit("us")}))
-    return check_macro(pd.concat(parts).sort_values(["timestamp", "series"], ignore_index=True)[list(MACRO)], "embedded macro")
+    parts = [lagged(pd.to_numeric(_csv(name)[column], errors="coerce"), series, LAGS[fred]) for series, (name, column, fred) in SERIES.items()]
+    return check_macro(pd.concat(parts).sort_values(["timestamp", "series", "reference"], ignore_index=True), "embedded macro")
