@@ -24,6 +24,8 @@ $(READY): constraints.txt pyproject.toml
 	@echo "Installing exact versions from constraints.txt into $(VENV) (once, some minutes) …"
 	@$(PYTHON) -m venv $(VENV)
 	@PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --progress-bar on -e '.[dev]'
+	@echo "Fetching the archives that the embedded prices are rebuilt from (once, 50 MB) …"
+	@$(BIN)/mltrading archives
 	@touch $@
 
 .PHONY: setup

@@ -50,7 +50,7 @@ def _request(given: argparse.Namespace) -> DataRequest:
     policies = dict(w.split("=", 1) if "=" in w else (w, "") for w in words(given.policy))
     asked = {"source": given.source, "path": given.path, "manifest": given.manifest, "stamp": given.stamp, "calendar": given.calendar, "symbols": words(given.symbols),
              "universe": given.universe, "start": given.start, "end": given.end, "frequency": given.frequency, "macro": given.macro, "news": given.news, "policies": policies}
-    return block(DataRequest, {k: v for k, v in asked.items() if v}, "make data")
+    return block(DataRequest, {k: v for k, v in asked.items() if v}, "make data", "correct it on the command line")
 
 def _data(given: argparse.Namespace) -> None:
     from mltrading.core.pipeline import dvc
@@ -84,6 +84,14 @@ def _audit(given: argparse.Namespace) -> None:
     table = check_registry(panel, macro=macro if len(macro) else None, benchmark=marked[0] if marked else None, cuts=given.cuts)
     print(f"{len(table)} features on {panel!r}: none looks ahead, all begin when they say; {time.perf_counter() - started:.1f} s")
 
+def _archives(_: argparse.Namespace) -> None:
+    from mltrading.market.embedded import UPSTREAM
+    from mltrading.market.universe import PINS
+    from mltrading.market.upstream import fetch
+
+    for item in (*UPSTREAM.values(), *PINS.values()):
+        fetch(item)
+
 def _refresh(_: argparse.Namespace) -> None:
     from mltrading.core.notebooks import clean, export, readme
     from mltrading.core.storage import atomic
@@ -114,6 +122,7 @@ def parser() -> argparse.ArgumentParser:
     stage.add_argument("system", nargs="?", default="")
     stage.add_argument("--profile", default="", help="the profile of params.yaml unless told")
     _data_options(command("data", "make a snapshot of market data and lock it", _data))
+    command("archives", "fetch the pinned files that the embedded snapshot is rebuilt from", _archives)
     audit = command("audit", "prove for every feature that it does not look ahead", _audit)
     audit.add_argument("--bars", default="", help="a set of bars of the snapshot; its first unless told")
     audit.add_argument("--cuts", type=int, default=8, help="random instants at which the data are cut")

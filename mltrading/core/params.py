@@ -80,6 +80,7 @@ def block(
     model: type[M],           # a pydantic model that forbids extra fields
     values: dict[str, Any],   # one block of a system
     where: str,               # its path in params.yaml, for messages
+    fix: str = "correct it in params.yaml",  # what to do about a value that is not allowed
 ) -> M:
     """A step's parameters as an object.
 
@@ -100,7 +101,7 @@ def block(
             raise unknown("parameter", name, list(fields), parent) from None
         if first["type"] == "missing":
             raise ParameterError(f"{where}.{path}", "is missing", "every number stands in params.yaml; there are no silent defaults") from None
-        raise ParameterError(f"{where}.{path}", f"{first['input']!r} is not allowed: {first['msg'][:1].lower() + first['msg'][1:]}", "correct it in params.yaml") from None
+        raise ParameterError(f"{where}.{path}", f"{first['input']!r} is not allowed: {first['msg'][:1].lower() + first['msg'][1:]}", fix) from None
 
 # %% ../../nbs/core/20_params.ipynb #d1fd129d
 SMOKE = "smoke"  # the profile of small runs, which keep their hands off the pipeline's outputs
