@@ -248,8 +248,8 @@ def read_bars(
 def _melted(raw: pd.DataFrame, roles: dict[str, str], times: pd.Series, where: str, delimiter: str) -> pd.DataFrame:
     "A wide table of closes in long form; places without a price are no bars."
     others = [c for c in raw.columns if c != roles["timestamp"]]
-    numeric = [pd.api.types.is_any_real_numeric_dtype(raw[c]) or pd.api.types.is_string_dtype(raw[c]) and pd.to_numeric(raw[c].dropna(), errors="coerce").notna().all() for c in others]
-    if raw.columns[0] != roles["timestamp"] or len(others) < 2 or not all(numeric) or 5 * (len(roles) - 1) > len(others) or "symbol" in roles:
+    numeric = [pd.to_numeric(raw[c].dropna(), errors="coerce").notna().all() for c in others if not pd.api.types.is_datetime64_any_dtype(raw[c])]
+    if raw.columns[0] != roles["timestamp"] or len(numeric) < max(2, len(others)) or not all(numeric) or 5 * (len(roles) - 1) > len(others) or "symbol" in roles:
         raise DataError(f"{where}, column `close`", "is missing", f'say which column holds it, of {list(raw.columns)}: "columns": {{"close": "…"}}')
     parts = [pd.DataFrame({"timestamp": times, "symbol": str(c), "close": numbers_of(raw[c], f"{where}, column `{c}`", delimiter)}).dropna() for c in others]
     return pd.concat(parts, ignore_index=True).astype({"symbol": "str"})

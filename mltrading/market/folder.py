@@ -58,7 +58,7 @@ def _told(entries: Any, where: str, stamp: str | None, calendar: str | None) -> 
         for key in entry:
             if key not in known:
                 raise unknown("option", key, known, f"{where}, table `{name}`")
-    base = {"stamp": stamp, "calendar": calendar}
+    base: dict[str, Any] = {"stamp": stamp, "calendar": calendar}
     return {"": Told(**base), **{name: Told(**(base | dict(entry))) for name, entry in entries.items()}}
 
 # %% ../../nbs/market/35_folder.ipynb #239a7532
@@ -124,10 +124,10 @@ def _day_closes(stamps: pd.Series, dates: bool, calendar: str, told: Told, where
     close = pd.Series(close_of(unique, calendar), index=unique)
     if stamps.dt.tz is not None:  # midnight UTC: a close of a market that never sleeps, or a date
         as_closes = np.mean(close_of(unique - STEP["1d"], calendar) == unique.tz_localize("UTC"))
-        as_dates = close.notna().mean()
+        as_dates = np.mean(close.notna())
         if min(as_closes, as_dates) > 0.9 and told.stamp is None:
             raise _ask_stamp(where, "1d")
-        if told.stamp == "close" and as_closes > 0.9 or as_closes > as_dates:
+        if (told.stamp == "close" and as_closes > 0.9) or as_closes > as_dates:
             return stamps
     return days.map(close)
 
@@ -275,7 +275,7 @@ def _set(name: str, told: Told, files: list[BarFile], frequency: str, where: str
         found.append({"rule": "cut", "symbol": str(last["symbol"]), "bars": 1, "share": 1 / len(f.bars), "first": at, "severity": "warning", "policy": "flag", "done": "kept",
                       "means": "the file's last line does not end: its last number may have been cut short"})
     prices, said = _prices(seen.bars, told, notes)
-    findings = table([*seen.findings.to_dict("records"), *found])
+    findings = table([*({str(k): v for k, v in line.items()} for line in seen.findings.to_dict("records")), *found])
     removed = [part for part in (lost, seen.removed) if len(part)]
     whole = BarSet(name, seen.bars, frequency, calendar, prices, (*notes, *assumed, *said))
     return whole, findings, pd.concat(removed, ignore_index=True) if removed else seen.removed
@@ -300,5 +300,6 @@ def read_folder(
     sets = [whole for whole, _, _ in read.values()]
     known = sorted(set().union(*(s.bars["symbol"].unique() for s in sets)))
     facts = {s: {"name": s, "class": "unknown", "role": "traded"} | symbols.get(s, {}) for s in known}
-    findings, removed = (pd.concat([r[i].assign(table=name)[["table", *r[i].columns]] for name, r in read.items()], ignore_index=True) for i in (1, 2))
+    findings = pd.concat([f.assign(table=name)[["table", *f.columns]] for name, (_, f, _) in read.items()], ignore_index=True)
+    removed = pd.concat([r.assign(table=name)[["table", *r.columns]] for name, (_, _, r) in read.items()], ignore_index=True)
     return Folder(sets, _macro(path), facts, findings, removed)

@@ -1,0 +1,336 @@
+"""Whatever a file of bars looks like: it is read right, repaired in the open, or refused; it never becomes wrong bars in silence."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mltrading.core.errors import DataError, ParameterError
+from mltrading.core.storage import write_parquet
+from mltrading.market.calendar import expected, sessions
+from mltrading.market.folder import Folder, read_folder
+from mltrading.market.panel import from_frame, to_frame
+from mltrading.market.simulate import random_walk
+
+DATA = os.environ.get("MLTRADING_DATA")
+FIELDS = ["open", "high", "low", "close", "volume"]
+
+
+def market() -> pd.DataFrame:
+    """Three symbols of a year of New York sessions, prices with four decimals."""
+    frame = to_frame(random_walk(3, 250, seed=4, ragged=False))
+    frame[FIELDS] = frame[FIELDS].round(4)
+    days = sessions("XNYS", "2015-01-02", "2016-12-30").iloc[:250]
+    return frame.assign(timestamp=pd.DatetimeIndex(days["close"]).repeat(3), volume=frame["volume"].round())
+
+
+GOOD = market()
+DAYS = GOOD["timestamp"].dt.tz_convert("America/New_York").dt.tz_localize(None).dt.normalize()
+
+
+# --- layouts -----------------------------------------------------------------------------------------------------------------
+
+
+def put(folder: Path, **files: pd.DataFrame | str | bytes) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        if isinstance(content, pd.DataFrame):
+            write_parquet(content, folder / f"{name}.parquet")
+        else:
+            (folder / f"{name}.csv").write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder
+
+
+def dated(frame: pd.DataFrame = GOOD) -> pd.DataFrame:
+    return frame.assign(timestamp=DAYS.dt.date.astype(str)).rename(columns={"timestamp": "Date"})
+
+
+def test_a_canonical_file_passes_to_the_byte(tmp_path: Path) -> None:
+    folder = put(tmp_path / "in", mine=GOOD)
+    read = read_folder(folder)
+    assert [(s.name, s.frequency, s.calendar) for s in read.sets] == [("daily", "1d", "XNYS")]
+    write_parquet(read.sets[0].bars, tmp_path / "out.parquet")
+    assert (tmp_path / "out.parquet").read_bytes() == (folder / "mine.parquet").read_bytes()
+    assert read.findings.empty
+    assert read.removed.empty
+
+
+def layouts() -> dict[str, Callable[[Path], Path]]:
+    text = dated()
+    return {
+        "dates in Parquet": lambda f: put(f, mine=GOOD.assign(timestamp=DAYS)),
+        "dates at midnight UTC": lambda f: put(f, mine=GOOD.assign(timestamp=DAYS.dt.tz_localize("UTC"))),
+        "CSV": lambda f: put(f, mine=text.to_csv(index=False)),
+        "capitals": lambda f: put(f, mine=text.rename(columns=str.upper).to_csv(index=False)),
+        "an index column": lambda f: put(f, mine=text.set_index("Date").rename_axis(None).to_csv()),
+        "tabs, BOM, CRLF": lambda f: put(f, mine=b"\xef\xbb\xbf" + text.to_csv(index=False, sep="\t", lineterminator="\r\n").encode()),
+        "decimal commas": lambda f: put(f, mine=text.to_csv(index=False, sep=";", decimal=",", float_format="%.4f")),
+        "UTF-16": lambda f: put(f, mine=text.to_csv(index=False).encode("utf-16")),
+        "American dates": lambda f: put(f, mine=text.assign(Date=DAYS.dt.strftime("%m/%d/%Y")).to_csv(index=False)),
+        "whole-number dates": lambda f: put(f, mine=text.assign(Date=DAYS.dt.strftime("%Y%m%d")).to_csv(index=False)),
+        "midnights of New York": lambda f: put(f, mine=text.assign(Date=DAYS.dt.tz_localize("America/New_York").astype(str)).to_csv(index=False)),
+        "newest first": lambda f: put(f, mine=text[::-1].to_csv(index=False)),
+        "milliseconds": lambda f: put(f, mine=text.assign(Date=GOOD["timestamp"].dt.as_unit("ms").astype("int64")).to_csv(index=False)),
+        "a file per symbol": lambda f: put(f, **{str(s): part.drop(columns="symbol").to_csv(index=False) for s, part in text.groupby("symbol")}),
+        "adjusted closes": lambda f: put(f, mine=text.assign(**{"Adj Close": text["close"]}).to_csv(index=False)),
+    }
+
+
+@pytest.mark.parametrize("name", layouts())
+def test_a_layout_gives_the_same_bars(name: str, tmp_path: Path) -> None:
+    (bars,) = read_folder(layouts()[name](tmp_path / "in")).sets
+    assert bars.name == "daily"
+    pd.testing.assert_frame_equal(bars.bars[list(GOOD.columns)], GOOD)
+
+
+def test_frequencies_of_one_folder_become_sets(tmp_path: Path) -> None:
+    stamps = expected("XNYS", "5m", "2024-06-03", "2024-06-07")
+    five = pd.DataFrame({"datetime": stamps - pd.Timedelta(minutes=5), "close": 100 + np.sin(np.arange(len(stamps)))})
+    one = dated()[GOOD["symbol"] == "S000"].drop(columns="symbol")
+    folder = put(tmp_path, SPY=five.to_csv(index=False), KO=one.to_csv(index=False), many=GOOD)
+    read = {s.name: s for s in read_folder(folder).sets}
+    assert sorted(read) == ["5m", "daily", "many"]
+    assert read["5m"].bars["timestamp"].tolist() == stamps.tolist()
+    assert set(read["daily"].bars["symbol"]) == {"KO"}
+
+
+@pytest.mark.parametrize("shift", [0, 5])
+def test_sessions_tell_starts_from_closes(tmp_path: Path, shift: int) -> None:
+    stamps = expected("XNYS", "5m", "2024-06-03", "2024-06-07")
+    frame = pd.DataFrame({"timestamp": stamps - pd.Timedelta(minutes=shift), "symbol": "SPY", "close": 100 + np.sin(np.arange(len(stamps)))})
+    bars = read_folder(put(tmp_path, SPY=frame)).sets[0].bars
+    assert bars["timestamp"].tolist() == stamps.tolist()
+
+
+def test_an_hour_that_the_close_cuts_short_closes_with_it(tmp_path: Path) -> None:
+    stamps = expected("XNYS", "1h", "2024-06-03", "2024-07-05")
+    starts = pd.DatetimeIndex([t - pd.Timedelta(minutes=30 if t.minute == 0 else 60) for t in stamps])
+    frame = pd.DataFrame({"timestamp": starts.as_unit("us"), "symbol": "SPY", "close": 100 + np.sin(np.arange(len(stamps)))})
+    read = read_folder(put(tmp_path, SPY=frame))
+    assert read.sets[0].bars["timestamp"].tolist() == stamps.tolist()
+    assert read.findings.empty
+
+
+REFUSED: dict[str, tuple[Callable[[pd.DataFrame], pd.DataFrame], str]] = {
+    "no column of times": (lambda f: f.rename(columns={"Date": "when"}), "column `timestamp`: is missing"),
+    "two columns of closes": (lambda f: f.assign(last=f["close"], price=f["close"]).drop(columns="close"), "could both be the close"),
+    "days of Tokyo": (lambda f: f.assign(Date=(DAYS + pd.Timedelta(days=1)).dt.date.astype(str)), "CALENDAR="),
+    "clock times without a zone": (lambda f: f.assign(Date=(DAYS + pd.Timedelta(hours=16)).astype(str)), "times without a zone"),
+    "before the close": (lambda f: f.assign(Date=(GOOD["timestamp"] - pd.Timedelta(hours=1)).astype(str)), "rule `early`"),
+    "a header again": (lambda f: pd.concat([f.iloc[:9], pd.DataFrame([f.columns], columns=f.columns), f.iloc[9:]]), "`Date` is not a time"),
+    "months": (lambda f: f[~DAYS.dt.to_period("M").duplicated()].iloc[:6], "bars of 2[89] days|bars of 3[0123] days"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_told_is_refused(name: str, tmp_path: Path) -> None:
+    change, message = REFUSED[name]
+    with pytest.raises(DataError, match=message):
+        read_folder(put(tmp_path, mine=change(dated()).to_csv(index=False)))
+
+
+# --- corrupt files -----------------------------------------------------------------------------------------------------------
+
+
+def silently_wrong(read: Folder, original: pd.DataFrame) -> list[str]:
+    """Bars that are wrong without a line about them. This is the oracle of the corrupt files.
+
+    A bar is wrong where its price differs from the original bar of that symbol and instant by more than the rules promise to see (35 % between bars, or what leaves
+    the range of high and low), where its volume is none, and where its values stand at an *earlier* instant than in the original, or at no instant of the original at all. A bar that stands later is late, which is safe.
+    It is wrong in silence where neither the findings nor the removed rows name its symbol."""
+    named = set(read.findings["symbol"]) | set(read.removed["symbol"])
+    (bars,) = [s.bars for s in read.sets]
+    both = bars.merge(original, on=["timestamp", "symbol"], how="left", suffixes=("", "_was"))
+    fields = [f for f in FIELDS if f in bars.columns and f in original.columns]
+    wrong = (both[[f for f in fields if f != "volume"]] <= 0).any(axis=1) | both["close"].isna() | (both.get("volume", pd.Series(0.0, index=both.index)) < 0)
+    for f in [f for f in fields if f != "volume"]:
+        wrong |= np.abs(np.log(both[f] / both[f"{f}_was"])) > 0.35
+    values = original.rename(columns={"timestamp": "known"})[["known", "symbol", *fields]].drop_duplicates(["symbol", *fields])
+    known = bars.merge(values, on=["symbol", *fields], how="left")["known"]
+    moved = (known > bars["timestamp"]) | (known.isna() & both["close_was"].isna())
+    bad = bars[(wrong.to_numpy() | moved.to_numpy()) & ~bars["symbol"].isin(named).to_numpy()]
+    return [f"{r.symbol} at {r.timestamp}" for r in bad.itertuples()]
+
+
+ODD = [np.nan, np.inf, -np.inf, -1.0, 0.0, 1e308, 1e13]
+ROWS = st.lists(st.integers(0, len(GOOD) - 1), min_size=1, max_size=6, unique=True)
+
+
+@st.composite
+def changed_tables(draw: st.DrawFn) -> pd.DataFrame:
+    """The good table with one or two things wrong with it."""
+    frame = dated() if draw(st.booleans()) else GOOD.copy()
+    for _ in range(draw(st.integers(1, 2))):
+        frame = draw(st.sampled_from(CHANGES))(draw, frame)
+    return frame
+
+
+def _values(draw: st.DrawFn, frame: pd.DataFrame) -> pd.DataFrame:
+    column = draw(st.sampled_from([c for c in FIELDS if c in frame.columns] or [frame.columns[-1]]))
+    rows = [r for r in draw(ROWS) if r < len(frame)]
+    if not pd.api.types.is_numeric_dtype(frame[column]):
+        return frame
+    new = frame[column].to_numpy(np.float64).copy()
+    new[rows] = draw(st.sampled_from([lambda x: x * 100, lambda x: x / 100, lambda x: x * 10, lambda x: x * 2, *(lambda x, v=v: np.full_like(x, v) for v in ODD)]))(new[rows])
+    return frame.assign(**{column: new})
+
+
+def _scaled(draw: st.DrawFn, frame: pd.DataFrame) -> pd.DataFrame:
+    """A symbol's prices in another unit from some row on."""
+    columns = [c for c in FIELDS[:4] if c in frame.columns and pd.api.types.is_numeric_dtype(frame[c])]
+    start, factor = draw(st.integers(30, 700)), draw(st.sampled_from([0.01, 0.1, 0.5, 2.0, 3.0, 100.0]))
+    late = (np.arange(len(frame)) >= start)
+    return frame.assign(**{c: np.where(late, frame[c] * factor, frame[c]) for c in columns})
+
+
+def _rows(draw: st.DrawFn, frame: pd.DataFrame) -> pd.DataFrame:
+    rows = [r for r in draw(ROWS) if r < len(frame)]
+    how = draw(st.sampled_from(["delete", "repeat", "conflict", "shuffle", "reverse"]))
+    if how == "delete":
+        return frame.drop(index=frame.index[rows])
+    if how == "shuffle":
+        return frame.sample(frac=1.0, random_state=draw(st.integers(0, 99)))
+    if how == "reverse":
+        return frame[::-1]
+    again = frame.iloc[rows]
+    if how == "conflict" and "close" in frame.columns and pd.api.types.is_numeric_dtype(frame["close"]):
+        again = again.assign(close=again["close"] * 1.01)
+    return pd.concat([frame, again])
+
+
+def _columns(draw: st.DrawFn, frame: pd.DataFrame) -> pd.DataFrame:
+    a, b = draw(st.lists(st.sampled_from(list(frame.columns)), min_size=2, max_size=2, unique=True))
+    how = draw(st.sampled_from(["swap", "rename", "drop", "text", "twice", "whole"]))
+    if how == "swap":
+        return frame.rename(columns={a: b, b: a})
+    if how == "rename":
+        return frame.rename(columns={a: draw(st.sampled_from(["x", "", "Close", "date", "adj close", "ticker", "price"]))})
+    if how == "drop":
+        return frame.drop(columns=a)
+    if how == "text":
+        return frame.assign(**{a: frame[a].astype(str) + draw(st.sampled_from(["", " ", "%", "x", " USD"]))})
+    if how == "whole" and pd.api.types.is_float_dtype(frame[a]) and np.isfinite(frame[a]).all():
+        return frame.assign(**{a: frame[a].clip(-1e15, 1e15).astype("int64")})
+    return pd.concat([frame, frame[[b]]], axis=1)
+
+
+def _stamps(draw: st.DrawFn, frame: pd.DataFrame) -> pd.DataFrame:
+    name = "timestamp" if "timestamp" in frame.columns else "Date"
+    if name not in frame.columns or not frame.columns.is_unique or name == "Date" or not isinstance(frame[name].dtype, pd.DatetimeTZDtype):
+        return frame
+    times = frame[name]
+    rows = [r for r in draw(ROWS) if r < len(frame)]
+    how = draw(st.sampled_from(["naive", "shift", "some", "zone", "epoch", "mixed", "text", "swap"]))
+    if how == "naive":
+        return frame.assign(**{name: times.dt.tz_localize(None)})
+    if how == "shift":
+        return frame.assign(**{name: times + pd.Timedelta(hours=draw(st.sampled_from([-72, -24, -21, -9, -5, -1, 1, 5, 24])))})
+    if how == "zone":
+        return frame.assign(**{name: times.dt.tz_localize(None).dt.tz_localize(draw(st.sampled_from(["Asia/Tokyo", "America/New_York", "Europe/London"])))})
+    if how == "epoch":
+        return frame.assign(**{name: times.dt.as_unit(draw(st.sampled_from(["s", "ms", "us", "ns"]))).astype("int64")})
+    if how in ("text", "mixed"):
+        text = times.astype(str).to_numpy(object)
+        if how == "mixed":
+            text[rows] = [t.removesuffix("+00:00") for t in text[rows]]
+        return frame.assign(**{name: text})
+    new = times.to_numpy().copy()
+    if how == "swap":
+        new[rows] = new[rows[::-1]]
+    else:
+        new[rows] = new[rows] + pd.Timedelta(days=draw(st.sampled_from([-30, -3, -1, 1, 3, 4000])))
+    return frame.assign(**{name: pd.Series(new, index=frame.index)})
+
+
+CHANGES: list[Callable[[Any, pd.DataFrame], pd.DataFrame]] = [_values, _values, _scaled, _rows, _columns, _stamps]
+
+
+@st.composite
+def corrupt_files(draw: st.DrawFn) -> tuple[str, bytes]:
+    """A file's ending and its bytes."""
+    frame = draw(changed_tables()) if draw(st.integers(0, 3)) else (dated() if draw(st.booleans()) else GOOD)
+    if draw(st.booleans()) and frame.columns.is_unique:
+        sink = pa.BufferOutputStream()
+        try:  # a footer has no checksum, but pages can have one, and then flipped values are seen
+            pq.write_table(pa.Table.from_pandas(frame, preserve_index=False), sink, compression="zstd", write_page_checksum=True)
+        except (pa.ArrowException, ValueError):
+            return "csv", b"<!doctype html><title>503</title>"
+        return "parquet", damaged(draw, sink.getvalue().to_pybytes())
+    sep = draw(st.sampled_from([",", ",", ";", "\t", "|", ":"]))
+    decimal = draw(st.sampled_from([".", ".", ","]))
+    text = frame.to_csv(index=draw(st.booleans()) and frame.index.is_unique, sep=sep, decimal=decimal, float_format=draw(st.sampled_from([None, "%.3f"])))
+    header, _, rest = text.partition("\n")
+    text = draw(st.sampled_from([text, text, text, f"{header}\n{text}", rest, f"<html>{text}", "", header + "\n", text[:-1], f"# made by hand\n{text}"]))
+    return "csv", damaged(draw, text.encode(draw(st.sampled_from(["utf-8", "utf-8", "utf-8-sig", "utf-16", "utf-32"]))))
+
+
+def damaged(draw: st.DrawFn, body: bytes) -> bytes:
+    """Bytes cut, flipped or taken out, or none of it."""
+    how = draw(st.sampled_from(["whole", "whole", "cut", "flip", "hole"]))
+    if how == "whole" or len(body) < 10:
+        return body
+    at = draw(st.integers(0, len(body) - 2))
+    if how == "cut":
+        return body[:at]
+    if how == "hole":
+        return body[:at] + body[at + draw(st.integers(1, 200)):]
+    out = bytearray(body)
+    for place in [at, *draw(st.lists(st.integers(0, len(body) - 1), max_size=3))]:
+        out[place] ^= 1 << draw(st.integers(0, 7))
+    return bytes(out)
+
+
+def check_corrupt(file: tuple[str, bytes], calendar: str | None) -> None:
+    folder = Path(tempfile.mkdtemp())
+    try:
+        (folder / f"mine.{file[0]}").write_bytes(file[1])
+        try:
+            read = read_folder(folder, calendar=calendar)
+        except (DataError, ParameterError) as error:
+            assert "mine" in str(error) or "table `" in str(error) or "tables" in str(error)
+            return
+        for bars in read.sets:
+            from_frame(bars.bars)
+        assert silently_wrong(read, GOOD) == []
+    finally:
+        shutil.rmtree(folder)
+
+
+QUIET = settings(max_examples=100, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+
+
+@QUIET
+@given(corrupt_files(), st.sampled_from(["XNYS", None]))
+def test_corrupt_files_are_refused_or_repaired_in_the_open(file: tuple[str, bytes], calendar: str | None) -> None:
+    check_corrupt(file, calendar)
+
+
+@pytest.mark.slow
+@settings(QUIET, max_examples=1000)
+@given(corrupt_files(), st.sampled_from(["XNYS", None]))
+def test_a_thousand_corrupt_files(file: tuple[str, bytes], calendar: str | None) -> None:
+    check_corrupt(file, calendar)
+
+
+def test_the_oracle_sees_what_is_wrong(tmp_path: Path) -> None:
+    """Bars that were changed behind the reader's back are wrong; late ones are not."""
+    read = read_folder(put(tmp_path, mine=GOOD))
+    (bars,) = read.sets
+    for change in (lambda f: f.assign(close=f["close"].where(f.index != 30, f["close"] * 1.5)), lambda f: f.assign(timestamp=f["timestamp"].shift(3).fillna(f["timestamp"])),
+                   lambda f: f.assign(timestamp=f["timestamp"] - pd.Timedelta(minutes=1)), lambda f: f.assign(symbol=f["symbol"] + "x")):
+        broken = Folder([type(bars)(bars.name, change(bars.bars), bars.frequency, bars.calendar, bars.prices)], read.macro, read.facts, read.findings, read.removed)
+        assert silently_wrong(broken, GOOD)
+    late = Folder([type(bars)(bars.name, bars.bars.assign(timestamp=bars.bars["timestamp"] + pd.Timedelta(hours=1)), bars.frequency, bars.calendar, bars.prices)], read.macro, read.facts, read.findings, read.removed)
+    assert silently_wrong(late, GOOD) == []
