@@ -298,8 +298,7 @@ def check_corrupt(file: tuple[str, bytes], calendar: str | None) -> None:
         (folder / f"mine.{file[0]}").write_bytes(file[1])
         try:
             read = read_folder(folder, calendar=calendar)
-        except (DataError, ParameterError) as error:
-            assert "mine" in str(error) or "table `" in str(error) or "tables" in str(error)
+        except (DataError, ParameterError):
             return
         for bars in read.sets:
             from_frame(bars.bars)
@@ -334,3 +333,133 @@ def test_the_oracle_sees_what_is_wrong(tmp_path: Path) -> None:
         assert silently_wrong(broken, GOOD)
     late = Folder([type(bars)(bars.name, bars.bars.assign(timestamp=bars.bars["timestamp"] + pd.Timedelta(hours=1)), bars.frequency, bars.calendar, bars.prices)], read.macro, read.facts, read.findings, read.removed)
     assert silently_wrong(late, GOOD) == []
+
+
+# --- real data ---------------------------------------------------------------------------------------------------------------
+
+TOLD: dict[str, dict[str, str]] = {  # what these files do not say themselves
+    "closes_daily": {"prices": "total"},
+    "crypto_5m": {"stamp": "start"},
+    "index_1h": {"stamp": "start", "calendar": "24/5"},
+    "lean_1h": {"stamp": "start", "calendar": "XNYS"},
+    "spy_1m": {"stamp": "start"},
+}
+needs_data = pytest.mark.skipif(not DATA, reason="MLTRADING_DATA names no folder")
+
+
+def alone(tmp_path: Path, file: str) -> Folder:
+    """One file of the real data, in a folder of its own."""
+    (tmp_path / Path(file).name).symlink_to(Path(str(DATA)) / file)
+    name = Path(file).stem
+    return read_folder(tmp_path, tables={name: TOLD[name]} if name in TOLD else None)
+
+
+def hits(read: Folder, rule: str) -> pd.Series:
+    """Bars hit by a rule, by symbol."""
+    return read.findings[read.findings["rule"] == rule].set_index("symbol")["bars"]
+
+
+@needs_data
+@pytest.mark.slow
+def test_the_folder_of_bars_loads_as_a_whole() -> None:
+    read = read_folder(Path(str(DATA)) / "bars", tables=TOLD)
+    files = sorted(p.stem for p in (Path(str(DATA)) / "bars").glob("*.parquet"))
+    assert [s.name for s in read.sets] == files
+    assert {s.name: s.frequency for s in read.sets if s.frequency != "1d"} == {"crypto_5m": "5m", "index_1h": "1h", "lean_1h": "1h", "spy_1m": "1m", "spy_qqq_1m": "1m", "us_stocks_5m": "5m"}
+    assert {s.name: s.calendar for s in read.sets if s.calendar != "XNYS"} == {"crypto_5m": "24/7", "crypto_daily": "24/7", "index_1h": "24/5"}
+    assert {s.name: s.prices for s in read.sets if s.prices != "raw"} == {"closes_daily": "total", "etf230_daily": "splits", "sp500_daily": "splits"}
+    assert set(read.findings["table"]) == set(files)
+    for s in read.sets:
+        assert len(from_frame(s.bars).times)
+
+
+@needs_data
+@pytest.mark.parametrize("file", ["index_1h", "lean_1h", "crypto_5m", "spy_1m"])
+def test_starts_are_asked_for_where_the_data_cannot_tell(file: str, tmp_path: Path) -> None:
+    (tmp_path / f"{file}.parquet").symlink_to(Path(str(DATA)) / "bars" / f"{file}.parquet")
+    with pytest.raises(DataError, match=r"STAMP=start|CALENDAR="):
+        read_folder(tmp_path)
+
+
+@needs_data
+def test_etf230(tmp_path: Path) -> None:
+    read = alone(tmp_path, "bars/etf230_daily.parquet")
+    (bars,) = read.sets
+    assert (bars.frequency, bars.calendar, bars.prices) == ("1d", "XNYS", "splits")
+    assert hits(read, "not_positive").to_dict() == {"^IRX": 9, "SPLG": 3}
+    assert len(read.removed) == 12
+    zero = read.removed["volume"].eq(0).sum()
+    assert hits(read, "no_volume").sum() + zero == 7_031
+    broken = (read.removed["high"] < read.removed[["open", "close"]].max(axis=1)) | (read.removed["low"] > read.removed[["open", "close"]].min(axis=1))
+    assert broken.sum() == 3  # the inconsistent bars are among those without a price
+    assert hits(read, "jump").idxmax() == "^IRX"
+    assert "gaps" not in set(read.findings[~read.findings["symbol"].isin(["^IRX", "SPLG"])]["rule"])  # listing late is no gap
+
+
+@needs_data
+def test_commodity_etfs(tmp_path: Path) -> None:
+    read = alone(tmp_path, "bars/commodity_etf_daily.parquet")
+    assert hits(read, "no_volume").sum() == 763
+    assert hits(read, "gaps").sum() > 1_000
+    assert {"OUNZ", "SOYB"} <= set(hits(read, "gaps").nlargest(8).index)
+
+
+@needs_data
+def test_sp500(tmp_path: Path) -> None:
+    read = alone(tmp_path, "bars/sp500_daily.parquet")
+    assert hits(read, "inconsistent").sum() == 1
+    payout = read.findings[read.findings["rule"] == "payout"]
+    assert payout[["symbol", "first"]].astype(str).to_numpy().tolist() == [["KDP", "2018-07-10 20:00:00+00:00"]]
+    assert "KDP" not in hits(read, "jump")  # the adjusted price does not jump
+    assert read.removed.empty
+
+
+@needs_data
+def test_lean_hours(tmp_path: Path) -> None:
+    read = alone(tmp_path, "bars/lean_1h.parquet")
+    assert (hits(read, "split").reindex(["AAPL", "AIG", "BAC", "IBM", "VXX"]) >= [4, 2, 1, 1, 5]).all()
+    assert "SPY" not in hits(read, "split")
+    (bars,) = read.sets
+    assert bars.bars["volume"].isna().sum() == 74_439  # a currency has none
+    assert len(read.removed) == 0
+
+
+@needs_data
+def test_lean_days_know_their_splits(tmp_path: Path) -> None:
+    read = alone(tmp_path, "bars/lean_daily.parquet")
+    assert read.sets[0].prices == "raw"
+    assert hits(read, "gaps")["USO"] > 0
+    assert "unit" in set(read.findings[read.findings["symbol"] == "USO"]["rule"])  # another company before its launch
+    assert hits(read, "split")["AAPL"] == 1  # the factor explains its four splits; the crash of September 2000 was none
+
+
+@needs_data
+def test_minutes_of_stocks(tmp_path: Path) -> None:
+    read = alone(tmp_path, "bars/us_stocks_5m.parquet")
+    assert "told by the sessions" in " ".join(read.sets[0].notes)
+    lost = read.findings[read.findings["rule"] == "off_session"]
+    assert lost["first"].min() == pd.Timestamp("2025-09-15 12:05", tz="UTC")  # the feed changes and brings bars before and after hours
+
+
+@needs_data
+def test_crypto(tmp_path: Path) -> None:
+    read = alone(tmp_path, "bars/crypto_5m.parquet")
+    assert hits(read, "no_volume").sum() == 28
+    assert (hits(read, "gaps") > 0).sum() == 2
+    assert read.sets[0].calendar == "24/7"
+
+
+@needs_data
+@pytest.mark.parametrize(("file", "lost"), [("macro/vix_daily.parquet", 13), ("acl18/price_raw.parquet", 3)])
+def test_other_bars(file: str, lost: int, tmp_path: Path) -> None:
+    read = alone(tmp_path, file)
+    assert read.sets[0].calendar == "XNYS"
+    assert len(read.removed) == lost
+    assert len(read.findings)
+
+
+@needs_data
+@pytest.mark.parametrize("file", ["macro/series.parquet", "acl18/tweets.parquet", "text/tsla_news.parquet"])
+def test_tables_that_are_no_bars_are_refused(file: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="column `close`: is missing"):
+        alone(tmp_path, file)
