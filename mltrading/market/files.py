@@ -151,7 +151,7 @@ def _whole(column: pd.Series, where: str) -> pd.Series:
         return _parsed(column.astype(str), "%Y%m%d", where)
     for unit, (low, high) in _EPOCHS.items():
         if numbers.between(low, high).all():
-            return pd.Series(pd.to_datetime(numbers.to_numpy(), unit=unit, utc=True).as_unit("us"), index=column.index)
+            return pd.Series(pd.DatetimeIndex(numbers.to_numpy(f"datetime64[{unit}]")).as_unit("us").tz_localize("UTC"), index=column.index)
     raise DataError(f"{where}, row 0", f"`{numbers.iloc[0]}` is no time that can be told", "write dates as 2024-01-31, or seconds since 1970")
 
 def _parsed(column: pd.Series, form: str, where: str) -> pd.Series:

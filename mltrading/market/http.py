@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     import httpx
 
 # %% auto #0
-__all__ = ['Kind', 'SourceError', 'secret', 'redact', 'first_words', 'Client']
+__all__ = ['Kind', 'SourceError', 'secret', 'redact', 'Outcome', 'retry_after', 'first_words', 'judge', 'Pace', 'persist',
+           'Client']
 
 # %% ../../nbs/market/40_http.ipynb #9b2c194c
 Kind = Literal["key", "unknown", "limit", "down", "reply"]
@@ -106,8 +107,8 @@ for _name in _LOGGERS:
 
 # %% ../../nbs/market/40_http.ipynb #f2267b21
 @dataclass(frozen=True)
-class _Outcome:
-    "How one attempt ended."
+class Outcome:
+    """How one attempt ended."""
 
     text: str = ""
     kind: Kind | None = None     # None: well
@@ -115,9 +116,11 @@ class _Outcome:
     again: bool = False          # another attempt may help
     after_s: float = 0.0         # how long the service asks to be left alone
 
-# %% ../../nbs/market/40_http.ipynb #32de1019
-def _retry_after(headers: Mapping[str, str]) -> float:
-    "Seconds to wait as a reply asks for it; 0 where it does not, or not readably."
+# %% ../../nbs/market/40_http.ipynb #4fcf1c2f
+def retry_after(
+    headers: Mapping[str, str],  # of a reply
+) -> float:
+    """Seconds to wait as a reply asks for it; 0 where it does not, or not readably."""
     asked = headers.get("retry-after", "").strip()
     if re.fullmatch(r"\d{1,9}", asked):
         return float(asked)
@@ -134,31 +137,31 @@ def _http_date(text: str) -> datetime | None:
 # %% ../../nbs/market/40_http.ipynb #11d315e9
 def first_words(
     text: str,          # of a reply, secrets taken out
-    length: int = 120,  # characters, > 0
+    length: int = 240,  # characters, > 0
 ) -> str:
     """The first readable words of a reply, HTML tags left out, on one line."""
     words = re.sub(r"(?is)<(script|style)\b.*?(</\1>|$)|<[^>]*>", " ", text[:20_000])
     words = " ".join("".join(c if c.isprintable() else " " for c in words).split())
     return words if len(words) <= length else words[:length] + "…"
 
-def _judge(
-    status: int,
+def judge(
+    status: int,                  # of HTTP
     text: str,
-    headers: Mapping[str, str],
+    headers: Mapping[str, str],   # named in lower case, or in any case where the mapping does not care
     clean: Callable[[str], str],  # takes secrets out
-) -> _Outcome:
-    "What a complete reply means."
+) -> Outcome:
+    """What a complete reply means."""
     kinds: dict[int, Kind] = {401: "key", 402: "key", 403: "key", 404: "unknown", 410: "unknown", 429: "limit"}
     if status >= 400:
         kind, words = kinds.get(status, "down" if status >= 500 else "reply"), first_words(clean(text))
-        return _Outcome(kind=kind, what=f"answered {status}" + (f": {words}" if words else ""), again=kind in ("limit", "down"), after_s=_retry_after(headers))
+        return Outcome(kind=kind, what=f"answered {status}" + (f": {words}" if words else ""), again=kind in ("limit", "down"), after_s=retry_after(headers))
     if status >= 300:
-        return _Outcome(kind="reply", what=f"answered {status}: go to {first_words(clean(headers.get('location', 'nowhere')))}")
+        return Outcome(kind="reply", what=f"answered {status}: go to {first_words(clean(headers.get('location', 'nowhere')))}")
     if not text.strip():
-        return _Outcome(kind="reply", what="an empty reply", again=True)
+        return Outcome(kind="reply", what="an empty reply", again=True)
     if text.lstrip()[:20].lower().startswith(("<!doctype html", "<html")):
-        return _Outcome(kind="reply", what=f"a web page instead of data: {first_words(clean(text))}")
-    return _Outcome(text=text)
+        return Outcome(kind="reply", what=f"a web page instead of data: {first_words(clean(text))}")
+    return Outcome(text=text)
 
 # %% ../../nbs/market/40_http.ipynb #c07f9f06
 _PATIENCE = 10  # a whole reply may take this many times `timeout_s`
@@ -167,43 +170,49 @@ def _attempt(
     http: httpx.Client,
     url: str,
     params: Mapping[str, Any] | None,
+    form: Mapping[str, str] | None,
     accept: str,
     max_bytes: int,
     clean: Callable[[str], str],  # takes secrets out
-) -> _Outcome:
+) -> Outcome:
     "Ask once."
     import httpx
 
     silence_s, began = http.timeout.read or 0.0, time.monotonic()
     try:
-        with http.stream("GET", url, params=params, headers={"Accept": accept}) as reply:
+        with http.stream("POST" if form else "GET", url, params=params, data=form, headers={"Accept": accept}) as reply:
             body = bytearray()
             for piece in reply.iter_bytes():
                 body += piece
                 if len(body) > max_bytes:
-                    return _Outcome(kind="reply", what=f"a reply of more than {max_bytes / 1e6:g} MB")
+                    return Outcome(kind="reply", what=f"a reply of more than {max_bytes / 1e6:g} MB")
                 if time.monotonic() - began > _PATIENCE * silence_s:
-                    return _Outcome(kind="down", what=f"was not done after {_PATIENCE * silence_s:g} s", again=True)
+                    return Outcome(kind="down", what=f"was not done after {_PATIENCE * silence_s:g} s", again=True)
     except httpx.TimeoutException:
-        return _Outcome(kind="down", what=f"silent for {silence_s:g} s", again=True)
+        return Outcome(kind="down", what=f"silent for {silence_s:g} s", again=True)
     except httpx.TransportError as error:
-        return _Outcome(kind="down", what=f"{type(error).__name__}: {first_words(clean(str(error)))}", again=True)
+        return Outcome(kind="down", what=f"{type(error).__name__}: {first_words(clean(str(error)))}", again=True)
     except httpx.DecodingError:
-        return _Outcome(kind="reply", what="a reply that cannot be decompressed")
+        return Outcome(kind="reply", what="a reply that cannot be decompressed")
     except (httpx.InvalidURL, UnicodeError):
-        return _Outcome(kind="unknown", what="is no possible address")
-    return _judge(reply.status_code, body.decode("utf-8-sig", "replace"), reply.headers, clean)
+        return Outcome(kind="unknown", what="is no possible address")
+    return judge(reply.status_code, body.decode("utf-8-sig", "replace"), reply.headers, clean)
 
-# %% ../../nbs/market/40_http.ipynb #a893cb5a
-class _Pace:
-    "Hands out moments that are `60 / per_minute` seconds apart."
+# %% ../../nbs/market/40_http.ipynb #1cad576d
+class Pace:
+    """Hands out moments that are `60 / per_minute` seconds apart."""
 
-    def __init__(self, per_minute: float, clock: Callable[[], float], sleep: Callable[[float], None]) -> None:
+    def __init__(
+        self,
+        per_minute: float,                            # > 0
+        clock: Callable[[], float] = time.monotonic,  # seconds
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         self.gap_s, self._clock, self._sleep = 60 / per_minute, clock, sleep
         self._lock, self._next = threading.Lock(), clock()
 
     def wait(self) -> None:
-        "Sleep until the next moment."
+        """Sleep until the next moment."""
         with self._lock:
             now = self._clock()
             start = max(now, self._next)
@@ -211,20 +220,20 @@ class _Pace:
         if start > now:
             self._sleep(start - now)
 
-# %% ../../nbs/market/40_http.ipynb #b5d2ed2b
-def _persist(
-    once: Callable[[], _Outcome],
-    attempts: int,
-    backoff_s: float,
-    wait_s: float,                     # longest pause
-    sleep: Callable[[float], None],
-) -> _Outcome:
-    "Try until it works, cannot work, or was tried often enough."
+# %% ../../nbs/market/40_http.ipynb #0c6ece4c
+def persist(
+    once: Callable[[], Outcome],       # one attempt
+    attempts: int,                     # most of them, >= 1
+    backoff_s: float,                  # before the second one; doubles, plus jitter
+    wait_s: float,                     # longest pause, seconds
+    sleep: Callable[[float], None] = time.sleep,
+) -> Outcome:                          # of the last attempt
+    """Try until it works, cannot work, or was tried often enough."""
     import tenacity
 
-    def last(state: tenacity.RetryCallState) -> _Outcome:
+    def last(state: tenacity.RetryCallState) -> Outcome:
         assert state.outcome is not None
-        outcome: _Outcome = state.outcome.result()
+        outcome: Outcome = state.outcome.result()
         return outcome
 
     backoff = tenacity.wait_exponential_jitter(initial=backoff_s, max=wait_s, jitter=backoff_s)
@@ -272,16 +281,16 @@ class Client:
 
         self.base_url, self._secrets, self._max_bytes = _address(base_url, secrets), tuple(secrets), int(max_mb * 1e6)
         self._attempts, self._backoff_s, self._wait_s, self._sleep = attempts, backoff_s, wait_s, sleep
-        self._pace = _Pace(per_minute, clock, sleep)
+        self._pace = Pace(per_minute, clock, sleep)
         self._http = httpx.Client(timeout=timeout_s, headers={"User-Agent": f"mltrading/{__version__}", **(headers or {})}, verify=_tls())
         _SECRETS.update(self._secrets)
 
     def __repr__(self) -> str:
         return f"Client({redact(self.base_url, self._secrets)!r}, per_minute={60 / self._pace.gap_s:g})"
 
-    def json(self, path: str = "", params: Mapping[str, Any] | None = None) -> Any:
-        """The reply to a path below the base address, as JSON. Raises `SourceError`."""
-        text = self._ask(path, params, "application/json")
+    def json(self, path: str = "", params: Mapping[str, Any] | None = None, form: Mapping[str, str] | None = None) -> Any:
+        """The reply to a path below the base address, as JSON; a form is posted there. Raises `SourceError`."""
+        text = self._ask(path, params, "application/json", form)
         try:
             return json.loads(text)
         except (ValueError, RecursionError):
@@ -296,12 +305,14 @@ class Client:
         """An error about this service's reply to a path, secrets taken out; to be raised by the caller."""
         return SourceError(redact(self.base_url + path, self._secrets), redact(what, self._secrets), fix, kind)
 
-    def _ask(self, path: str, params: Mapping[str, Any] | None, accept: str) -> str:
-        def once() -> _Outcome:
-            self._pace.wait()
-            return _attempt(self._http, self.base_url + path, params, accept, self._max_bytes, lambda text: redact(text, self._secrets))
+    def _ask(self, path: str, params: Mapping[str, Any] | None, accept: str, form: Mapping[str, str] | None = None) -> str:
+        below = path if path.startswith("/") or not path else f"/{path}"  # nothing in a path may name another host
 
-        outcome = _persist(once, self._attempts, self._backoff_s, self._wait_s, self._sleep)
+        def once() -> Outcome:
+            self._pace.wait()
+            return _attempt(self._http, self.base_url + below, params, form, accept, self._max_bytes, lambda text: redact(text, self._secrets))
+
+        outcome = persist(once, self._attempts, self._backoff_s, self._wait_s, self._sleep)
         if outcome.kind is None:
             return outcome.text
         waiting = f"; it asks to be left alone for {outcome.after_s:.0f} s" if outcome.after_s else ""

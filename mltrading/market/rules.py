@@ -19,7 +19,7 @@ from .panel import PRICES
 # %% auto #0
 __all__ = ['Hits', 'POLICIES', 'SEVERITIES', 'RULES', 'SPLITS', 'UNITS', 'Bars', 'Rule', 'rule', 'unsorted', 'repeated',
            'conflict', 'missing', 'not_positive', 'negative_volume', 'bad_factor', 'dead', 'early', 'off_session',
-           'shifted', 'gaps', 'jump', 'spike', 'split', 'unit', 'outlier', 'reach', 'stale', 'coarse', 'inconsistent',
+           'shifted', 'gaps', 'jump', 'spike', 'split', 'unit', 'outlier', 'length', 'stale', 'coarse', 'inconsistent',
            'exchanged', 'stale_open', 'no_volume', 'volume_scale', 'payout', 'factor_jump']
 
 # %% ../../nbs/market/08_rules.ipynb #a1d01de4
@@ -264,12 +264,11 @@ def outlier(bars: Bars) -> Hits:
     if bars.frequency in STEP and bars.frequency != "1d":
         r[1:][np.diff(bars.times) > STEP[bars.frequency].to_timedelta64()] = np.nan
     return np.abs(r) > 20 * 1.4826 * _by_symbol(bars, np.where(r == 0, np.nan, np.abs(r)), np.median)
-@rule("high or low is further from open and close than twenty typical bars are long", "warning", "flag", needs=("open", "high", "low"))
-def reach(bars: Bars) -> Hits:
-    x = {f: np.log(bars.fields[f]) for f in PRICES}
-    up, down = x["high"] - np.maximum(x["open"], x["close"]), np.minimum(x["open"], x["close"]) - x["low"]
-    length = x["high"] - x["low"]
-    return np.maximum(up, down) > 20 * _by_symbol(bars, np.where(length > 0, length, np.nan), np.median)
+@rule("the bar is twenty times as long as the symbol's typical one, or its highest price is four times its lowest", "warning", "flag")
+def length(bars: Bars) -> Hits:
+    x = [np.log(bars.fields[f]) for f in PRICES if f in bars.fields]
+    reach = np.fmax.reduce(x) - np.fmin.reduce(x)
+    return reach > np.fmin(20 * _by_symbol(bars, np.where(reach > 0, reach, np.nan), np.median), np.log(4))
 
 # %% ../../nbs/market/08_rules.ipynb #35dcd255
 @rule("close unchanged for five bars or more (half an hour or thirty bars within a day): a feed that stood still", "warning", "flag")
