@@ -329,9 +329,9 @@ def test_the_oracle_sees_what_is_wrong(tmp_path: Path) -> None:
     (bars,) = read.sets
     for change in (lambda f: f.assign(close=f["close"].where(f.index != 30, f["close"] * 1.5)), lambda f: f.assign(timestamp=f["timestamp"].shift(3).fillna(f["timestamp"])),
                    lambda f: f.assign(timestamp=f["timestamp"] - pd.Timedelta(minutes=1)), lambda f: f.assign(symbol=f["symbol"] + "x")):
-        broken = Folder([type(bars)(bars.name, change(bars.bars), bars.frequency, bars.calendar, bars.prices)], read.macro, read.facts, read.findings, read.removed)
+        broken = Folder([type(bars)(bars.name, change(bars.bars), bars.frequency, bars.calendar, bars.prices)], read.macro, read.news, read.facts, read.findings, read.removed)
         assert silently_wrong(broken, GOOD)
-    late = Folder([type(bars)(bars.name, bars.bars.assign(timestamp=bars.bars["timestamp"] + pd.Timedelta(hours=1)), bars.frequency, bars.calendar, bars.prices)], read.macro, read.facts, read.findings, read.removed)
+    late = Folder([type(bars)(bars.name, bars.bars.assign(timestamp=bars.bars["timestamp"] + pd.Timedelta(hours=1)), bars.frequency, bars.calendar, bars.prices)], read.macro, read.news, read.facts, read.findings, read.removed)
     assert silently_wrong(late, GOOD) == []
 
 

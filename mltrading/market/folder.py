@@ -19,6 +19,7 @@ from ..core.storage import read_json
 from .calendar import STEP, close_of, guess_calendar, sessions
 from .files import BarFile, numbers_of, read_bars, read_table, times_of
 from .macro import check_macro, empty_macro
+from .news import check_news, empty_news
 from .panel import BarSet
 from .quality import examine, policies_of, table
 from .rules import RULES, SPLITS
@@ -206,6 +207,7 @@ class Folder:
 
     sets: list[BarSet]
     macro: pd.DataFrame                # long: timestamp (release), series, value, reference
+    news: pd.DataFrame                 # timestamp (publication), source, id, title, body, url, symbols
     facts: dict[str, dict[str, str]]   # symbol -> name, class, role
     findings: pd.DataFrame             # `table`, then one line per rule and symbol, as the quality rules write them
     removed: pd.DataFrame              # `table`, every row that was removed, and the `rule` that did
@@ -236,7 +238,7 @@ def _manifest(path: Path, tables: Mapping[str, Any] | str | Path | None) -> tupl
 
 def _gather(path: Path, told: dict[str, Told]) -> dict[str, tuple[Told, list[BarFile], str]]:
     "Name of a set -> what is said of it, its files, and its frequency."
-    files = sorted(p for p in path.iterdir() if p.name.endswith((".parquet", ".csv", ".csv.gz")) and not p.name.startswith((".", "macro."))) if path.is_dir() else []
+    files = sorted(p for p in path.iterdir() if p.name.endswith((".parquet", ".csv", ".csv.gz")) and not p.name.startswith((".", "macro.", "news."))) if path.is_dir() else []
     if not files:
         raise DataError(str(path), "no Parquet or CSV files of bars", "name a folder that holds timestamp, symbol, close and, where known, open, high, low, volume")
     found: dict[str, tuple[Told, list[BarFile], str]] = {}
@@ -302,4 +304,5 @@ def read_folder(
     facts = {s: {"name": s, "class": "unknown", "role": "traded"} | symbols.get(s, {}) for s in known}
     findings = pd.concat([f.assign(table=name)[["table", *f.columns]] for name, (_, f, _) in read.items()], ignore_index=True)
     removed = pd.concat([r.assign(table=name)[["table", *r.columns]] for name, (_, _, r) in read.items()], ignore_index=True)
-    return Folder(sets, _macro(path), facts, findings, removed)
+    news = path / "news.parquet"
+    return Folder(sets, _macro(path), check_news(read_table(news)[0], str(news)) if news.exists() else empty_news(), facts, findings, removed)
