@@ -153,12 +153,12 @@ def silently_wrong(read: Folder, original: pd.DataFrame) -> list[str]:
     named = set(read.findings["symbol"]) | set(read.removed["symbol"])
     (bars,) = [s.bars for s in read.sets]
     both = bars.merge(original, on=["timestamp", "symbol"], how="left", suffixes=("", "_was"))
-    fields = [f for f in FIELDS if f in bars.columns and f in original.columns]
-    wrong = (both[[f for f in fields if f != "volume"]] <= 0).any(axis=1) | both["close"].isna() | (both.get("volume", pd.Series(0.0, index=both.index)) < 0)
-    for f in [f for f in fields if f != "volume"]:
+    prices = [f for f in FIELDS[:4] if f in bars.columns]
+    wrong = (bars[prices] <= 0).any(axis=1) | bars["close"].isna() | (bars.get("volume", pd.Series(0.0, index=bars.index)) < 0)
+    for f in prices:
         wrong |= np.abs(np.log(both[f] / both[f"{f}_was"])) > 0.35
-    values = original.rename(columns={"timestamp": "known"})[["known", "symbol", *fields]].drop_duplicates(["symbol", *fields])
-    known = bars.merge(values, on=["symbol", *fields], how="left")["known"]
+    values = original.rename(columns={"timestamp": "known"})[["known", "symbol", *prices]].drop_duplicates(["symbol", *prices])
+    known = bars.merge(values, on=["symbol", *prices], how="left")["known"]
     moved = (known > bars["timestamp"]) | (known.isna() & both["close_was"].isna())
     bad = bars[(wrong.to_numpy() | moved.to_numpy()) & ~bars["symbol"].isin(named).to_numpy()]
     return [f"{r.symbol} at {r.timestamp}" for r in bad.itertuples()]
