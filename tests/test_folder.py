@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -141,6 +142,35 @@ def test_what_cannot_be_told_is_refused(name: str, tmp_path: Path) -> None:
         read_folder(put(tmp_path, mine=change(dated()).to_csv(index=False)))
 
 
+def test_a_manifest_may_lie_elsewhere(tmp_path: Path) -> None:
+    folder = put(tmp_path / "read only", **{s: part.drop(columns="symbol").rename(columns={"close": "PX"}).to_csv(index=False) for s, part in dated().groupby("symbol")})
+    said = {"tables": {"daily": {"prices": "total", "columns": {"close": "PX"}, "calendar": "XNYS"}}, "symbols": {"S001": {"role": "benchmark"}}}
+    (tmp_path / "said.json").write_text(json.dumps(said))
+    read = read_folder(folder, tables=tmp_path / "said.json")
+    pd.testing.assert_frame_equal(read.sets[0].bars[list(GOOD.columns)], GOOD)
+    assert read.sets[0].prices == "total"
+    assert [f["role"] for f in read.facts.values()] == ["traded", "benchmark", "traded"]
+
+
+def test_days_of_a_market_that_never_closes_are_asked_for(tmp_path: Path) -> None:
+    days = pd.date_range("2024-01-01", periods=200, tz="UTC").as_unit("us")
+    frame = pd.DataFrame({"timestamp": days, "symbol": "BTC", "close": 100 + np.sin(np.arange(200))})
+    folder = put(tmp_path, BTC=frame)
+    with pytest.raises(DataError, match=r"STAMP=close or STAMP=start"):
+        read_folder(folder)
+    assert read_folder(folder, stamp="close").sets[0].bars["timestamp"].tolist() == list(days)
+    assert read_folder(folder, stamp="start").sets[0].bars["timestamp"].tolist() == list(days + pd.Timedelta(days=1))
+
+
+def test_a_date_without_a_session_is_removed_or_refused(tmp_path: Path) -> None:
+    text = dated().to_csv(index=False).replace("2015-03-04,S001", "2015-03-07,S001")
+    read = read_folder(put(tmp_path, mine=text))
+    assert read.removed[["symbol", "rule"]].to_numpy().tolist() == [["S001", "off_session"]]
+    assert set(read.findings["rule"]) == {"off_session", "gaps"}
+    with pytest.raises(DataError, match="is no session of XNYS"):
+        read_folder(tmp_path, policies={"off_session": "fail"})
+
+
 # --- corrupt files -----------------------------------------------------------------------------------------------------------
 
 
@@ -219,7 +249,7 @@ def _columns(draw: st.DrawFn, frame: pd.DataFrame) -> pd.DataFrame:
         return frame.rename(columns={a: draw(st.sampled_from(["x", "", "Close", "date", "adj close", "ticker", "price"]))})
     if how == "drop":
         return frame.drop(columns=a)
-    if how == "text":
+    if how == "text" and a != "symbol":  # a symbol of another name is another symbol
         return frame.assign(**{a: frame[a].astype(str) + draw(st.sampled_from(["", " ", "%", "x", " USD"]))})
     if how == "whole" and pd.api.types.is_float_dtype(frame[a]) and np.isfinite(frame[a]).all():
         return frame.assign(**{a: frame[a].clip(-1e15, 1e15).astype("int64")})

@@ -236,6 +236,8 @@ def read_bars(
     name = {column: role for role, column in roles.items()}
     used = {name[c]: c for c in raw.columns if c in name}
     bars = pd.DataFrame({r: times if r == "timestamp" else raw[c].astype("str") if r == "symbol" else numbers_of(raw[c], f"{path}, column `{c}`", delimiter) for r, c in used.items()})
+    if "symbol" in used and bars["symbol"].str.fullmatch(r"-?\d*\.\d+(e-?\d+)?").any():
+        raise DataError(f"{path}, column `{used['symbol']}`", f"holds numbers (`{bars['symbol'].iloc[0]}`), not symbols", 'say which column holds the symbol: "columns": {"symbol": "…"}')
     notes = [f"columns not used: {', '.join(unused)}"] if (unused := [c for c in raw.columns if c not in name and not (_plain(c) == "time" and _plain(roles["timestamp"]) == "date")]) else []
     if "close" not in bars.columns:
         bars, notes = bars.rename(columns={"adj_close": "close"}), [*notes, "closes are adjusted closes"]
