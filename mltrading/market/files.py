@@ -151,7 +151,7 @@ def _whole(column: pd.Series, where: str) -> pd.Series:
         return _parsed(column.astype(str), "%Y%m%d", where)
     for unit, (low, high) in _EPOCHS.items():
         if numbers.between(low, high).all():
-            return pd.Series(pd.to_datetime(numbers.to_numpy(), unit=unit, utc=True).as_unit("us"), index=column.index)
+            return pd.Series(pd.DatetimeIndex(numbers.to_numpy(f"datetime64[{unit}]")).as_unit("us").tz_localize("UTC"), index=column.index)
     raise DataError(f"{where}, row 0", f"`{numbers.iloc[0]}` is no time that can be told", "write dates as 2024-01-31, or seconds since 1970")
 
 def _parsed(column: pd.Series, form: str, where: str) -> pd.Series:
@@ -236,6 +236,8 @@ def read_bars(
     name = {column: role for role, column in roles.items()}
     used = {name[c]: c for c in raw.columns if c in name}
     bars = pd.DataFrame({r: times if r == "timestamp" else raw[c].astype("str") if r == "symbol" else numbers_of(raw[c], f"{path}, column `{c}`", delimiter) for r, c in used.items()})
+    if "symbol" in used and bars["symbol"].str.fullmatch(r"-?\d*\.\d+(e-?\d+)?").any():
+        raise DataError(f"{path}, column `{used['symbol']}`", f"holds numbers (`{bars['symbol'].iloc[0]}`), not symbols", 'say which column holds the symbol: "columns": {"symbol": "…"}')
     notes = [f"columns not used: {', '.join(unused)}"] if (unused := [c for c in raw.columns if c not in name and not (_plain(c) == "time" and _plain(roles["timestamp"]) == "date")]) else []
     if "close" not in bars.columns:
         bars, notes = bars.rename(columns={"adj_close": "close"}), [*notes, "closes are adjusted closes"]
@@ -248,8 +250,8 @@ def read_bars(
 def _melted(raw: pd.DataFrame, roles: dict[str, str], times: pd.Series, where: str, delimiter: str) -> pd.DataFrame:
     "A wide table of closes in long form; places without a price are no bars."
     others = [c for c in raw.columns if c != roles["timestamp"]]
-    numeric = [pd.api.types.is_any_real_numeric_dtype(raw[c]) or (pd.api.types.is_string_dtype(raw[c]) and pd.to_numeric(raw[c].dropna(), errors="coerce").notna().all()) for c in others]
-    if raw.columns[0] != roles["timestamp"] or len(others) < 2 or not all(numeric) or 5 * (len(roles) - 1) > len(others) or "symbol" in roles:
+    numeric = [pd.to_numeric(raw[c].dropna(), errors="coerce").notna().all() for c in others if not pd.api.types.is_datetime64_any_dtype(raw[c])]
+    if raw.columns[0] != roles["timestamp"] or len(numeric) < max(2, len(others)) or not all(numeric) or 5 * (len(roles) - 1) > len(others) or "symbol" in roles:
         raise DataError(f"{where}, column `close`", "is missing", f'say which column holds it, of {list(raw.columns)}: "columns": {{"close": "…"}}')
     parts = [pd.DataFrame({"timestamp": times, "symbol": str(c), "close": numbers_of(raw[c], f"{where}, column `{c}`", delimiter)}).dropna() for c in others]
     return pd.concat(parts, ignore_index=True).astype({"symbol": "str"})

@@ -19,6 +19,7 @@ from ..core.storage import read_json
 from .calendar import STEP, close_of, guess_calendar, sessions
 from .files import BarFile, numbers_of, read_bars, read_table, times_of
 from .macro import check_macro, empty_macro
+from .news import check_news, empty_news
 from .panel import BarSet
 from .quality import examine, policies_of, table
 from .rules import RULES, SPLITS
@@ -58,7 +59,7 @@ def _told(entries: Any, where: str, stamp: str | None, calendar: str | None) -> 
         for key in entry:
             if key not in known:
                 raise unknown("option", key, known, f"{where}, table `{name}`")
-    base = {"stamp": stamp, "calendar": calendar}
+    base: dict[str, Any] = {"stamp": stamp, "calendar": calendar}
     return {"": Told(**base), **{name: Told(**(base | dict(entry))) for name, entry in entries.items()}}
 
 # %% ../../nbs/market/35_folder.ipynb #239a7532
@@ -124,7 +125,7 @@ def _day_closes(stamps: pd.Series, dates: bool, calendar: str, told: Told, where
     close = pd.Series(close_of(unique, calendar), index=unique)
     if stamps.dt.tz is not None:  # midnight UTC: a close of a market that never sleeps, or a date
         as_closes = np.mean(close_of(unique - STEP["1d"], calendar) == unique.tz_localize("UTC"))
-        as_dates = close.notna().mean()
+        as_dates = np.mean(close.notna())
         if min(as_closes, as_dates) > 0.9 and told.stamp is None:
             raise _ask_stamp(where, "1d")
         if (told.stamp == "close" and as_closes > 0.9) or as_closes > as_dates:
@@ -206,6 +207,7 @@ class Folder:
 
     sets: list[BarSet]
     macro: pd.DataFrame                # long: timestamp (release), series, value, reference
+    news: pd.DataFrame                 # timestamp (publication), source, id, title, body, url, symbols
     facts: dict[str, dict[str, str]]   # symbol -> name, class, role
     findings: pd.DataFrame             # `table`, then one line per rule and symbol, as the quality rules write them
     removed: pd.DataFrame              # `table`, every row that was removed, and the `rule` that did
@@ -236,7 +238,7 @@ def _manifest(path: Path, tables: Mapping[str, Any] | str | Path | None) -> tupl
 
 def _gather(path: Path, told: dict[str, Told]) -> dict[str, tuple[Told, list[BarFile], str]]:
     "Name of a set -> what is said of it, its files, and its frequency."
-    files = sorted(p for p in path.iterdir() if p.name.endswith((".parquet", ".csv", ".csv.gz")) and not p.name.startswith((".", "macro."))) if path.is_dir() else []
+    files = sorted(p for p in path.iterdir() if p.name.endswith((".parquet", ".csv", ".csv.gz")) and not p.name.startswith((".", "macro.", "news."))) if path.is_dir() else []
     if not files:
         raise DataError(str(path), "no Parquet or CSV files of bars", "name a folder that holds timestamp, symbol, close and, where known, open, high, low, volume")
     found: dict[str, tuple[Told, list[BarFile], str]] = {}
@@ -275,7 +277,7 @@ def _set(name: str, told: Told, files: list[BarFile], frequency: str, where: str
         found.append({"rule": "cut", "symbol": str(last["symbol"]), "bars": 1, "share": 1 / len(f.bars), "first": at, "severity": "warning", "policy": "flag", "done": "kept",
                       "means": "the file's last line does not end: its last number may have been cut short"})
     prices, said = _prices(seen.bars, told, notes)
-    findings = table([*seen.findings.to_dict("records"), *found])
+    findings = table([*({str(k): v for k, v in line.items()} for line in seen.findings.to_dict("records")), *found])
     removed = [part for part in (lost, seen.removed) if len(part)]
     whole = BarSet(name, seen.bars, frequency, calendar, prices, (*notes, *assumed, *said))
     return whole, findings, pd.concat(removed, ignore_index=True) if removed else seen.removed
@@ -300,5 +302,7 @@ def read_folder(
     sets = [whole for whole, _, _ in read.values()]
     known = sorted(set().union(*(s.bars["symbol"].unique() for s in sets)))
     facts = {s: {"name": s, "class": "unknown", "role": "traded"} | symbols.get(s, {}) for s in known}
-    findings, removed = (pd.concat([r[i].assign(table=name)[["table", *r[i].columns]] for name, r in read.items()], ignore_index=True) for i in (1, 2))
-    return Folder(sets, _macro(path), facts, findings, removed)
+    findings = pd.concat([f.assign(table=name)[["table", *f.columns]] for name, (_, f, _) in read.items()], ignore_index=True)
+    removed = pd.concat([r.assign(table=name)[["table", *r.columns]] for name, (_, _, r) in read.items()], ignore_index=True)
+    news = path / "news.parquet"
+    return Folder(sets, _macro(path), check_news(read_table(news)[0], str(news)) if news.exists() else empty_news(), facts, findings, removed)

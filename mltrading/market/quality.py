@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ from .rules import RULES, SEVERITIES, Bars, Rule
 # %% auto #0
 __all__ = ['FINDING', 'check_schema', 'lines', 'table', 'Examined', 'policies_of', 'strict', 'examine', 'findings', 'summary']
 
-# %% ../../nbs/market/10_quality.ipynb #01364df3
+# %% ../../nbs/market/10_quality.ipynb #45f38434
+@cache
 def _schema() -> Any:
     "The form of a long table of bars."
     import pandera.pandas as pa
@@ -130,9 +132,8 @@ def table(
     found: list[dict[str, Any]],
 ) -> pd.DataFrame:  # columns FINDING; errors first, then by share
     """Findings as a table."""
-    frame = pd.DataFrame(found, columns=list(FINDING)).astype({"bars": int, "share": float, "first": TIME})
-    rank = frame["severity"].map({s: i for i, s in enumerate(SEVERITIES)}).astype(int)
-    return frame.assign(rank=rank).sort_values(["rank", "share", "rule", "symbol"], ascending=[True, False, True, True], ignore_index=True).drop(columns="rank")
+    ordered = sorted(found, key=lambda f: (SEVERITIES.index(f["severity"]), -f["share"], f["rule"], f["symbol"]))
+    return pd.DataFrame(ordered, columns=list(FINDING)).astype({"bars": int, "share": float, "first": TIME})
 
 # %% ../../nbs/market/10_quality.ipynb #f2267b21
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from .panel import PRICES
 # %% auto #0
 __all__ = ['Hits', 'POLICIES', 'SEVERITIES', 'RULES', 'SPLITS', 'UNITS', 'Bars', 'Rule', 'rule', 'unsorted', 'repeated',
            'conflict', 'missing', 'not_positive', 'negative_volume', 'bad_factor', 'dead', 'early', 'off_session',
-           'shifted', 'gaps', 'jump', 'spike', 'split', 'unit', 'outlier', 'stale', 'coarse', 'inconsistent',
+           'shifted', 'gaps', 'jump', 'spike', 'split', 'unit', 'outlier', 'length', 'stale', 'coarse', 'inconsistent',
            'exchanged', 'stale_open', 'no_volume', 'volume_scale', 'payout', 'factor_jump']
 
 # %% ../../nbs/market/08_rules.ipynb #a1d01de4
@@ -171,8 +171,9 @@ def early(bars: Bars) -> Hits:
     if bars.frequency != "1d" or _round_the_clock(opens, closes):
         return np.zeros(len(bars.code), bool)
     after = np.searchsorted(closes, bars.times, side="right")
-    next_close_soon = (bars.times - closes[after - 1] > _LATE) & (closes[after] - bars.times < np.timedelta64(20, "h"))
-    return (opens[after] <= bars.times) | next_close_soon
+    same_day = bars.times.astype("datetime64[D]") == closes[after].astype("datetime64[D]")
+    soon = same_day | (closes[after] - bars.times < np.timedelta64(20, "h"))
+    return (opens[after] <= bars.times) | (soon & (bars.times - closes[after - 1] > _LATE))
 
 def _lost(bars: Bars) -> NDArray[np.bool_]:
     "(R,): bars that belong to no session."
@@ -263,6 +264,11 @@ def outlier(bars: Bars) -> Hits:
     if bars.frequency in STEP and bars.frequency != "1d":
         r[1:][np.diff(bars.times) > STEP[bars.frequency].to_timedelta64()] = np.nan
     return np.abs(r) > 20 * 1.4826 * _by_symbol(bars, np.where(r == 0, np.nan, np.abs(r)), np.median)
+@rule("the bar is twenty times as long as the symbol's typical one, or its highest price is four times its lowest", "warning", "flag")
+def length(bars: Bars) -> Hits:
+    x = [np.log(bars.fields[f]) for f in PRICES if f in bars.fields]
+    reach = np.fmax.reduce(x) - np.fmin.reduce(x)
+    return reach > np.fmin(20 * _by_symbol(bars, np.where(reach > 0, reach, np.nan), np.median), np.log(4))
 
 # %% ../../nbs/market/08_rules.ipynb #35dcd255
 @rule("close unchanged for five bars or more (half an hour or thirty bars within a day): a feed that stood still", "warning", "flag")
