@@ -90,6 +90,7 @@ PLANTED: dict[str, Change] = {
     "negative_volume": put("volume", 50, lambda x: -1.0),
     "bad_factor": put("adj_factor", 50, lambda x: 0.0),
     "dead": put(PRICES, slice(None), lambda x: 10.0),
+    "lone": lambda frame: frame[(frame["symbol"] != A) | (np.arange(len(frame)) < 2)].reset_index(drop=True),
     "early": stamped(-2, slice(50, 51)),
     "off_session": holiday,
     "shifted": put("timestamp", 10, lambda x: pd.Timestamp("2015-01-17 21:00", tz="UTC")),

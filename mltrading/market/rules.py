@@ -18,9 +18,9 @@ from .panel import PRICES
 
 # %% auto #0
 __all__ = ['Hits', 'POLICIES', 'SEVERITIES', 'RULES', 'SPLITS', 'UNITS', 'Bars', 'Rule', 'rule', 'unsorted', 'repeated',
-           'conflict', 'missing', 'not_positive', 'negative_volume', 'bad_factor', 'dead', 'early', 'off_session',
-           'shifted', 'gaps', 'jump', 'spike', 'split', 'unit', 'outlier', 'length', 'stale', 'coarse', 'inconsistent',
-           'exchanged', 'stale_open', 'no_volume', 'volume_scale', 'payout', 'factor_jump']
+           'conflict', 'missing', 'not_positive', 'negative_volume', 'bad_factor', 'dead', 'lone', 'early',
+           'off_session', 'shifted', 'gaps', 'jump', 'spike', 'split', 'unit', 'outlier', 'length', 'stale', 'coarse',
+           'inconsistent', 'exchanged', 'stale_open', 'no_volume', 'volume_scale', 'payout', 'factor_jump']
 
 # %% ../../nbs/market/08_rules.ipynb #a1d01de4
 Hits = NDArray[Any]  # (R,) booleans, or how often the rule is broken at each bar
@@ -151,6 +151,11 @@ def dead(bars: Bars) -> Hits:
     close = bars.fields["close"]
     several = bars.each(np.add, np.ones(len(close))) > 1
     return several & (bars.each(np.minimum, close) == bars.each(np.maximum, close))
+
+@rule("one or two bars where other symbols have many: most likely a misspelled name", "warning", "flag")
+def lone(bars: Bars) -> Hits:
+    count = bars.each(np.add, np.ones(len(bars.code)))
+    return (count < 3) & (count.max() > 20)
 
 # %% ../../nbs/market/08_rules.ipynb #67eec867
 def _hours(bars: Bars) -> tuple[NDArray[np.datetime64], NDArray[np.datetime64]]:
