@@ -78,7 +78,8 @@ def _audit(given: argparse.Namespace) -> None:
     from mltrading.market.snapshot import read_snapshot
 
     market, started = read_snapshot(root() / "data"), time.perf_counter()
-    panel = market.store(given.bars or next(iter(market.manifest["sets"]))).panel()
+    sets = market.manifest["sets"]
+    panel = market.store(given.bars or max(sets, key=lambda name: (sets[name]["frequency"] == "1d", sets[name]["rows"]))).panel()
     marked = [s for s in panel.symbols if market.manifest["symbols"][s]["role"] == "benchmark"]
     macro = market.macro
     table = check_registry(panel, macro=macro if len(macro) else None, benchmark=marked[0] if marked else None, cuts=given.cuts)
@@ -124,7 +125,7 @@ def parser() -> argparse.ArgumentParser:
     _data_options(command("data", "make a snapshot of market data and lock it", _data))
     command("archives", "fetch the pinned files that the embedded snapshot is rebuilt from", _archives)
     audit = command("audit", "prove for every feature that it does not look ahead", _audit)
-    audit.add_argument("--bars", default="", help="a set of bars of the snapshot; its first unless told")
+    audit.add_argument("--bars", default="", help="a set of bars of the snapshot; the largest of daily bars unless told")
     audit.add_argument("--cuts", type=int, default=8, help="random instants at which the data are cut")
     command("refresh", "export the package, clean the notebooks, write README.md", _refresh)
     return top

@@ -20,7 +20,7 @@ from .calendar import STEP, close_of, guess_calendar, sessions
 from .files import BarFile, numbers_of, read_bars, read_table, times_of
 from .macro import check_macro, empty_macro
 from .news import check_news, empty_news
-from .panel import BarSet
+from .panel import BarSet, set_name
 from .quality import examine, policies_of, table
 from .rules import RULES, SPLITS
 
@@ -170,8 +170,6 @@ def _stamped(bars: pd.DataFrame, dates: bool, frequency: str, told: Told, where:
     return bars.assign(timestamp=closes), calendar, notes
 
 # %% ../../nbs/market/35_folder.ipynb #aff91143
-_SET = {"1d": "daily", "1h": "hourly"}
-
 def _prices(bars: pd.DataFrame, told: Told, notes: list[str]) -> tuple[str, list[str]]:
     if told.prices is not None:
         return told.prices, []
@@ -242,14 +240,14 @@ def _gather(path: Path, told: dict[str, Told]) -> dict[str, tuple[Told, list[Bar
     if not files:
         raise DataError(str(path), "no Parquet or CSV files of bars", "name a folder that holds timestamp, symbol, close and, where known, open, high, low, volume")
     found: dict[str, tuple[Told, list[BarFile], str]] = {}
-    shared = {c: f for name in told if name in {*STEP, *_SET.values()} for c, f in told[name].columns.items()}
+    shared = {c: f for name in told if name in {set_name(f) for f in STEP} | set(STEP) for c, f in told[name].columns.items()}
     used = set()
     for p in files:
         stem = p.name.split(".csv")[0].removesuffix(".parquet")
         file = read_bars(p, told[stem].columns if stem in told else shared)
         frequency = _frequency(file, str(p))
         by_symbol = "symbol" not in file.bars.columns
-        name = _SET.get(frequency, frequency) if by_symbol or len(files) == 1 else stem
+        name = set_name(frequency) if by_symbol or len(files) == 1 else stem
         if by_symbol:
             file.bars.insert(1, "symbol", pd.Series(stem, index=file.bars.index, dtype="str"))
         if name in found and not (by_symbol and found[name][2] == frequency):
@@ -271,6 +269,8 @@ def _set(name: str, told: Told, files: list[BarFile], frequency: str, where: str
     bars, calendar, assumed = _stamped(raw, files[0].dates, frequency, told, where)
     bars, found, lost = _lost(bars, raw["timestamp"], policies_of(policies)["off_session"], calendar, where)
     seen = examine(bars, frequency, calendar, policies, where)
+    if seen.bars.empty:
+        raise DataError(where, f"no bar is left after {', '.join(sorted(set(seen.findings['rule'])))}", "look at the files")
     for f in [f for f in files if f.cut]:
         last = f.bars.iloc[-1]
         at = seen.bars["timestamp"].max()

@@ -20,7 +20,7 @@ from ..core.storage import write_parquet
 
 # %% auto #0
 __all__ = ['PRICES', 'FIELDS', 'COLUMNS', 'TIME', 'Column', 'check_bars', 'Panel', 'from_frame', 'to_frame', 'long_column',
-           'select', 'between', 'until', 'fill_price', 'stack', 'read_panel', 'write_panel', 'BarSet']
+           'select', 'between', 'until', 'fill_price', 'stack', 'read_panel', 'write_panel', 'BarSet', 'set_name']
 
 # %% ../../nbs/market/00_panel.ipynb #f8e49504
 PRICES = ("open", "high", "low", "close")
@@ -317,3 +317,9 @@ class BarSet:
     calendar: str                 # of exchange_calendars: "XNYS", "24/7", "24/5"
     prices: str                   # what the prices are adjusted for: "raw", "splits", or "total" (splits and dividends)
     notes: tuple[str, ...] = ()   # what was assumed when it was read
+
+def set_name(
+    frequency: str,  # "1d"
+) -> str:
+    """What a set is called that has no other name: daily, hourly, else its frequency."""
+    return {"1d": "daily", "1h": "hourly"}.get(frequency, frequency)

@@ -181,7 +181,7 @@ def examine(
 ) -> Examined:
     """Bars, what the rules found in them, and what was removed.
 
-    Raises `DataError` where the table has not the form of bars, where a rule finds something whose policy is `fail`, and where no bar is left; `ParameterError` as `policies_of` does.
+    Raises `DataError` where the table has not the form of bars, and where a rule finds something whose policy is `fail`; `ParameterError` as `policies_of` does.
 
     Known at: the end of the table. Rules read the whole history; a finding is not usable as a feature."""
     policy = policies_of(policies)
@@ -201,8 +201,6 @@ def examine(
         if drop:
             removed.append(frame.iloc[np.sort(laid.rows[count > 0])].assign(rule=r.name))
             laid = laid.keep(count == 0)
-    if not len(laid.rows):
-        raise DataError(where, f"no bar is left after {', '.join(sorted({line['rule'] for line in found if line['done'] == 'dropped'}))}", "look at the source")
     rows = laid.rows[np.lexsort((laid.code, laid.times))]
     kept = frame if np.array_equal(rows, np.arange(len(frame))) else frame.iloc[rows].reset_index(drop=True)
     return Examined(kept, table(found), pd.concat(removed, ignore_index=True) if removed else frame.iloc[:0].assign(rule=pd.Series([], dtype=str)))

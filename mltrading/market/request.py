@@ -25,19 +25,17 @@ from .fetch import Cache, gather
 from .folder import read_folder
 from .macro import empty_macro
 from .news import empty_news, first_seen
-from .panel import BarSet
+from .panel import BarSet, set_name
 from .prices import PRICE_SOURCES
 from .snapshot import Part, Snapshot, examined
 from .source import Source
 from .universe import UNIVERSES, empty_members, ever, members
 
 # %% auto #0
-__all__ = ['SETS', 'NETWORK_ONLY', 'FOLDER_ONLY', 'DataRequest', 'Answer', 'check_data_request', 'from_embedded', 'from_folder',
+__all__ = ['NETWORK_ONLY', 'FOLDER_ONLY', 'DataRequest', 'Answer', 'check_data_request', 'from_embedded', 'from_folder',
            'from_network', 'answer', 'complete', 'closing']
 
-# %% ../../nbs/market/66_request.ipynb #07e25a12
-SETS = {"1d": "daily", "1h": "hourly", "30m": "30min", "15m": "15min", "5m": "5min", "1m": "minute"}  # frequency -> name of the set
-
+# %% ../../nbs/market/66_request.ipynb #e441f472
 class DataRequest(BaseModel):
     """What `make data` is asked for."""
 
@@ -105,7 +103,7 @@ def from_folder(
     found = read_folder(request.path, request.stamp, request.calendar, request.policies, request.manifest)
     said = {s.name: [t[t["table"] == s.name].drop(columns="table").reset_index(drop=True) for t in (found.findings, found.removed)] for s in found.sets}
     files = {p.name: {"sha256": hashlib.sha256(p.read_bytes()).hexdigest()} for p in sorted(request.path.iterdir()) if p.is_file()}
-    return Snapshot({s.name: [Part(s, *said[s.name])] for s in found.sets}, {"source": "folder", "files": files, "symbols": found.facts}, macro=found.macro)
+    return Snapshot({s.name: [Part(s, *said[s.name])] for s in found.sets}, {"source": "folder", "files": files, "symbols": found.facts}, macro=found.macro, news=found.news)
 
 # %% ../../nbs/market/66_request.ipynb #c3ff0562
 def _parts(
@@ -119,7 +117,7 @@ def _parts(
     assert request.start is not None
     notes = (f"as {source.name} gives them",)
     for symbol in symbols:
-        bars = BarSet(SETS[request.frequency], cache.bars(symbol, request.start, last), request.frequency, source.calendar, source.prices, notes)
+        bars = BarSet(set_name(request.frequency), cache.bars(symbol, request.start, last), request.frequency, source.calendar, source.prices, notes)
         yield examined(bars, request.policies)
 
 def _asked(
@@ -163,7 +161,7 @@ def from_network(
     macro = [s.macro(name, request.start, last) for s, name in series]
     news = [s.news(words, request.start, last) for s, words in topics]
     return Answer(Snapshot(
-        {SETS[request.frequency]: _parts(source, held, there, request, last)}, manifest, by_symbol=True,
+        {set_name(request.frequency): _parts(source, held, there, request, last)}, manifest, by_symbol=True,
         macro=pd.concat(macro).sort_values(["timestamp", "series", "reference"], ignore_index=True) if macro else empty_macro(),
         news=first_seen(pd.concat(news, ignore_index=True)) if news else empty_news(),
         members=members(request.universe) if request.universe else empty_members()), report)

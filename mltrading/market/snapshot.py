@@ -19,13 +19,16 @@ from .macro import check_macro, empty_macro
 from .news import check_news, empty_news
 from .panel import BarSet
 from .quality import Examined, examine
+from .simulate import is_simulated
 from .store import BarStore, write_part
 from .universe import empty_members
 
 # %% auto #0
-__all__ = ['Part', 'examined', 'Snapshot', 'write_snapshot', 'Market', 'read_snapshot']
+__all__ = ['SIMULATED', 'Part', 'examined', 'Snapshot', 'write_snapshot', 'Market', 'read_snapshot']
 
-# %% ../../nbs/market/65_snapshot.ipynb #f67b1b76
+# %% ../../nbs/market/65_snapshot.ipynb #0c647c78
+SIMULATED = "These prices are simulated: no result on them says anything about a market."
+
 class Part(NamedTuple):
     """Bars that the quality rules have seen, and what these had to say."""
 
@@ -110,7 +113,8 @@ def write_snapshot(
         known = {s for facts in sets.values() for s in facts["symbols"]}
         told = snapshot.manifest.get("symbols", {})
         symbols = {s: {"name": s, "class": "unknown", "role": "traded"} | told.get(s, {}) for s in sorted(known)}
-        manifest = snapshot.manifest | {"sets": sets, "symbols": symbols}
+        caution = [SIMULATED] if any(is_simulated(facts["notes"]) for facts in sets.values()) else []
+        manifest = snapshot.manifest | {"sets": sets, "symbols": symbols, "caution": " ".join([*caution, snapshot.manifest.get("caution", "")]).strip()}
         write_json(manifest, new / "manifest.json")
     return manifest
 
