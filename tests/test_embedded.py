@@ -102,7 +102,7 @@ def test_funds_against_another_vendor(sets: dict[str, BarSet]) -> None:
         later = 2.0 if symbol in ("XLB", "XLE", "XLK", "XLU") else 1.0
         assert len(ratio) == 2141
         assert (ratio / later).between(0.998, 1.002).all(), symbol
-        assert ((ratio / later - 1).abs() > 1e-4).sum() <= 25, symbol
+        assert ((ratio / later - 1).abs() > 1e-4).sum() <= 40, symbol
         dividends = (_closes(sets["etf_daily"].bars, symbol) / _closes(other, symbol, "adj_close") / later).dropna()
         assert dividends.iloc[0] > 1.1, symbol
         compared += 1
