@@ -294,8 +294,12 @@ def read_panel(
         raise DataError(str(path), "no such file", "run `make repro`, or `make data` for the raw bars")
     try:
         with pq.ParquetFile(path, read_dictionary=["symbol"]) as file:
-            # one thread: more of them hold more memory, and one column gains nothing from them
-            return _blocks(file.schema_arrow.names, lambda name: file.read(columns=[name], use_threads=False).column(0).to_pandas(), str(path))
+            def column(name: str) -> pd.Series:
+                values = file.read(columns=[name], use_threads=False).column(0).to_pandas()
+                pa.default_memory_pool().release_unused()  # what decoding took, before the next column takes it again
+                return values
+
+            return _blocks(file.schema_arrow.names, column, str(path))
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(str(path), f"not a complete Parquet file ({str(error).splitlines()[0]})", "fetch it again: `dvc checkout` or `make data`") from error
 
