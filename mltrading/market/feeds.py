@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import base64
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
@@ -17,10 +16,10 @@ import pandas as pd
 
 from .. import __version__
 from ..core.errors import DataError, ParameterError
-from .http import Client, Kind, SourceError, secret
+from .http import Client, Kind, SourceError, first_words, secret, without_tags
 from .macro import Lag, check_macro, empty_macro, frequency_of, lag_of, release
 from .news import check_news, news_table
-from .source import plain_days
+from .source import all_pages, plain_days
 
 # %% auto #0
 __all__ = ['VINTAGES', 'MACRO_SOURCES', 'TEXT_SOURCES', 'MacroSource', 'NewsSource', 'Fred', 'Gdelt', 'NewsApi', 'Reddit',
@@ -78,32 +77,15 @@ def _records(
     "The records of a reply, or a `SourceError` of kind `reply` that says what is wrong with it."
     items = reply.get(name) if isinstance(reply, dict) else None
     if not isinstance(items, list):
-        raise client.error("reply", path, f"no list `{name}`, but {str(reply)[:120]}")
+        raise client.error("reply", path, f"no list `{name}`, but {first_words(reply, 120)}")
     for item in items:
         if lacking := [f for f, kind in needed.items() if not isinstance(item, dict) or f not in item or not isinstance(item[f], kind | None)]:
-            raise client.error("reply", path, f"a record of `{name}` without `{lacking[0]}`, or with a strange one: {str(item)[:120]}")
+            raise client.error("reply", path, f"a record of `{name}` without `{lacking[0]}`, or with a strange one: {first_words(item, 120)}")
     return items
 
 def _text(value: Any) -> str:
     "What a record holds where text may stand."
     return value if isinstance(value, str) else ""
-
-def _pages(
-    client: Client,
-    path: str,
-    ask: Callable[[str], tuple[list[Any], str | None]],  # what a page is asked with, "" for the first -> its items, and the next one's, if any
-) -> list[Any]:
-    "All items of a list that comes in pages. A service that sends one in circles ends in a `SourceError` of kind `reply`."
-    items, token, seen = [], "", {""}
-    while True:
-        page, following = ask(token)
-        items += page
-        if not following:
-            return items
-        if following in seen:
-            raise client.error("reply", path, f"the next page is one that was read already: {following[:40]}")
-        seen.add(following)
-        token = following
 
 def _news(
     client: Client,
@@ -173,7 +155,7 @@ class Fred:
             reply = _ask(self._client, path, {**params, "limit": limit, "offset": len(items), "api_key": self._key, "file_type": "json"}, {"does not exist": "unknown", "variable api_key": "key", "Variable api_key": "key"})
             page = reply.get(name) if isinstance(reply, dict) else None
             if not isinstance(page, list) or not isinstance(reply.get("count"), int):
-                raise self._client.error("reply", path, f"no list `{name}` with its count, but {str(reply)[:120]}")
+                raise self._client.error("reply", path, f"no list `{name}` with its count, but {first_words(reply, 120)}")
             items += page
             if len(items) >= reply["count"]:
                 return items
@@ -187,7 +169,7 @@ class Fred:
         rows = [r for r in rows if r["value"] != "."]
         values = pd.to_numeric(pd.Series([r["value"] for r in rows], dtype=object), errors="coerce").astype(float)
         if values.isna().any():
-            raise self._client.error("reply", path, f"`{str(rows[int(values.isna().argmax())]['value'])[:40]}` is not a number")
+            raise self._client.error("reply", path, f"`{first_words(rows[int(values.isna().argmax())]['value'], 40)}` is not a number")
         table = pd.DataFrame({"date": plain_days([r["date"] for r in rows], where), "realtime_start": plain_days([r["realtime_start"] for r in rows], where), "value": values})
         return _vintages(table, series, began[0])
 
@@ -243,10 +225,10 @@ class NewsApi:
             reply = _ask(self._client, path, {**params, "page": k}, {"answered 426": "key"})
             items = _records(self._client, path, reply, "articles", {"title": str, "url": str, "publishedAt": str})
             if not isinstance(total := reply.get("totalResults"), int):
-                raise self._client.error("reply", path, f"`totalResults` is {str(total)[:40]}")
+                raise self._client.error("reply", path, f"`totalResults` is {first_words(total, 40)}")
             return items, str(k + 1) if items and 100 * k < total else None
 
-        found = _pages(self._client, path, page)
+        found = all_pages(page, f"{self.name}, {path}")
         rows = [(a["publishedAt"], a["url"], a["title"], _text(a.get("description")), a["url"], "") for a in found if a["title"] != "[Removed]"]
         return _news(self._client, path, rows, self.name)
 
@@ -276,7 +258,7 @@ class Reddit:
             ends.append((items[-1]["created_utc"], following) if items else (begin, None))
             return items, following if items and items[-1]["created_utc"] >= begin else None
 
-        posts = _pages(client, path, page)
+        posts = all_pages(page, f"{self.name}, {path}")
         oldest, following = ends[-1]
         if len(posts) >= 900 and oldest > begin and not following:
             warnings.warn(f"reddit, {query}: the listing ends at {pd.Timestamp(oldest, unit='s')}, after the span began", stacklevel=2)
@@ -309,11 +291,7 @@ class Reddit:
         body = "" if post.get("edited") or text in ("[removed]", "[deleted]") else text
         return pd.Timestamp(post["created_utc"], unit="s", tz="UTC").isoformat(), post["name"], post["title"], body, f"https://www.reddit.com{post['permalink']}", ""
 
-# %% ../../nbs/market/54_feeds.ipynb #55bf175c
-def _plain(text: str) -> str:
-    "Text without HTML tags."
-    return re.sub(r"(?is)<(script|style)\b.*?(</\1>|$)|<[^>]*>", " ", text)
-
+# %% ../../nbs/market/54_feeds.ipynb #5e60f77b
 def _joined(symbols: Any) -> str:
     "Symbols as one text."
     return " ".join(map(str, symbols)) if isinstance(symbols, list) else ""
@@ -337,8 +315,8 @@ class AlpacaNews:
             reply = self._client.json(path, {**asked, "page_token": token} if token else asked)
             return _records(self._client, path, reply, "news", {"id": int, "headline": str, "created_at": str, "updated_at": str}), _text(reply.get("next_page_token"))
 
-        rows = [(a["updated_at"] or a["created_at"], str(a["id"]), a["headline"], _plain(_text(a.get("content"))).strip() or _text(a.get("summary")), _text(a.get("url")), _joined(a.get("symbols")))
-                for a in _pages(self._client, path, page)]
+        rows = [(a["updated_at"] or a["created_at"], str(a["id"]), a["headline"], without_tags(_text(a.get("content"))).strip() or _text(a.get("summary")), _text(a.get("url")), _joined(a.get("symbols")))
+                for a in all_pages(page, f"{self.name}, {path}")]
         return _news(self._client, path, rows, self.name)
 
 # %% ../../nbs/market/54_feeds.ipynb #7a078391
@@ -362,7 +340,7 @@ class PolygonNews:
             items = _records(self._client, path, reply, "results", {"id": str, "title": str, "published_utc": str})
             return items, parse_qs(urlsplit(_text(reply.get("next_url"))).query).get("cursor", [None])[0]
 
-        rows = [(a["published_utc"], a["id"], a["title"], _text(a.get("description")), _text(a.get("article_url")), _joined(a.get("tickers"))) for a in _pages(self._client, path, page)]
+        rows = [(a["published_utc"], a["id"], a["title"], _text(a.get("description")), _text(a.get("article_url")), _joined(a.get("tickers"))) for a in all_pages(page, f"{self.name}, {path}")]
         return _news(self._client, path, rows, self.name)
 
 # %% ../../nbs/market/54_feeds.ipynb #a2f185d6
@@ -392,7 +370,7 @@ class AlphaVantageNews:
             return items, max(str(a["time_published"]) for a in items)[:13] if len(items) >= self.most else None
 
         rows = [(a["time_published"], a["url"], a["title"], _text(a.get("summary")), a["url"], _joined([t.get("ticker") for t in a["ticker_sentiment"] or [] if isinstance(t, dict)]))
-                for a in _pages(self._client, path, page)]
+                for a in all_pages(page, f"{self.name}, {path}")]
         return _delayed(_news(self._client, path, rows, self.name, "UTC"), pd.Timedelta(hours=5))
 
 # %% ../../nbs/market/54_feeds.ipynb #49182886

@@ -29,8 +29,35 @@ if TYPE_CHECKING:
     import httpx
 
 # %% auto #0
-__all__ = ['Kind', 'SourceError', 'secret', 'redact', 'Outcome', 'retry_after', 'first_words', 'judge', 'Pace', 'persist',
-           'Client']
+__all__ = ['Kind', 'redact', 'without_tags', 'first_words', 'SourceError', 'secret', 'Outcome', 'retry_after', 'judge', 'Pace',
+           'persist', 'Client']
+
+# %% ../../nbs/market/40_http.ipynb #e269bded
+_SECRETS: set[str] = set()  # all that were read
+
+def redact(
+    text: str,
+    secrets: Iterable[str] = (),  # further ones; what has fewer than four characters is no secret
+) -> str:
+    """The text with every known secret in it replaced by `***`, also where it is written as in an address or in JSON."""
+    forms = {form for s in {*_SECRETS, *secrets} if len(s) > 3 for form in (s, quote(s, safe=""), quote(s), quote_plus(s), json.dumps(s)[1:-1])}
+    for form in sorted(forms, key=len, reverse=True):
+        text = text.replace(form, "***")
+    return text
+
+# %% ../../nbs/market/40_http.ipynb #680d2a73
+def without_tags(text: str) -> str:
+    """Text without HTML tags, scripts and styles."""
+    return re.sub(r"(?is)<(script|style)\b.*?(</\1>|$)|<[^>]*>", " ", text)
+
+def first_words(
+    what: Any,          # a reply, or a part of one
+    length: int = 240,  # characters, > 0
+) -> str:
+    """The first readable words of whatever came, secrets and HTML tags left out, on one line."""
+    words = without_tags(redact(str(what))[:20_000])
+    words = " ".join("".join(c if c.isprintable() else " " for c in words).split())
+    return words if len(words) <= length else words[:length] + "…"
 
 # %% ../../nbs/market/40_http.ipynb #9b2c194c
 Kind = Literal["key", "unknown", "limit", "down", "reply"]
@@ -54,7 +81,7 @@ class SourceError(DataError):
         kind: Kind = "reply",
     ) -> None:
         self.kind = kind
-        super().__init__(where, what, fix or _FIX[kind])
+        super().__init__(redact(where).partition("?")[0], redact(what), fix or _FIX[kind])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.where, self.what, self.fix, self.kind)
@@ -71,6 +98,7 @@ def secret(
         raise SourceError(name, "is not set", f"export {name}=…, or write that line to the file .env in the project's root", "key")
     if not (value.isascii() and value.isprintable()):
         raise SourceError(name, "holds characters that no key has", "copy the key again", "key")
+    _SECRETS.add(value)
     return value
 
 def _dotenv() -> dict[str, str | None]:
@@ -82,24 +110,12 @@ def _dotenv() -> dict[str, str | None]:
     except DataError:
         return {}
 
-# %% ../../nbs/market/40_http.ipynb #13e9d61b
-def redact(
-    text: str,
-    secrets: Iterable[str],  # empty ones are passed over
-) -> str:
-    """The text with every secret in it replaced by `***`, also where it is written as in an address or in JSON."""
-    forms = {form for s in secrets if s for form in (s, quote(s, safe=""), quote(s), quote_plus(s), json.dumps(s)[1:-1])}
-    for form in sorted(forms, key=len, reverse=True):
-        text = text.replace(form, "***")
-    return text
-
-# %% ../../nbs/market/40_http.ipynb #2aa9cff1
-_SECRETS: set[str] = set()
+# %% ../../nbs/market/40_http.ipynb #f2ad6482
 _LOGGERS = ("httpx", "httpcore.connection", "httpcore.http11", "httpcore.http2", "httpcore.proxy", "httpcore.socks")
 
 def _clean_record(record: logging.LogRecord) -> bool:
     "Take known secrets out of a log record; a logging filter."
-    record.msg, record.args = redact(record.getMessage(), _SECRETS), ()
+    record.msg, record.args = redact(record.getMessage()), ()
     return True
 
 for _name in _LOGGERS:
@@ -134,16 +150,7 @@ def _http_date(text: str) -> datetime | None:
         return None
     return stamp if stamp.tzinfo else stamp.replace(tzinfo=UTC)
 
-# %% ../../nbs/market/40_http.ipynb #11d315e9
-def first_words(
-    text: str,          # of a reply, secrets taken out
-    length: int = 240,  # characters, > 0
-) -> str:
-    """The first readable words of a reply, HTML tags left out, on one line."""
-    words = re.sub(r"(?is)<(script|style)\b.*?(</\1>|$)|<[^>]*>", " ", text[:20_000])
-    words = " ".join("".join(c if c.isprintable() else " " for c in words).split())
-    return words if len(words) <= length else words[:length] + "…"
-
+# %% ../../nbs/market/40_http.ipynb #46ac5a9f
 def judge(
     status: int,                  # of HTTP
     text: str,

@@ -33,6 +33,7 @@ from mltrading.market.http import (
 from .panel import PRICES
 from mltrading.market.source import (
     Source,
+    all_pages,
     check_request,
     daily_bars,
     day_of,
@@ -145,7 +146,7 @@ class AlphaVantage:
         about = reply.get("Meta Data")
         zone = next((z for k, z in about.items() if k.endswith("Time Zone")), None) if isinstance(about, dict) else None
         if not isinstance(series := reply.get(name), dict) or zone not in ("US/Eastern", "America/New_York"):
-            raise self._client.error("reply", "/query", f"no time series in New York's time, but {first_words(str(reply))}")
+            raise self._client.error("reply", "/query", f"no time series in New York's time, but {first_words(reply)}")
         return records(list(series.values()), where).set_axis(list(series))
 
     def _refuse(self, reply: Any) -> None:
@@ -160,22 +161,6 @@ class AlphaVantage:
                 words = str(reply[name])
                 limit = "rate limit" in words or "call frequency" in words or "sparingly" in words
                 raise self._client.error("limit" if limit else "key", "/query", words)
-
-# %% ../../nbs/market/46_prices.ipynb #9a54f9d4
-def _all_pages(
-    ask: Callable[[str], tuple[list[Any], str]],  # a token, "" for the first page -> its items, and the next token, "" after the last
-    where: str,
-) -> list[Any]:
-    "The items of all pages."
-    items, token = ask("")
-    seen: set[str] = set()
-    while token:
-        if token in seen:
-            raise SourceError(where, "the same page came twice")
-        seen.add(token)
-        more, token = ask(token)
-        items = items + more
-    return items
 
 # %% ../../nbs/market/46_prices.ipynb #3af41170
 _LETTERS = {**{c: c[0] for c in PRICES}, "volume": "v", "vwap": "vw", "trade_count": "n"}
@@ -196,7 +181,7 @@ class Polygon:
         where = f"{self.name}, {symbol}"
         span = "1/day" if frequency == "1d" else f"{frequency[:-1]}/minute"
         path = f"/v2/aggs/ticker/{quote(symbol, safe='')}/range/{span}/{start}/{end}"
-        items = _all_pages(lambda token: self._page(token or f"{path}?adjusted=true&sort=asc&limit=50000"), where)
+        items = all_pages(lambda token: self._page(token or f"{path}?adjusted=true&sort=asc&limit=50000"), where)
         if not items:
             return empty_bars()
         rows = records(items, where)
@@ -210,7 +195,7 @@ class Polygon:
         "The bars of a page, and the path of the next."
         reply = self._client.json(path)
         if not isinstance(reply, dict) or not isinstance(items := reply.get("results", [] if reply.get("resultsCount") == 0 else None), list):
-            raise self._client.error("reply", path, f"no `results`: {first_words(str(reply))}")
+            raise self._client.error("reply", path, f"no `results`: {first_words(reply)}")
         following = urlsplit(str(reply.get("next_url") or ""))
         return items, f"{following.path}?{following.query}" if following.query else ""
 
@@ -234,7 +219,7 @@ class Alpaca:
         over = datetime(end.year, end.month, end.day, tzinfo=UTC) + timedelta(days=1, hours=6)  # after midnight in New York
         if over < datetime.now(UTC):
             params["end"] = f"{over:%Y-%m-%dT%H:%M:%SZ}"
-        items = _all_pages(lambda token: self._page(symbol, {**params, "page_token": token} if token else params), where)
+        items = all_pages(lambda token: self._page(symbol, {**params, "page_token": token} if token else params), where)
         if not items:
             return empty_bars()
         rows = records(items, where)
@@ -253,7 +238,7 @@ class Alpaca:
         if failure:
             raise self._client.error("unknown", path, failure.what) if "invalid symbol" in failure.what else failure
         if not isinstance(reply, dict) or "bars" not in reply or not isinstance(reply["bars"] or [], list):
-            raise self._client.error("reply", path, f"no `bars`: {first_words(str(reply))}")
+            raise self._client.error("reply", path, f"no `bars`: {first_words(reply)}")
         return reply["bars"] or [], str(reply.get("next_page_token") or "")
 
 # %% ../../nbs/market/46_prices.ipynb #208f17d1
@@ -311,9 +296,9 @@ class Yahoo:
         except YFRateLimitError:
             return Outcome(kind="limit", what="asked too often", again=True)
         except RequestException as error:
-            return Outcome(kind="down", what=f"{type(error).__name__}: {first_words(str(error))}", again=True)
+            return Outcome(kind="down", what=f"{type(error).__name__}: {first_words(error)}", again=True)
         except Exception as error:  # the library reads consent pages that nobody has promised the form of
-            return Outcome(kind="reply", what=f"the library stumbled: {type(error).__name__}: {first_words(str(error))}")
+            return Outcome(kind="reply", what=f"the library stumbled: {type(error).__name__}: {first_words(error)}")
 
 # %% ../../nbs/market/46_prices.ipynb #c13ce69e
 def _chart(text: str, frequency: str, where: str) -> tuple[pd.DataFrame, ZoneInfo]:
@@ -325,7 +310,7 @@ def _chart(text: str, frequency: str, where: str) -> tuple[pd.DataFrame, ZoneInf
             fields = {**fields, "adjclose": chart["indicators"]["adjclose"][0]["adjclose"]}
         return pd.DataFrame({"t": times} | fields), zone
     except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
-        problem = f"not a chart ({type(error).__name__}: {str(error)[:40]}): {first_words(text)}"
+        problem = f"not a chart ({type(error).__name__}: {first_words(error, 40)}): {first_words(text)}"
     raise SourceError(where, problem)
 
 def _chart_bars(text: str, symbol: str, calendar: str, start: date, end: date, frequency: str, where: str) -> pd.DataFrame:
@@ -393,9 +378,9 @@ def _try(exchange: Any, ask: Callable[[], list[Any]], candles: list[Any]) -> Out
     except ccxt.BaseError as error:
         kind = next(kind for types, kind in _kinds(ccxt) if isinstance(error, types))
         after_s = retry_after(exchange.last_response_headers or {}) if kind == "limit" else 0.0
-        return Outcome(kind=kind, what=f"{type(error).__name__}: {first_words(str(error))}", again=kind in ("limit", "down"), after_s=after_s)
+        return Outcome(kind=kind, what=f"{type(error).__name__}: {first_words(error)}", again=kind in ("limit", "down"), after_s=after_s)
     except Exception as error:  # a reply that the library does not expect ends in whatever its parsing comes upon
-        return Outcome(kind="reply", what=f"the library stumbled: {type(error).__name__}: {first_words(str(error))}")
+        return Outcome(kind="reply", what=f"the library stumbled: {type(error).__name__}: {first_words(error)}")
 
 # %% ../../nbs/market/46_prices.ipynb #162e440d
 class Ccxt:
@@ -443,7 +428,7 @@ class Ccxt:
         if outcome.kind:
             raise SourceError(where, outcome.what, kind=outcome.kind)
         if not all(isinstance(c, list) and len(c) == 6 for c in found):
-            raise SourceError(where, f"no list of candles, but {str(found)[:80]}")
+            raise SourceError(where, f"no list of candles, but {first_words(found, 80)}")
         rows = pd.DataFrame(found, columns=["t", *PRICES, "volume"])
         instants(rows["t"], where, "ms")
         return rows

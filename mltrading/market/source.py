@@ -5,7 +5,7 @@
 # %% ../../nbs/market/44_source.ipynb #35e0d873
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import date
 from typing import Any, Protocol
 
@@ -14,12 +14,12 @@ import pandas as pd
 
 from ..core.errors import DataError, ParameterError, unknown
 from .calendar import STEP, close_of, expected, sessions
-from .http import SourceError
+from .http import SourceError, first_words
 from .panel import FIELDS, PRICES, TIME, check_bars
 
 # %% auto #0
-__all__ = ['Source', 'check_request', 'empty_bars', 'records', 'numbers', 'instants', 'plain_days', 'day_of', 'daily_bars',
-           'intraday_bars', 'check_bars_of']
+__all__ = ['Source', 'check_request', 'empty_bars', 'all_pages', 'records', 'numbers', 'instants', 'plain_days', 'day_of',
+           'daily_bars', 'intraday_bars', 'check_bars_of']
 
 # %% ../../nbs/market/44_source.ipynb #de3f3cb0
 class Source(Protocol):
@@ -64,6 +64,22 @@ def empty_bars() -> pd.DataFrame:
     """A table of no bars."""
     return pd.DataFrame({"timestamp": pd.Series([], dtype=TIME), "symbol": pd.Series([], dtype="str")} | {c: pd.Series([], dtype=float) for c in (*PRICES, "volume")})
 
+# %% ../../nbs/market/44_source.ipynb #3059c63c
+def all_pages(
+    ask: Callable[[str], tuple[list[Any], str | None]],  # what a page is asked with, "" for the first -> its items, and what to ask the next one with, if there is one
+    where: str,                                          # the source, for messages
+) -> list[Any]:
+    """All items of a list that comes in pages. Raises `SourceError` of kind `reply` where a page comes twice."""
+    items, following = ask("")
+    seen: set[str] = set()
+    while following:
+        if following in seen:
+            raise SourceError(where, "the same page came twice")
+        seen.add(following)
+        page, following = ask(following)
+        items = items + page
+    return items
+
 # %% ../../nbs/market/44_source.ipynb #36011d02
 def records(
     items: Any,              # what should be a list of records, {"c": 101.5, …} each
@@ -71,7 +87,7 @@ def records(
 ) -> pd.DataFrame:           # one row each
     """A table from a reply's list of records. Raises `SourceError` of kind `reply` on anything else."""
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise SourceError(where, f"no list of bars, but {type(items).__name__}: {str(items)[:80]}")
+        raise SourceError(where, f"no list of bars, but {type(items).__name__}: {first_words(items, 80)}")
     return pd.DataFrame(items)
 
 # %% ../../nbs/market/44_source.ipynb #c7b98de7
@@ -101,7 +117,7 @@ def _floats(column: pd.Series, name: str, where: str) -> pd.Series:
         values = pd.Series(np.nan, column.index)
     given = column.notna() & (column.astype("str").str.strip() != "")
     if (bad := (values.isna() & given).to_numpy()).any():
-        raise SourceError(f"{where}, column `{name}`, row {int(bad.argmax())}", f"{str(column[bad].iloc[0])[:40]!r} is not a number")
+        raise SourceError(f"{where}, column `{name}`, row {int(bad.argmax())}", f"{first_words(column[bad].iloc[0], 40)!r} is not a number")
     return values.where(np.isfinite(values))
 
 # %% ../../nbs/market/44_source.ipynb #170f46a6
@@ -126,7 +142,7 @@ def plain_days(
 def _readable(times: pd.Series, given: pd.Series, where: str) -> pd.Series:
     year = times.dt.year
     if (bad := (times.isna() | (year < 1800) | (year > 2200)).to_numpy()).any():
-        raise SourceError(f"{where}, row {int(bad.argmax())}", f"{str(given[bad].iloc[0])[:40]!r} is not the time of a bar")
+        raise SourceError(f"{where}, row {int(bad.argmax())}", f"{first_words(given[bad].iloc[0], 40)!r} is not the time of a bar")
     return times
 
 def day_of(
