@@ -417,3 +417,23 @@ def test_a_bar_with_a_hole_is_left_out(serve: Callable[[str], Replay]) -> None:
     bars = replayed("polygon", server).bars("AAA", *SPRING, "1d")
     assert stamps(bars) == ["03-07 21:00", "03-11 20:00", "03-12 20:00"]
     assert bars.drop(columns="vwap").notna().all(axis=None)
+
+
+AMONG_THE_DATA = {  # replies that hold what was sent, key included, where data should stand
+    "alphavantage": [
+        {"Meta Data": {"5. Time Zone": "US/Eastern"}, "Time Series (Daily)": {"Information": "we have seen your key ECHO"}},
+        {"Meta Data": {"5. Time Zone": "US/Eastern"}, "Time Series (Daily)": {"2024-03-08": {"1. open": "ECHO"}}},
+        {"Meta Data": "x" * 100 + "ECHO"},
+    ],
+    "polygon": [{"results": ["ECHO"]}, {"results": [{"t": "ECHO", "o": 1, "h": 1, "l": 1, "c": 1, "v": 1}]}, {"results": [{"t": 1709854200000, "o": "ECHO"}]}, {"x": "x" * 215 + "ECHO"}],
+    "alpaca": [{"bars": ["ECHO"]}, {"bars": [{"t": "ECHO", "o": 1, "h": 1, "l": 1, "c": 1, "v": 1}]}, {"bars": [{"t": "2024-03-08T05:00:00Z", "o": "ECHO"}]}, {"x": "x" * 215 + "ECHO"}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "reply"), [(name, reply) for name, replies in AMONG_THE_DATA.items() for reply in replies])
+def test_a_key_among_the_data_is_not_shown(name: str, reply: Any, serve: Callable[[str], Replay]) -> None:
+    server = serve(name)
+    source = replayed(name, server)
+    server.fail_always(replay.body(reply))
+    shown = "".join(traceback.format_exception(failure(lambda: source.bars(REPLAYED[name], *SPRING, "1d"))))
+    assert not [part for i in range(len(SECRET) - 7) if (part := SECRET[i : i + 8]) in shown]

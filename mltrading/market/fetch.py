@@ -18,12 +18,12 @@ from tqdm import tqdm
 from ..core.errors import DataError
 from ..core.storage import content_id, read_json, read_parquet, write_json, write_parquet
 from .http import SourceError
-from .panel import PRICES, TIME
+from .panel import PRICES
 from .source import Source
 from .store import file_name
 
 # %% auto #0
-__all__ = ['OVERLAP', 'REPORT', 'Held', 'days_of', 'Cache', 'agree', 'fetch_symbol', 'gather']
+__all__ = ['FORMAT', 'OVERLAP', 'SETTLED_DAYS', 'REPORT', 'Held', 'days_of', 'Cache', 'agree', 'fetch_symbol', 'gather']
 
 # %% ../../nbs/market/60_fetch.ipynb #f2267b21
 @dataclass(frozen=True)
@@ -39,7 +39,9 @@ def days_of(stamps: pd.Series) -> pd.Series:
     """The UTC day in which each bar ended, as naive dates."""
     return (stamps - pd.Timedelta(microseconds=1)).dt.tz_convert("UTC").dt.tz_localize(None).dt.normalize()
 
-# %% ../../nbs/market/60_fetch.ipynb #dc5e723b
+# %% ../../nbs/market/60_fetch.ipynb #bcfa3cd8
+FORMAT = 1  # of cached bars; a higher one makes what was cached before count as not held
+
 @dataclass(frozen=True)
 class Cache:
     """Bars that were fetched from one source at one frequency, kept between calls."""
@@ -51,7 +53,7 @@ class Cache:
         path = self.folder / file_name(symbol)
         try:
             note = read_json(path.with_suffix(".json"))
-            if note["content"] != content_id(path):
+            if note["format"] != FORMAT or note["content"] != content_id(path):
                 return None
             return Held(read_parquet(path), date.fromisoformat(note["start"]), date.fromisoformat(note["end"]), pd.Timestamp(note["retrieved"]))
         except (DataError, KeyError, TypeError):
@@ -61,7 +63,7 @@ class Cache:
         "Keep a symbol's bars in place of what was held of it."
         path = self.folder / file_name(symbol)
         write_parquet(held.bars, path)
-        write_json({"content": content_id(path), "start": held.start.isoformat(), "end": held.end.isoformat(), "retrieved": held.retrieved.isoformat()}, path.with_suffix(".json"))
+        write_json({"format": FORMAT, "content": content_id(path), "start": held.start.isoformat(), "end": held.end.isoformat(), "retrieved": held.retrieved.isoformat()}, path.with_suffix(".json"))
 
     def bars(self, symbol: str, start: date, end: date) -> pd.DataFrame:
         "The bars of a symbol that was fetched, days included. Raises `DataError` where it was not."
@@ -70,26 +72,49 @@ class Cache:
         day = days_of(held.bars["timestamp"])
         return held.bars[(day >= pd.Timestamp(start)) & (day <= pd.Timestamp(end))].reset_index(drop=True)
 
-# %% ../../nbs/market/60_fetch.ipynb #ff8f0ba7
-OVERLAP = 5  # bars that are asked for again
+# %% ../../nbs/market/60_fetch.ipynb #cdd97e77
+OVERLAP = 10     # bars that are asked for again
+SETTLED_DAYS = 7  # after which a day without a bar had none
 
 def _finished(bars: pd.DataFrame, now: pd.Timestamp) -> pd.DataFrame:
     "The bars that were over at `now`."
     return bars[bars["timestamp"] <= now].reset_index(drop=True)
 
+def _reaches(bars: pd.DataFrame, end: date, frequency: str, now: pd.Timestamp) -> date:
+    "The last day of which nothing more is to come."
+    today, day = now.normalize().tz_localize(None), pd.Timedelta(days=1)
+    come = days_of(bars["timestamp"]).max() if len(bars) else today - 2 * day * SETTLED_DAYS
+    come = come if frequency == "1d" else come - day  # of a day that has many bars the last ones may be late
+    return min(end, (today - day).date(), max(today - day * SETTLED_DAYS, come).date())
+
 def agree(
     old: pd.DataFrame,  # long, of one symbol
     new: pd.DataFrame,  # the same symbol, beginning inside `old`
 ) -> bool:
-    """Whether two histories say the same of the time that both cover."""
-    if old.empty or new.empty:
-        return True
+    """Whether bars can be appended: the older half of what both cover, one bar at least, is the same in both."""
     shared = [c for c in (*PRICES, "adj_factor") if c in old.columns or c in new.columns]
-    if any(c not in old.columns or c not in new.columns for c in shared):
+    if any(c not in old.columns or c not in new.columns for c in shared) or new.empty:
         return False
-    first, last = new["timestamp"].iloc[0], old["timestamp"].iloc[-1]
-    a, b = old[old["timestamp"] >= first], new[new["timestamp"] <= last]
-    return a["timestamp"].tolist() == b["timestamp"].tolist() and np.allclose(a[shared].to_numpy(float), b[shared].to_numpy(float), rtol=1e-6, atol=0, equal_nan=True)
+    overlap = old[old["timestamp"] >= new["timestamp"].iloc[0]]
+    a = overlap.iloc[:(len(overlap) + 1) // 2]
+    b = new.iloc[:len(a)]
+    return len(a) > 0 and a["timestamp"].tolist() == b["timestamp"].tolist() and np.allclose(a[shared].to_numpy(float), b[shared].to_numpy(float), rtol=1e-6, atol=0, equal_nan=True)
+
+# %% ../../nbs/market/60_fetch.ipynb #adbee179
+def _whole(source: Source, symbol: str, held: Held, start: date, end: date, frequency: str, now: pd.Timestamp) -> tuple[pd.DataFrame, date]:
+    "A history in place of one that is held, and its first day."
+    for first in sorted({min(held.start, start), start}):
+        wanted = held.bars[days_of(held.bars["timestamp"]) >= pd.Timestamp(first)]
+        try:
+            bars = _finished(source.bars(symbol, first, max(held.end, end), frequency), now)
+        except SourceError as error:
+            if error.kind not in ("unknown", "reply") or first == start:
+                raise
+            continue
+        if wanted.empty or (len(bars) and bars["timestamp"].iloc[0] <= wanted["timestamp"].iloc[0]):
+            return bars, first
+    raise SourceError(f"{source.name}, {symbol}", f"no longer gives the bars from {wanted['timestamp'].iloc[0].date()} on that are held, and states the others otherwise",
+                      "ask for later days only, or remove its file from the cache to begin anew", kind="reply")
 
 # %% ../../nbs/market/60_fetch.ipynb #676b7e0d
 def fetch_symbol(
@@ -100,35 +125,42 @@ def fetch_symbol(
     frequency: str,
     cache: Cache,
     now: pd.Timestamp,    # UTC; later bars are not over yet
-) -> str:                 # "cached", "appended", "restated" or "fetched"
+) -> str:                 # "cached", "appended", "silent", "restated" or "fetched"
     """Bring the cache up to date for one symbol. Raises `SourceError`; then the cache is as it was."""
     held = cache.read(symbol)
-    if held and held.start <= start and end <= held.end:
+    if held is None or held.bars.empty:
+        bars = _finished(source.bars(symbol, start, end, frequency), now)
+        cache.write(symbol, Held(bars, start, _reaches(bars, end, frequency, now), now))
+        return "fetched"
+    if held.start <= start and end <= held.end:
         return "cached"
-    over = min(end, (now.normalize() - pd.Timedelta(days=1)).date())
-    if held and held.start <= start and len(held.bars):
+    if held.start <= start:
         since = days_of(held.bars["timestamp"]).iloc[-OVERLAP:].iloc[0].date()
         new = _finished(source.bars(symbol, since, end, frequency), now)
+        if new.empty:
+            return "silent"
         if agree(held.bars, new):
-            kept = held.bars if new.empty else held.bars[held.bars["timestamp"] < new["timestamp"].iloc[0]]
-            cache.write(symbol, Held(pd.concat([kept, new], ignore_index=True) if len(new) else kept, held.start, max(held.end, over), now))
+            bars = pd.concat([held.bars[held.bars["timestamp"] < new["timestamp"].iloc[0]], new], ignore_index=True)
+            cache.write(symbol, Held(bars, held.start, max(held.end, _reaches(bars, end, frequency, now)), now))
             return "appended"
-    first, last = (min(held.start, start), max(held.end, end)) if held else (start, end)
-    bars = _finished(source.bars(symbol, first, last, frequency), now)
-    if held and len(held.bars) and bars.empty:
-        raise SourceError(f"{source.name}, {symbol}", "no bars where there were some before", "look whether the symbol was renamed; what is held stays", kind="unknown")
-    cache.write(symbol, Held(bars, first, max(over, held.end) if held else over, now))
-    return "restated" if held and len(held.bars) else "fetched"
+    bars, first = _whole(source, symbol, held, start, end, frequency, now)
+    cache.write(symbol, Held(bars, first, max(held.end, _reaches(bars, end, frequency, now)), now))
+    return "restated" if held.start <= start else "fetched"
 
-# %% ../../nbs/market/60_fetch.ipynb #2ff24f70
-REPORT = ("symbol", "status", "bars", "first", "last", "why")
+# %% ../../nbs/market/60_fetch.ipynb #3c280ca3
+REPORT = ("symbol", "status", "bars", "first", "last", "retrieved", "why")
 
 def _line(cache: Cache, symbol: str, status: str, why: str, start: date, end: date) -> dict[str, Any]:
-    bars = cache.bars(symbol, start, end) if status != "failed" and status != "missing" else pd.DataFrame({"timestamp": pd.Series([], dtype=TIME)})
-    if status not in ("failed", "missing") and bars.empty:
-        status, why = "missing", "no bars between the dates"
-    stamps = bars["timestamp"]
-    return {"symbol": symbol, "status": status, "bars": len(bars), "first": stamps.min(), "last": stamps.max(), "why": why}
+    "One row of the report."
+    nothing = {"symbol": symbol, "status": status, "bars": 0, "first": pd.NaT, "last": pd.NaT, "retrieved": pd.NaT, "why": why}
+    if status in ("failed", "missing"):
+        return nothing
+    bars, held = cache.bars(symbol, start, end), cache.read(symbol)
+    if bars.empty or held is None:
+        return nothing | {"status": "missing", "why": "no bars between the dates"}
+    if status == "silent":
+        why = f"no bars any more after {bars['timestamp'].max().date()}: taken off the list, or late"
+    return nothing | {"bars": len(bars), "first": bars["timestamp"].min(), "last": bars["timestamp"].max(), "retrieved": held.retrieved, "why": why}
 
 def gather(
     source: Source,
@@ -138,7 +170,7 @@ def gather(
     frequency: str,
     cache: Cache,
     now: pd.Timestamp | None = None, # UTC; the present unless told
-) -> pd.DataFrame:                   # one row per symbol: status (cached, appended, restated, fetched, missing, failed), bars, first, last, why
+) -> pd.DataFrame:                   # one row per symbol: status (cached, appended, silent, restated, fetched, missing, failed), bars, first, last, retrieved, why
     """Bring the cache up to date for many symbols.
 
     Raises `SourceError` on a key that is missing or refused."""
