@@ -493,3 +493,14 @@ def test_other_bars(file: str, lost: int, tmp_path: Path) -> None:
 def test_tables_that_are_no_bars_are_refused(file: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="column `close`: is missing"):
         alone(tmp_path, file)
+
+
+@pytest.mark.parametrize("clock", ["05:00", "16:00", "22:00"])
+def test_a_day_of_a_market_without_sessions_has_to_be_told(tmp_path: Path, clock: str) -> None:
+    """A start that is taken for a close gives every price a day early."""
+    stamps = [f"{day:%Y-%m-%d} {clock}:00+00:00" for day in pd.date_range("2020-01-01", periods=60)]
+    pd.DataFrame({"Time": stamps, "Close": [100.0 + i % 7 for i in range(60)]}).to_csv(tmp_path / "BTC.csv", index=False)
+    with pytest.raises(DataError, match="names the start or the close of a bar"):
+        read_folder(tmp_path)
+    close, start = (read_folder(tmp_path, stamp=end).sets[0].bars["timestamp"] for end in ("close", "start"))
+    assert (start - close).unique().tolist() == [pd.Timedelta(days=1)]

@@ -119,6 +119,10 @@ def _ask_stamp(where: str, frequency: str) -> DataError:
 def _day_closes(stamps: pd.Series, dates: bool, calendar: str, told: Told, where: str) -> pd.Series:
     "Close instants of daily bars, NaT where a date is no session."
     if not dates:
+        hours = sessions(calendar, stamps.min().tz_localize(None).normalize(), stamps.max().tz_localize(None).normalize() + pd.Timedelta(days=7))
+        length = hours["close"].to_numpy("datetime64[us]") - hours["open"].to_numpy("datetime64[us]")
+        if told.stamp is None and np.median(length) > np.timedelta64(20, "h"):  # no session that would tell
+            raise _ask_stamp(where, "1d")
         return stamps if told.stamp != "start" else stamps + STEP["1d"]
     days = stamps if stamps.dt.tz is None else stamps.dt.tz_localize(None)
     unique = pd.DatetimeIndex(days.unique())

@@ -43,7 +43,7 @@ class Grid:
 
 # %% ../../nbs/market/15_grid.ipynb #d65e151a
 _FIRST, _LAST, _MAX, _MIN, _SUM = range(5)
-_HOW = {"open": _FIRST, "high": _MAX, "low": _MIN, "close": _LAST, "volume": _SUM, "trade_count": _SUM, "adj_factor": _LAST}
+_HOW = {"open": _FIRST, "high": _MAX, "low": _MIN, "close": _LAST, "volume": _SUM, "trade_count": _SUM, "adj_factor": _LAST, "member": _LAST}
 
 @njit
 def _gather(

@@ -151,6 +151,7 @@ class Lag:
     clock: str                      # local time of day, "08:30"
     zone: str = "America/New_York"  # of the clock
     why: str = ""                   # the release calendar that it rests on
+    late: tuple[tuple[str, str], ...] = ()  # (reference, day of release) of periods that came later than the calendar says
 
 def release(
     reference: pd.DatetimeIndex,  # dates of periods: naive, or midnight UTC
@@ -160,16 +161,21 @@ def release(
 
     A clock time that occurs twice on a day is the later one; one that a day skips is the next that exists."""
     days = reference if reference.tz is None else reference.tz_convert("UTC").tz_localize(None)
-    local = days + pd.DateOffset(months=lag.months, days=lag.days) + pd.Timedelta(f"{lag.clock}:00")
+    usual = days + pd.DateOffset(months=lag.months, days=lag.days)
+    late = {pd.Timestamp(period): pd.Timestamp(day) for period, day in lag.late}
+    local = pd.DatetimeIndex([max(u, late.get(d, u)) for d, u in zip(days, usual, strict=True)] if late else usual).as_unit("us") + pd.Timedelta(f"{lag.clock}:00")
     return local.tz_localize(lag.zone, ambiguous=np.zeros(len(local), bool), nonexistent="shift_forward").tz_convert("UTC").as_unit("us")
 
-# %% ../../nbs/market/50_macro.ipynb #55a60b10
+# %% ../../nbs/market/50_macro.ipynb #a3e0e548
+_CPI_LATE = (("1995-12-01", "1996-02-01"), ("2013-09-01", "2013-10-30"), ("2025-09-01", "2025-10-24"), ("2025-11-01", "2025-12-18"))
+_JOBS_LATE = (("1995-12-01", "1996-01-19"), ("2013-09-01", "2013-10-22"), ("2025-09-01", "2025-11-20"), ("2025-10-01", "2025-12-16"), ("2025-11-01", "2025-12-16"))
+
 _Entry = tuple[tuple[str, ...], Lag]
 
 _LABOUR: tuple[_Entry, ...] = (
-    (("CPIAUCSL", "CPIAUCNS", "CPILFESL", "CPILFENS"), Lag(1, 21, "08:30", why="Bureau of Labor Statistics: 10th to 15th of the next month")),
+    (("CPIAUCSL", "CPIAUCNS", "CPILFESL", "CPILFENS"), Lag(1, 21, "08:30", why="Bureau of Labor Statistics: 10th to 15th of the next month", late=_CPI_LATE)),
     (("PPIACO", "PPIFIS", "PPIFID"), Lag(1, 21, "08:30", why="Bureau of Labor Statistics: 9th to 17th of the next month")),
-    (("PAYEMS", "UNRATE", "CIVPART", "EMRATIO", "AHEMAN", "AWHMAN", "CES0500000003", "UEMPMED", "UEMP27OV"), Lag(1, 10, "08:30", why="Employment Situation: a Friday from the 1st to the 10th of the next month")),
+    (("PAYEMS", "UNRATE", "CIVPART", "EMRATIO", "AHEMAN", "AWHMAN", "CES0500000003", "UEMPMED", "UEMP27OV"), Lag(1, 10, "08:30", why="Employment Situation: a Friday from the 1st to the 10th of the next month", late=_JOBS_LATE)),
     (("JTSJOL", "JTSQUR"), Lag(2, 12, "10:00", why="Job Openings and Labor Turnover: first ten days of the second month after")),
     (("ICSA", "IC4WSA"), Lag(0, 6, "08:30", why="Department of Labor: claims of a week that ends on Saturday appear on the next Thursday, after a holiday by Friday")),
     (("CCSA",), Lag(0, 13, "08:30", why="Department of Labor: continued claims appear a week after initial ones")),

@@ -19,8 +19,9 @@ from ..core.errors import DataError, ParameterError
 from ..core.storage import write_parquet
 
 # %% auto #0
-__all__ = ['PRICES', 'FIELDS', 'COLUMNS', 'TIME', 'Column', 'check_bars', 'Panel', 'from_frame', 'to_frame', 'long_column',
-           'select', 'between', 'until', 'fill_price', 'stack', 'read_panel', 'write_panel', 'BarSet', 'set_name']
+__all__ = ['PRICES', 'FIELDS', 'COLUMNS', 'TIME', 'Column', 'SPARSE', 'check_bars', 'Panel', 'from_frame', 'to_frame',
+           'long_column', 'select', 'between', 'until', 'fill_price', 'stack', 'read_panel', 'write_panel', 'BarSet',
+           'set_name']
 
 # %% ../../nbs/market/00_panel.ipynb #f8e49504
 PRICES = ("open", "high", "low", "close")
@@ -86,7 +87,7 @@ def _keys(names: list[str], column: Column, where: str) -> _Keys:
 
 # %% ../../nbs/market/00_panel.ipynb #932351b5
 _POSITIVE = (*PRICES, "vwap", "adj_factor")
-_SPARSE = ("vwap", "trade_count")
+SPARSE = ("vwap", "trade_count")  # unknown where nothing was traded
 
 def _values(keys: _Keys, series: pd.Series, field: str, where: str) -> NDArray[np.float64]:
     "A field's numbers, one per row, checked."
@@ -97,7 +98,7 @@ def _values(keys: _Keys, series: pd.Series, field: str, where: str) -> NDArray[n
     bad = ~np.isfinite(x)
     if bad.any():
         hole = np.isnan(x)
-        if field in _SPARSE:
+        if field in SPARSE:
             bad &= ~hole
         elif field != "close":
             n = len(keys.names)

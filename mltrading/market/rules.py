@@ -14,7 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from .calendar import STEP, expected, session_of, sessions
-from .panel import PRICES
+from .panel import PRICES, SPARSE
 
 # %% auto #0
 __all__ = ['Hits', 'POLICIES', 'SEVERITIES', 'RULES', 'SPLITS', 'UNITS', 'Bars', 'Rule', 'rule', 'unsorted', 'repeated',
@@ -130,7 +130,7 @@ def conflict(bars: Bars) -> Hits:
 @rule("a price, volume or factor is missing that the symbol's other bars have", "error", "drop", allowed=("fail", "drop"))
 def missing(bars: Bars) -> Hits:
     hit = np.isnan(bars.fields["close"])
-    for x in bars.fields.values():
+    for x in (x for field, x in bars.fields.items() if field not in SPARSE):
         hit = hit | (np.isnan(x) & bars.each(np.logical_or, ~np.isnan(x)))
     return hit
 
@@ -149,8 +149,8 @@ def bad_factor(bars: Bars) -> Hits:
 @rule("the price never changes: a dead feed", "error", "drop")
 def dead(bars: Bars) -> Hits:
     close = bars.fields["close"]
-    several = bars.each(np.add, np.ones(len(close))) > 1
-    return several & (bars.each(np.minimum, close) == bars.each(np.maximum, close))
+    enough = bars.each(np.add, np.ones(len(close))) >= 20  # a new listing may stand still for days
+    return enough & (bars.each(np.minimum, close) == bars.each(np.maximum, close))
 
 @rule("one or two bars where other symbols have many: most likely a misspelled name", "warning", "flag")
 def lone(bars: Bars) -> Hits:

@@ -164,7 +164,7 @@ def _finish(
         return empty_bars()
     needed = [c for c in fields if c not in _MAY_LACK]
     whole = values[needed].notna().all(axis="columns").to_numpy()
-    if (~whole).sum() > max(10, len(values) / 2):
+    if (~whole).sum() > max(1, len(values) / 2):
         raise SourceError(where, f"{(~whole).sum()} of {len(values)} bars lack a price or their volume")
     out = pd.DataFrame({"timestamp": stamps, "symbol": pd.Series(symbol, range(len(values)), dtype="str")} | {c: values[c].to_numpy() for c in fields})
     out = out[whole].drop_duplicates().sort_values("timestamp", kind="stable", ignore_index=True)
@@ -186,7 +186,7 @@ def daily_bars(
     asked = (days >= pd.Timestamp(start)) & (days <= pd.Timestamp(end))
     values, days = values[asked], days[asked]
     stamps = close_of(days, calendar)
-    if (strange := np.asarray(stamps.isna())).sum() > max(10, len(days) / 20):
+    if (strange := np.asarray(stamps.isna())).sum() > max(1, len(days) / 20):
         raise SourceError(where, f"{strange.sum()} of {len(days)} days are no sessions of {calendar}, {days[strange][0].date()} is the first", "name the calendar of this symbol's market")
     return _finish(values[~strange], stamps[~strange], symbol, where)
 
@@ -210,7 +210,7 @@ def intraday_bars(
     at = np.searchsorted(opens, t, side="right") - 1
     inside = (at >= 0) & (t < closes[at])
     odd = inside & ((t - opens[at]) % STEP[frequency].to_timedelta64() != np.timedelta64(0))
-    if odd.sum() > max(10, inside.sum() / 20):
+    if odd.sum() > max(1, inside.sum() / 20):
         raise SourceError(where, f"{odd.sum()} of {inside.sum()} bars do not begin a whole number of {frequency} after the opening of {calendar}, {begins[odd][0]} is the first")
     inside &= ~odd
     stamps = np.minimum(t + STEP[frequency].to_timedelta64(), closes[at])[inside]
