@@ -11,16 +11,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import date
+from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from replay import Market, Replay, stooq
 
 from mltrading.cli import main
+from mltrading.core.errors import DataError
 from mltrading.core.params import read_yaml
 from mltrading.core.storage import write_parquet
+from mltrading.market.feeds import MACRO_SOURCES
+from mltrading.market.macro import empty_macro
 from mltrading.market.panel import to_frame
+from mltrading.market.prices import PRICE_SOURCES, Stooq
+from mltrading.market.quality import examine, strict
 from mltrading.market.request import from_embedded
 from mltrading.market.simulate import random_walk
 from mltrading.market.snapshot import read_snapshot
@@ -193,3 +201,39 @@ def test_an_interrupted_download_goes_on_where_it_was(shop: Path, service: Repla
     again.communicate()
     assert again.returncode == 0
     assert len(service.asked) - before == len(SYMBOLS) - come
+
+
+def test_a_policy_holds_for_the_stages_too(shop: Path) -> None:
+    """What `make data` was told to keep, the panel stage does not refuse."""
+    still = to_frame(random_walk(3, 250, seed=1, ragged=False))
+    still.loc[still["symbol"] == "S001", ["open", "high", "low", "close"]] = 10.0
+    write_parquet(still, shop.parent / "mine" / "prices.parquet")
+    asked = ["data", "--source", "folder", "--from", str(shop.parent / "mine"), "--calendar", "24/5"]
+    assert main([*asked, "--policy", "dead=flag"]) == 0
+    market = read_snapshot(shop / "data")
+    frame = to_frame(market.store("daily").panel())
+    assert set(frame["symbol"]) == {"S000", "S001", "S002"}
+    assert not len(examine(frame, "irregular", None, strict(market.manifest["policies"])).removed)
+    with pytest.raises(DataError, match="rule `dead`"):
+        examine(frame, "irregular", None, strict({}))
+    assert main(asked) == 0
+    assert read_snapshot(shop / "data").store("daily").symbols == ("S000", "S002")
+
+
+@pytest.mark.parametrize(("macro", "says"), [("fred:CPI,CPI", ""), ("fried:CPI", "did you mean `fred`"), ("fred:", "does not say what to ask for")])
+def test_a_macro_request(shop: Path, service: Replay, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, macro: str, says: str) -> None:
+    asked: list[str] = []
+
+    class Source:
+        name = "fred"
+
+        def macro(self, series: str, start: date, end: date) -> pd.DataFrame:
+            asked.append(series)
+            return empty_macro()
+
+    monkeypatch.setitem(MACRO_SOURCES, "fred", Source)
+    monkeypatch.setitem(PRICE_SOURCES, "stooq", partial(Stooq, base_url=service.url, per_minute=60_000))
+    done = main(["data", "--source", "stooq", "--symbols", "AAA.US", "--start", "2024-03-01", "--end", "2024-03-12", "--macro", macro])
+    assert done == (1 if says else 0)
+    assert says in capsys.readouterr().err
+    assert asked == ([] if says else ["CPI"])

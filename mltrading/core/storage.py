@@ -25,7 +25,8 @@ import pyarrow.parquet as pq
 from .errors import DataError
 
 # %% auto #0
-__all__ = ['atomic', 'put', 'replacing', 'write_parquet', 'read_parquet', 'plain', 'write_json', 'read_json', 'content_id']
+__all__ = ['atomic', 'restore', 'put', 'replacing', 'write_parquet', 'read_parquet', 'plain', 'write_json', 'read_json',
+           'content_id']
 
 # %% ../../nbs/core/10_storage.ipynb #d41cda11
 @contextmanager
@@ -55,15 +56,24 @@ def _exchange(one: Path, two: Path) -> bool:
         return bool(libc.renameat2(-100, a, -100, b, 2) == 0)  # AT_FDCWD, RENAME_EXCHANGE
     return bool(hasattr(libc, "renamex_np") and libc.renamex_np(a, b, 2) == 0)  # RENAME_SWAP
 
+def restore(
+    target: Path,  # a place that `put` fills
+) -> Path:         # the place itself, where it is a link to another
+    """Put back what a kill between two renames left beside its place."""
+    target = target.resolve() if target.is_symlink() else target
+    old = target.with_name(f".{target.name}.old")
+    if old.exists() and not target.exists():
+        old.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+    return target
+
 def put(
     new: Path,     # a finished file or folder on the same disk
     target: Path,  # its place, empty or not
 ) -> None:
-    """Put a finished file or folder in its place. A kill at any instant leaves the old one or the new one."""
+    """Put a finished file or folder in its place. A kill at any instant leaves the old one or the new one; where the system cannot swap names, perhaps under another name, from which `restore` brings it back."""
+    target = restore(target)
     old = target.with_name(f".{target.name}.old")
-    if old.exists() and not target.exists():
-        old.rename(target)  # an earlier call was killed between the two renames below
-    shutil.rmtree(old, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     if not target.is_dir():
         new.replace(target)
@@ -80,7 +90,7 @@ def replacing(
     folder: str | Path,  # the folder to write
 ) -> Iterator[Path]:     # an empty folder beside it, to write to
     """Give an empty folder and put it in the place of `folder` when the block ends well. After an exception, or a kill, the old one is as it was."""
-    folder = Path(folder)
+    folder = restore(Path(folder))
     new = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)

@@ -241,6 +241,8 @@ def _manifest(path: Path, tables: Mapping[str, Any] | str | Path | None) -> tupl
 def _gather(path: Path, told: dict[str, Told]) -> dict[str, tuple[Told, list[BarFile], str]]:
     "Name of a set -> what is said of it, its files, and its frequency."
     files = sorted(p for p in path.iterdir() if p.name.endswith((".parquet", ".csv", ".csv.gz")) and not p.name.startswith((".", "macro.", "news."))) if path.is_dir() else []
+    if idle := [p.name for p in path.glob("*.*") if p.name in ("news.csv", "news.csv.gz", "macro.csv.gz")]:
+        raise DataError(str(path / idle[0]), "is a form that is not read here", "bring macro.parquet, macro.csv or news.parquet")
     if not files:
         raise DataError(str(path), "no Parquet or CSV files of bars", "name a folder that holds timestamp, symbol, close and, where known, open, high, low, volume")
     found: dict[str, tuple[Told, list[BarFile], str]] = {}

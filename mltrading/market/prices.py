@@ -49,6 +49,10 @@ from mltrading.market.source import (
 __all__ = ['PRICE_SOURCES', 'Stooq', 'AlphaVantage', 'Polygon', 'Alpaca', 'Yahoo', 'Ccxt']
 
 # %% ../../nbs/market/46_prices.ipynb #c80f648c
+def _share_class(symbol: str) -> str:
+    "A share class as Stooq and Yahoo write it: BRK-B, where others write BRK.B."
+    return re.sub(r"\.([A-C])$", r"-\1", symbol)
+
 class Stooq:
     """Daily bars from Stooq, adjusted for splits and dividends. Source: https://stooq.com/db/"""
 
@@ -93,7 +97,8 @@ class Stooq:
 
     def _table(self, symbol: str, span: Mapping[str, str]) -> str:
         "The reply's text, empty where it says that there is no data."
-        theirs = symbol.lower() if not symbol.isalpha() else f"{symbol.lower()}.us"
+        theirs = _share_class(symbol).lower()
+        theirs = f"{theirs}.us" if theirs.replace("-", "").isalpha() else theirs
         failure = None
         try:
             text = self._client.text("/q/d/l/", {"s": theirs, "i": "d", **span, **self._key})
@@ -291,7 +296,7 @@ class Yahoo:
 
         self._pace.wait()
         try:
-            reply = YfData(session=self._session).get(f"https://query2.finance.yahoo.com/v8/finance/chart/{quote(symbol, safe='')}", params=params, timeout=self._timeout_s)
+            reply = YfData(session=self._session).get(f"https://query2.finance.yahoo.com/v8/finance/chart/{quote(_share_class(symbol), safe='')}", params=params, timeout=self._timeout_s)
             return judge(reply.status_code, reply.text, reply.headers, str)
         except YFRateLimitError:
             return Outcome(kind="limit", what="asked too often", again=True)

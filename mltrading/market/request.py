@@ -12,6 +12,7 @@ from datetime import date
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from urllib.parse import quote
 
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field
@@ -40,11 +41,11 @@ class DataRequest(BaseModel):
     """What `make data` is asked for."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    source: str = Field(description="`embedded`, `folder`, or a source of the network")
+    source: str = Field(description="`embedded`, `folder`, or a source of the network; `ccxt:kraken` names an exchange")
     path: Path | None = Field(default=None, description="the folder that `folder` reads")
     manifest: Path | None = Field(default=None, description="a manifest.json that describes the folder, where it cannot stand in it")
     stamp: Literal["start", "close"] | None = Field(default=None, description="what the times of a folder's intraday bars mean")
-    calendar: str | None = Field(default=None, description="of the bars; the source's own unless told")
+    calendar: str | None = Field(default=None, description="of the bars, where the source has several: folder, yfinance, stooq")
     symbols: tuple[str, ...] = Field(default=(), description="as the source writes them")
     universe: str | None = Field(default=None, description="a named list: all that belonged to it between the dates")
     start: date | None = Field(default=None, description="first day")
@@ -60,8 +61,8 @@ class Answer(NamedTuple):
     snapshot: Snapshot
     report: pd.DataFrame | None  # see `fetch.gather`
 
-# %% ../../nbs/market/66_request.ipynb #58265e84
-NETWORK_ONLY = ("symbols", "universe", "start", "end", "macro", "news")
+# %% ../../nbs/market/66_request.ipynb #fab3d82c
+NETWORK_ONLY = ("symbols", "universe", "start", "end", "frequency", "macro", "news")
 FOLDER_ONLY = ("path", "manifest", "stamp")
 
 def check_data_request(
@@ -69,16 +70,18 @@ def check_data_request(
 ) -> None:
     """Refuse what cannot be answered. Raises `ParameterError` on an unknown source, universe or series, and on parts that the source does not need or lacks."""
     where = f"make data SOURCE={request.source}"
-    if request.source not in (known := ["embedded", "folder", *PRICE_SOURCES]):
+    name, _, exchange = request.source.partition(":")
+    if name not in (known := ["embedded", "folder", *PRICE_SOURCES]) or (exchange and name != "ccxt"):
         raise unknown("source", request.source, known, "make data")
-    given = {name for name in type(request).model_fields if getattr(request, name) not in (None, (), {})}
-    idle = {"embedded": (*NETWORK_ONLY, *FOLDER_ONLY, "calendar"), "folder": NETWORK_ONLY}.get(request.source, FOLDER_ONLY)
-    for name in idle:
-        if name in given:
-            raise ParameterError(where, f"has no use for {name}", "add SOURCE=folder to read your own files" if name == "path" else "leave it out, or name another source")
+    given = {field for field in request.model_fields_set if getattr(request, field) not in (None, (), {})}
+    own = () if name in ("folder", "yfinance", "stooq") else ("calendar",)
+    idle = {"embedded": (*NETWORK_ONLY, *FOLDER_ONLY, *own), "folder": NETWORK_ONLY}.get(name, (*FOLDER_ONLY, *own))
+    for field in idle:
+        if field in given:
+            raise ParameterError(where, f"has no use for {field}", "add SOURCE=folder to read your own files" if field == "path" else "leave it out, or name another source")
     if request.source == "folder" and not request.path:
         raise ParameterError(where, "does not say which folder", "add FROM=/path/to/folder")
-    if request.source in PRICE_SOURCES:
+    if name in PRICE_SOURCES:
         if not request.start:
             raise ParameterError(where, "does not say from when", "add START=2015-01-01")
         if bool(request.symbols) == bool(request.universe):
@@ -92,7 +95,7 @@ def from_embedded(
 ) -> Snapshot:
     """The snapshot that ships with the project."""
     files = {name: asdict(item) for name, item in embedded.UPSTREAM.items()}
-    manifest = {"source": "embedded", "files": files, "symbols": embedded.symbol_facts(), "caution": embedded.CAUTION}
+    manifest = {"source": "embedded", "policies": dict(policies), "files": files, "symbols": embedded.symbol_facts(), "caution": embedded.CAUTION}
     return Snapshot({s.name: [examined(s, policies)] for s in embedded.sets()}, manifest, macro=embedded.macro(), ticks=embedded.ticks())
 
 def from_folder(
@@ -103,7 +106,7 @@ def from_folder(
     found = read_folder(request.path, request.stamp, request.calendar, request.policies, request.manifest)
     said = {s.name: [t[t["table"] == s.name].drop(columns="table").reset_index(drop=True) for t in (found.findings, found.removed)] for s in found.sets}
     files = {p.name: {"sha256": hashlib.sha256(p.read_bytes()).hexdigest()} for p in sorted(request.path.iterdir()) if p.is_file()}
-    return Snapshot({s.name: [Part(s, *said[s.name])] for s in found.sets}, {"source": "folder", "files": files, "symbols": found.facts}, macro=found.macro, news=found.news)
+    return Snapshot({s.name: [Part(s, *said[s.name])] for s in found.sets}, {"source": "folder", "policies": request.policies, "files": files, "symbols": found.facts}, macro=found.macro, news=found.news)
 
 # %% ../../nbs/market/66_request.ipynb #c3ff0562
 def _parts(
@@ -132,9 +135,15 @@ def _asked(
             raise unknown(f"source of {what}", name, list(known), f"make data {what.upper()}={text}")
         if not rest:
             raise ParameterError(f"make data {what.upper()}={text}", "does not say what to ask for", f"write {name}:…")
-        yield name, rest
+        yield name, rest.strip()
 
-# %% ../../nbs/market/66_request.ipynb #b460c4cb
+# %% ../../nbs/market/66_request.ipynb #e500aa46
+def _source_of(request: DataRequest) -> Source:
+    "The source of the network that is asked."
+    name, _, exchange = request.source.partition(":")
+    options = {"exchange": exchange} if exchange else {"calendar": request.calendar} if request.calendar else {}
+    return PRICE_SOURCES[name](**options)
+
 def _versions(name: str) -> dict[str, str]:
     "What the bars depend on: this package, and the client library where the source has one."
     return {"mltrading": __version__} | ({name: metadata.version(name)} if name in ("yfinance", "ccxt") else {})
@@ -151,12 +160,14 @@ def from_network(
     assert request.start is not None
     last = request.end or (now.normalize() - pd.Timedelta(days=1)).date()
     symbols = list(dict.fromkeys(request.symbols)) or ever(str(request.universe), request.start, last)
-    series = [(MACRO_SOURCES[name](), s) for name, rest in _asked(request.macro, MACRO_SOURCES, "macro") for s in rest.split(",")]
+    series = [(MACRO_SOURCES[name](), s) for name, rest in _asked(request.macro, MACRO_SOURCES, "macro") for s in dict.fromkeys(w.strip() for w in rest.split(",") if w.strip())]
     topics = [(TEXT_SOURCES[name](), rest) for name, rest in _asked(request.news, TEXT_SOURCES, "news")]
-    held = Cache(cache / source.name / request.frequency)
+    held = Cache(cache / quote(f"{request.source} {source.calendar}", safe="") / request.frequency)
     report = gather(source, symbols, request.start, last, request.frequency, held, now)
-    manifest = {"source": source.name, "request": request.model_dump(mode="json", exclude_defaults=True), "retrieved": now, "versions": _versions(source.name),
-                "missing": dict(report.loc[report["status"] == "missing", ["symbol", "why"]].itertuples(index=False))}
+    missing = {str(s): str(why) for s, why in report.loc[report["status"] == "missing", ["symbol", "why"]].itertuples(index=False)}
+    caution = f"{len(missing)} of {len(report)} symbols are missing. Where these failed, or were bought, the others look better than anybody could have chosen them." if missing else ""
+    manifest = {"source": request.source, "request": request.model_dump(mode="json", exclude_defaults=True), "policies": request.policies, "versions": _versions(source.name),
+                "retrieved": {"first": report["retrieved"].min(), "last": report["retrieved"].max()}, "missing": missing, "caution": caution}
     there = report.loc[~report["status"].isin(["missing", "failed"]), "symbol"].tolist()
     macro = [s.macro(name, request.start, last) for s, name in series]
     news = [s.news(words, request.start, last) for s, words in topics]
@@ -180,7 +191,7 @@ def answer(
         return Answer(from_embedded(request.policies), None)
     if request.source == "folder":
         return Answer(from_folder(request), None)
-    return from_network(request, cache or root() / ".cache", (now or pd.Timestamp.now(tz="UTC")).as_unit("us"), source or PRICE_SOURCES[request.source]())
+    return from_network(request, cache or root() / ".cache", (now or pd.Timestamp.now(tz="UTC")).as_unit("us"), source or _source_of(request))
 
 def complete(
     found: Answer,
@@ -198,6 +209,6 @@ def closing(
 ) -> str:
     """The table that stands at the end of a download."""
     counts = ", ".join(f"{n} {status}" for status, n in report["status"].value_counts().items())
-    shown = report if len(report) <= most else report[report["status"].isin(["missing", "failed", "restated"])].head(most)
-    lines = shown.assign(first=shown["first"].dt.date, last=shown["last"].dt.date).astype(object).fillna("").to_string(index=False) if len(shown) else ""
+    shown = report if len(report) <= most else report[report["status"].isin(["missing", "failed", "restated", "silent"])].head(most)
+    lines = shown.drop(columns="retrieved").assign(first=shown["first"].dt.date, last=shown["last"].dt.date).astype(object).fillna("").to_string(index=False) if len(shown) else ""
     return f"{lines}\n{len(report)} symbols: {counts}".strip()

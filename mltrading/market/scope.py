@@ -68,7 +68,7 @@ def scope(
 ) -> Panel:
     """The panel of a system: its symbols and its benchmark, between its dates.
 
-    Raises `ParameterError` on a set or symbol that the snapshot does not have, `DataError` where no bar is left or a symbol stands in two of the sets.
+    Raises `ParameterError` on a set, symbol or list of members that the snapshot does not have and on a symbol that stands in two of the sets, `DataError` where no bar is left.
 
     Known at: each bar at its stamp. Adjusted prices are known up to a constant factor per symbol."""
     wanted = _symbols(market, _sets(market, params), params)
@@ -78,7 +78,12 @@ def scope(
         raise DataError("params.yaml: panel", f"no bars of {', '.join(panel.symbols[:5])} between {params.start} and {params.end}", "widen the dates or name other symbols")
     panel = select(panel, kept)
     panel = adjusted(panel) if params.adjusted else panel
-    return with_members(panel, market.table("members")) if params.members else panel
+    if not params.members:
+        return panel
+    members = market.table("members")
+    if members.empty:
+        raise ParameterError("params.yaml: panel.members", "is true, and the snapshot has no list of members", "make one with `make data … UNIVERSE=…`, or set it to false")
+    return with_members(panel, members)
 
 def traded(
     panel: Panel,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from ..core.errors import DataError, unknown
-from ..core.storage import read_json, read_parquet, replacing, write_json, write_parquet
+from ..core.storage import read_json, read_parquet, replacing, restore, write_json, write_parquet
 from .macro import check_macro, empty_macro
 from .news import check_news, empty_news
 from .panel import BarSet
@@ -95,6 +95,8 @@ def write_snapshot(
     """Replace `folder` by a snapshot. After an exception, or a kill at any instant, the old one is as it was.
 
     Raises `DataError` where no bar is left, and whatever making the parts raises."""
+    check_macro(snapshot.macro, "macro values")
+    check_news(snapshot.news, "news")
     with replacing(folder) as new:
         sets: dict[str, Any] = {}
         findings: list[pd.DataFrame] = []
@@ -167,6 +169,6 @@ def read_snapshot(
     folder: str | Path,  # data/
 ) -> Market:
     """A snapshot. Raises `DataError` on a folder that is none."""
-    market = Market(Path(folder))
+    market = Market(restore(Path(folder)))
     _ = market.manifest  # a folder that is no snapshot is refused here, not later
     return market

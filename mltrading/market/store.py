@@ -5,11 +5,12 @@
 # %% ../../nbs/market/02_store.ipynb #35e0d873
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import quote, unquote
 
 import numpy as np
@@ -22,7 +23,7 @@ from ..core.storage import write_parquet
 from .panel import Panel, between, from_frame, read_panel, select, stack
 
 # %% auto #0
-__all__ = ['file_name', 'symbol_of', 'BarStore', 'write_part']
+__all__ = ['T', 'file_name', 'symbol_of', 'BarStore', 'write_part']
 
 # %% ../../nbs/market/02_store.ipynb #1ee64e45
 def file_name(symbol: str) -> str:
@@ -41,7 +42,9 @@ def _read_part(path: Path) -> Panel:
         raise DataError(str(path), f"holds bars of {', '.join(panel.symbols)}", f"the file of a symbol is named {file_name(panel.symbols[0])}")
     return panel
 
-# %% ../../nbs/market/02_store.ipynb #f2267b21
+# %% ../../nbs/market/02_store.ipynb #7495cfb2
+T = TypeVar("T")
+
 @dataclass(frozen=True)
 class BarStore:
     """A set of bars on disk."""
@@ -65,18 +68,24 @@ class BarStore:
 
     def _listed(self) -> list[str]:
         "The symbols that the rows of the one file name."
-        try:
+        def listed() -> list[str]:
             with pq.ParquetFile(self.path, read_dictionary=["symbol"]) as file:
                 if "symbol" not in file.schema_arrow.names:
                     raise DataError(f"{self.path}, column `symbol`", "is missing", "a table of bars needs timestamp, symbol and close")
                 return [str(s) for s in file.read(columns=["symbol"]).column(0).unique().to_pylist()]
+        return self._whole(listed)
+
+    def _whole(self, read: Callable[[], T]) -> T:
+        "What was read, or an error that names the file."
+        try:
+            return read()
         except (pa.ArrowInvalid, OSError) as error:
             raise DataError(str(self.path), f"not a complete Parquet file ({str(error).splitlines()[0]})", "fetch it again: `dvc checkout` or `make data`") from error
 
     def panel(
         self,
         symbols: list[str] | None = None,  # which; all unless told
-        start: date | None = None,         # first UTC day, included
+        start: date | None = None,         # first UTC day, included; a bar that closes at midnight is of the day before
         end: date | None = None,           # last UTC day, included
     ) -> Panel:
         """The bars of some symbols in some span, checked. Symbols without a bar in the span stay. Raises `DataError`, also on a symbol that is not there."""
@@ -89,20 +98,19 @@ class BarStore:
         elif symbols is None:
             found = read_panel(self.path)
         else:
-            table = pq.read_table(self.path, filters=[("symbol", "in", wanted)], read_dictionary=["symbol"])
+            table = self._whole(lambda: pq.read_table(self.path, filters=[("symbol", "in", wanted)], read_dictionary=["symbol"]))
             found = select(from_frame(table.to_pandas(), str(self.path)), wanted)
-        last = None if end is None else pd.Timestamp(end) + pd.Timedelta(days=1) - pd.Timedelta(microseconds=1)
-        return found if start is None and last is None else between(found, None if start is None else pd.Timestamp(start), last)
+        first = None if start is None else pd.Timestamp(start) + pd.Timedelta(microseconds=1)
+        last = None if end is None else pd.Timestamp(end) + pd.Timedelta(days=1)
+        return found if first is None and last is None else between(found, first, last)
 
     def chunks(
         self,
         n_symbols: int = 25,        # at once
-        start: date | None = None,  # first UTC day, included
-        end: date | None = None,    # last UTC day, included
     ) -> Iterator[Panel]:
         """One panel after the other, each of a few symbols on a time axis of their own."""
         for i in range(0, len(self.symbols), n_symbols):
-            yield self.panel(list(self.symbols[i:i + n_symbols]), start, end)
+            yield self.panel(list(self.symbols[i:i + n_symbols]))
 
 # %% ../../nbs/market/02_store.ipynb #aeed88cd
 def write_part(

@@ -17,7 +17,7 @@ from ..market.snapshot import Market
 from .tables import Table
 
 # %% auto #0
-__all__ = ['sets_table', 'coverage', 'plot_coverage', 'findings_table', 'origin_table']
+__all__ = ['sets_table', 'coverage', 'plot_coverage', 'findings_table', 'origin_table', 'missing_table']
 
 # %% ../../nbs/reports/35_data.ipynb #e7646d18
 def sets_table(
@@ -97,3 +97,11 @@ def origin_table(
         return Table(frame, {}, "What was asked for")
     frame = pd.DataFrame([{"file": name, **{k: str(v) for k, v in facts.items() if k in ("package", "version", "licence", "holds", "rows")}, "sha256": str(facts.get("sha256", ""))[:12]} for name, facts in files.items()])
     return Table(frame.fillna(""), {}, "Files", "The first twelve digits of the sha256 of each file; the whole of it stands in the manifest.")
+
+# %% ../../nbs/reports/35_data.ipynb #4cee44c3
+def missing_table(
+    manifest: dict[str, Any],  # of a snapshot
+) -> Table:
+    """The symbols that were asked for and are not there, with the reason; no rows where nothing is missing."""
+    frame = pd.DataFrame(sorted(manifest.get("missing", {}).items()), columns=["symbol", "why"])
+    return Table(frame, {}, f"{len(frame)} symbols are missing" if len(frame) else "Nothing that was asked for is missing")
