@@ -80,14 +80,14 @@ def shop(project: Path) -> Path:
 
 
 def test_own_files_become_a_locked_snapshot(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["data", "--source", "folder", "--from", str(shop.parent / "mine"), "--calendar", "24/5"]) == 0
+    assert main(["data", "--source", "folder", "--from", str(shop.parent / "mine"), "--calendar", "24/5", "--stamp", "close"]) == 0
     said = capsys.readouterr().out
     assert "daily: 750 bars of 3 symbols" in said
     assert "quality:" in said
     assert read_snapshot(shop / "data").store("daily").panel().symbols == ("S000", "S001", "S002")
     assert read_yaml(shop / "data.dvc")["outs"][0]["md5"].endswith(".dir")
     before = md5s(shop / "data")
-    assert main(["data", "--source", "folder", "--from", str(shop.parent / "mine"), "--calendar", "24/5"]) == 0
+    assert main(["data", "--source", "folder", "--from", str(shop.parent / "mine"), "--calendar", "24/5", "--stamp", "close"]) == 0
     assert md5s(shop / "data") == before
 
 
@@ -97,7 +97,7 @@ def test_own_files_become_a_locked_snapshot(shop: Path, capsys: pytest.CaptureFi
     (["--source", "stooq", "--symbols", "SPY"], "add START="),
     (["--source", "folder", "--from", "MINE", "--policy", "jumps=fail"], "unknown rule `jumps`"),
     (["--source", "folder", "--from", "MINE", "--policy", "jump"], "rule `jump`"),
-    (["--source", "folder", "--from", "MINE", "--policy", "gaps=fail", "--calendar", "24/7"], "rule `gaps`"),
+    (["--source", "folder", "--from", "MINE", "--policy", "gaps=fail", "--calendar", "24/7", "--stamp", "close"], "rule `gaps`"),
 ])  # fmt: skip
 def test_what_cannot_be_done_is_said_and_nothing_is_lost(shop: Path, capsys: pytest.CaptureFixture[str], options: list[str], says: str) -> None:
     (shop / "data").mkdir()
@@ -194,7 +194,7 @@ def test_an_interrupted_download_goes_on_where_it_was(shop: Path, service: Repla
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert not (shop / "data").exists()
-    come = len(list((shop / ".cache" / "stooq" / "1d").glob("*.json")))
+    come = len(list((shop / ".cache" / "stooq-XNYS" / "1d").glob("*.json")))
     assert come >= 6
     before = len(service.asked)
     again = start(shop, service, "2024-03-12")
@@ -208,7 +208,7 @@ def test_a_policy_holds_for_the_stages_too(shop: Path) -> None:
     still = to_frame(random_walk(3, 250, seed=1, ragged=False))
     still.loc[still["symbol"] == "S001", ["open", "high", "low", "close"]] = 10.0
     write_parquet(still, shop.parent / "mine" / "prices.parquet")
-    asked = ["data", "--source", "folder", "--from", str(shop.parent / "mine"), "--calendar", "24/5"]
+    asked = ["data", "--source", "folder", "--from", str(shop.parent / "mine"), "--calendar", "24/5", "--stamp", "close"]
     assert main([*asked, "--policy", "dead=flag"]) == 0
     market = read_snapshot(shop / "data")
     frame = to_frame(market.store("daily").panel())

@@ -159,9 +159,9 @@ def policies_of(
 
 def strict(
     given: Mapping[str, str],  # rule -> policy, as bars were examined with
-) -> dict[str, str]:           # rule -> policy, of the rules that drop
+) -> dict[str, str]:           # rule -> policy, of all rules
     """The same policies with `fail` in place of `drop`: for bars that have been through the rules, and that nobody should have touched since."""
-    return {name: "fail" for name, policy in policies_of(given).items() if policy == "drop"}
+    return {name: "fail" if policy == "drop" else policy for name, policy in policies_of(given).items()}
 
 def _stop(found: Rule, bars: Bars, count: NDArray[np.int64], where: str) -> DataError:
     "The error of a rule whose policy is to fail."

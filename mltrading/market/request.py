@@ -162,7 +162,7 @@ def from_network(
     symbols = list(dict.fromkeys(request.symbols)) or ever(str(request.universe), request.start, last)
     series = [(MACRO_SOURCES[name](), s) for name, rest in _asked(request.macro, MACRO_SOURCES, "macro") for s in dict.fromkeys(w.strip() for w in rest.split(",") if w.strip())]
     topics = [(TEXT_SOURCES[name](), rest) for name, rest in _asked(request.news, TEXT_SOURCES, "news")]
-    held = Cache(cache / quote(f"{request.source} {source.calendar}", safe="") / request.frequency)
+    held = Cache(cache / quote(f"{request.source}-{source.calendar}", safe="") / request.frequency)
     report = gather(source, symbols, request.start, last, request.frequency, held, now)
     missing = {str(s): str(why) for s, why in report.loc[report["status"] == "missing", ["symbol", "why"]].itertuples(index=False)}
     caution = f"{len(missing)} of {len(report)} symbols are missing. Where these failed, or were bought, the others look better than anybody could have chosen them." if missing else ""
