@@ -37,9 +37,12 @@ setup: $(READY) ## create .venv with the exact versions of constraints.txt (the 
 repro: $(READY) ## from the locked prices to reports/index.html; runs only what changed
 	@$(BIN)/mltrading repro
 
+DATA_OPTIONS := FROM SYMBOLS UNIVERSE START END FREQUENCY CALENDAR STAMP MANIFEST MACRO NEWS POLICY
+
 .PHONY: data
-data: $(READY) ## make a snapshot: SOURCE= FROM= SYMBOLS= UNIVERSE= START= END= FREQUENCY= MACRO= NEWS= POLICY= (see nbs/market)
-	@$(BIN)/mltrading data --source $(or $(SOURCE),embedded) $(foreach o,FROM SYMBOLS UNIVERSE START END FREQUENCY CALENDAR STAMP MANIFEST MACRO NEWS POLICY,$(if $($(o)),--$(shell echo $(o) | tr A-Z a-z) '$($(o))'))
+data: $(READY) ## make a snapshot: SOURCE= FROM= SYMBOLS= UNIVERSE= START= END= … (see nbs/market/90_own_data.ipynb)
+	@$(foreach v,$(filter-out SOURCE=% $(DATA_OPTIONS:%=%=%) PYTHON=%,$(MAKEOVERRIDES)),$(if $(findstring =,$(v)),echo "make data: unknown option $(v); there are: SOURCE $(DATA_OPTIONS)" >&2; exit 1;))
+	@$(BIN)/mltrading data --source $(or $(SOURCE),embedded) $(foreach o,$(DATA_OPTIONS),$(if $($(o)),--$(shell echo $(o) | tr A-Z a-z) '$($(o))'))
 
 .PHONY: audit
 audit: $(READY) ## prove for every feature that it does not look ahead

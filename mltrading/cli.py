@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .core.errors import MLTradingError
+from .core.errors import MLTradingError, ParameterError
 from .core.params import root
 
 if TYPE_CHECKING:
@@ -47,14 +47,17 @@ def _request(given: argparse.Namespace) -> DataRequest:
     def words(text: str | None) -> list[str]:
         return [w.strip() for w in (text or "").split(",") if w.strip()]
 
-    policies = dict(w.split("=", 1) if "=" in w else (w, "") for w in words(given.policy))
+    for word in words(given.policy):
+        if "=" not in word:
+            raise ParameterError("make data", f"POLICY={word} does not say what to do", f"write POLICY={word}=drop, or fail, or flag")
+    policies = dict(word.split("=", 1) for word in words(given.policy))
     asked = {"source": given.source, "path": given.path, "manifest": given.manifest, "stamp": given.stamp, "calendar": given.calendar, "symbols": words(given.symbols),
              "universe": given.universe, "start": given.start, "end": given.end, "frequency": given.frequency, "macro": given.macro, "news": given.news, "policies": policies}
     return block(DataRequest, {k: v for k, v in asked.items() if v}, "make data", "correct it on the command line")
 
 def _data(given: argparse.Namespace) -> None:
     from mltrading.core.pipeline import dvc
-    from mltrading.market.request import answer, closing, complete
+    from mltrading.market.request import answer, closing, complete, story
     from mltrading.market.snapshot import read_snapshot, write_snapshot
 
     request = _request(given)
@@ -65,11 +68,7 @@ def _data(given: argparse.Namespace) -> None:
     dvc("add", "--quiet", "data", fix="data/ is complete; run `dvc add data` again to lock it")
     if request.source == "embedded":
         dvc("push", "--quiet", "data", fix="data/ is locked; run `dvc push data` again to put it into the remote")
-    for name, facts in manifest["sets"].items():
-        print(f"{name}: {facts['rows']:,} bars of {len(facts['symbols'])} symbols, {facts['frequency']}, {str(facts['first'])[:10]} to {str(facts['last'])[:10]}")
-    said = read_snapshot(root() / "data").table("findings")
-    counts = said.groupby("severity")["bars"].sum()
-    print(f"quality: {', '.join(f'{n:,} bars with an {k}' if k == 'error' else f'{n:,} with a {k}' for k, n in counts.items()) or 'nothing found'}; reports/data.html shows which, after `make repro`")
+    print(story(manifest, read_snapshot(root() / "data").table("findings")))
     print(f"in {root() / 'data'}, locked in data.dvc")
 
 # %% ../nbs/90_cli.ipynb #6f33fced

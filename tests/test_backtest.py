@@ -21,9 +21,11 @@ from mltrading.backtest.engine import (
     simulate,
     sweep,
 )
-from mltrading.core.errors import DataError
+from mltrading.core.errors import DataError, ParameterError
 from mltrading.market.panel import Panel, from_frame, until
+from mltrading.market.simulate import random_walk
 from mltrading.portfolio.policy import Policy, PolicyParams
+from mltrading.systems.trade import check_bars_per_year
 
 FREE = CostParams(commission_bps=0, half_spread_bps=0, impact_coefficient=0, adv_bars=3, adv_floor_value=1e4, adv_assumed_value=1e7, vol_floor_daily=0.01,
                   borrow_bps_annual=0, fill="open")
@@ -331,3 +333,10 @@ def test_bad_targets(change, message: str) -> None:
     panel = market(0)
     with pytest.raises(DataError, match=message):
         simulate(panel, change(wishes(panel, 1, 1.0)), DEAR, PARAMS)
+
+
+def test_bars_per_year_have_to_fit_the_panel() -> None:
+    panel = random_walk(3, 500, seed=1)
+    check_bars_per_year(panel, 252.0)
+    with pytest.raises(ParameterError, match="says 19,656, and the panel has about 26"):
+        check_bars_per_year(panel, 19_656.0)

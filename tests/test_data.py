@@ -96,7 +96,8 @@ def test_own_files_become_a_locked_snapshot(shop: Path, capsys: pytest.CaptureFi
     (["--source", "stooq", "--symbols", "SPY", "--start", "tomorrow"], "make data.start: 'tomorrow' is not allowed"),
     (["--source", "stooq", "--symbols", "SPY"], "add START="),
     (["--source", "folder", "--from", "MINE", "--policy", "jumps=fail"], "unknown rule `jumps`"),
-    (["--source", "folder", "--from", "MINE", "--policy", "jump"], "rule `jump`"),
+    (["--source", "folder", "--from", "MINE", "--policy", "jump"], "write POLICY=jump=drop"),
+    (["--source", "folder", "--from", "MINE", "--manifest", "nowhere.json"], "look at the path after MANIFEST="),
     (["--source", "folder", "--from", "MINE", "--policy", "gaps=fail", "--calendar", "24/7", "--stamp", "close"], "rule `gaps`"),
 ])  # fmt: skip
 def test_what_cannot_be_done_is_said_and_nothing_is_lost(shop: Path, capsys: pytest.CaptureFixture[str], options: list[str], says: str) -> None:
@@ -237,3 +238,12 @@ def test_a_macro_request(shop: Path, service: Replay, capsys: pytest.CaptureFixt
     assert done == (1 if says else 0)
     assert says in capsys.readouterr().err
     assert asked == ([] if says else ["CPI"])
+
+
+def test_a_bar_that_has_not_happened_is_refused(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    frame = to_frame(random_walk(1, 250, seed=1, ragged=False))
+    frame.loc[frame.index[-1], "timestamp"] = pd.Timestamp.now(tz="UTC").normalize() + pd.Timedelta(days=400)
+    write_parquet(frame, shop.parent / "mine" / "prices.parquet")
+    assert main(["data", "--source", "folder", "--from", str(shop.parent / "mine"), "--calendar", "24/7", "--stamp", "close"]) == 1
+    assert "a bar that has not happened yet" in capsys.readouterr().err
+    assert not (shop / "data").exists()

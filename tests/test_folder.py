@@ -504,3 +504,31 @@ def test_a_day_of_a_market_without_sessions_has_to_be_told(tmp_path: Path, clock
         read_folder(tmp_path)
     close, start = (read_folder(tmp_path, stamp=end).sets[0].bars["timestamp"] for end in ("close", "start"))
     assert (start - close).unique().tolist() == [pd.Timedelta(days=1)]
+
+
+def test_all_tables_are_looked_at_before_anything_is_refused(tmp_path: Path) -> None:
+    stamps = pd.date_range("2020-01-01 16:00", periods=60, tz="UTC")
+    for name in ("one", "two", "three"):
+        pd.DataFrame({"timestamp": stamps, "symbol": name, "close": [100.0 + i % 7 for i in range(60)]}).to_parquet(tmp_path / f"{name}.parquet")
+    with pytest.raises(DataError) as caught:
+        read_folder(tmp_path, tables={"three": {"stamp": "close"}})
+    assert "2 of 3 tables" in str(caught.value)
+    assert "table `one`" in str(caught.value)
+    assert "table `two`" in str(caught.value)
+    assert '{"tables": {"NAME"' in str(caught.value)
+    assert len(read_folder(tmp_path, stamp="close").sets) == 3
+
+
+def test_a_shifted_week_is_no_market_without_sessions(tmp_path: Path) -> None:
+    """Tuesday to Saturday: every date is a day late."""
+    days = pd.bdate_range("2020-01-01", periods=300) + pd.Timedelta(days=1)
+    pd.DataFrame({"Date": days.strftime("%Y-%m-%d"), "Close": [100.0 + i % 7 for i in range(300)]}).to_csv(tmp_path / "AAA.csv", index=False)
+    with pytest.raises(DataError, match="follow no calendar that can be guessed"):
+        read_folder(tmp_path)
+
+
+@pytest.mark.parametrize(("path", "says"), [("nowhere", "no such folder"), ("AAA.csv", "is a file")])
+def test_a_path_that_is_no_folder(tmp_path: Path, path: str, says: str) -> None:
+    (tmp_path / "AAA.csv").write_text("Date,Close\n2020-01-02,1\n")
+    with pytest.raises(DataError, match=says):
+        read_folder(tmp_path / path)

@@ -24,7 +24,7 @@ import pytest
 import replay
 from replay import PRICES, SESSIONS, Market, Replay
 
-from mltrading.market.http import SourceError
+from mltrading.market.http import SourceError, unreachable
 from mltrading.market.prices import PRICE_SOURCES
 from mltrading.market.source import Source, check_bars_of
 
@@ -437,3 +437,12 @@ def test_a_key_among_the_data_is_not_shown(name: str, reply: Any, serve: Callabl
     server.fail_always(replay.body(reply))
     shown = "".join(traceback.format_exception(failure(lambda: source.bars(REPLAYED[name], *SPRING, "1d"))))
     assert not [part for i in range(len(SECRET) - 7) if (part := SECRET[i : i + 8]) in shown]
+
+
+@pytest.mark.parametrize("words", ["[Errno -2] Name or service not known", "Could not resolve host: query2.example", "Temporary failure in name resolution", "getaddrinfo failed"])
+def test_without_a_network_nothing_is_asked_twice(words: str) -> None:
+    outcome = unreachable(OSError(words))
+    assert outcome.kind == "down"
+    assert not outcome.again
+    assert "network" in outcome.what
+    assert unreachable(OSError("connection reset")).again

@@ -143,7 +143,8 @@ def guess_calendar(
     if not len(days):
         return None
     weekend = np.asarray(days.dayofweek >= 5)
-    if weekend.mean() > 0.2 and np.median(np.diff(days)) == STEP["1d"]:
+    every_day = np.bincount(days.dayofweek, minlength=7).min() > 0.1 * len(days)  # a week of five days that is shifted leaves two empty
+    if every_day and np.median(np.diff(days)) == STEP["1d"]:
         return "24/7"
     if np.mean(close_of(days, "XNYS").notna()) >= 0.99:
         return "XNYS"

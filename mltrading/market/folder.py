@@ -173,7 +173,7 @@ def _stamped(bars: pd.DataFrame, dates: bool, frequency: str, told: Told, where:
         notes += ["times are starts of bars" + (", told by the sessions" if told.stamp is None else "")] if start else []
     return bars.assign(timestamp=closes), calendar, notes
 
-# %% ../../nbs/market/35_folder.ipynb #aff91143
+# %% ../../nbs/market/35_folder.ipynb #20bd1dfd
 def _prices(bars: pd.DataFrame, told: Told, notes: list[str]) -> tuple[str, list[str]]:
     if told.prices is not None:
         return told.prices, []
@@ -229,10 +229,15 @@ def _macro(path: Path) -> pd.DataFrame:
             return check_macro(raw, str(file))
     return empty_macro()
 
+_PER_TABLE = 'say it per table, in manifest.json in the folder or in a file that MANIFEST= names: {"tables": {"NAME": {"stamp": "start", "calendar": "24/7"}}}'
+
 def _manifest(path: Path, tables: Mapping[str, Any] | str | Path | None) -> tuple[Any, dict[str, dict[str, str]], str]:
     "What is said of tables and of symbols, and where."
     file = Path(tables) if isinstance(tables, str | Path) else path / "manifest.json"
-    said = read_json(file) if file.exists() or isinstance(tables, str | Path) else {}
+    try:
+        said = read_json(file) if file.exists() or isinstance(tables, str | Path) else {}
+    except DataError as error:
+        raise DataError(error.where, error.what, "look at the path after MANIFEST=" if not file.exists() else "correct the file; it says what the tables and symbols are") from None
     symbols = said.get("symbols", {}) if isinstance(said, dict) else None
     if not isinstance(symbols, dict) or not all(isinstance(v, dict) for v in symbols.values()):
         raise DataError(str(file), "is not a manifest", 'write {"symbols": {"SPY": {"name": "SPDR S&P 500", "class": "etf", "role": "benchmark"}}}, or remove the file')
@@ -243,6 +248,8 @@ def _gather(path: Path, told: dict[str, Told]) -> dict[str, tuple[Told, list[Bar
     files = sorted(p for p in path.iterdir() if p.name.endswith((".parquet", ".csv", ".csv.gz")) and not p.name.startswith((".", "macro.", "news."))) if path.is_dir() else []
     if idle := [p.name for p in path.glob("*.*") if p.name in ("news.csv", "news.csv.gz", "macro.csv.gz")]:
         raise DataError(str(path / idle[0]), "is a form that is not read here", "bring macro.parquet, macro.csv or news.parquet")
+    if not path.is_dir():
+        raise DataError(str(path), "is a file" if path.exists() else "no such folder", "name the folder that holds the files")
     if not files:
         raise DataError(str(path), "no Parquet or CSV files of bars", "name a folder that holds timestamp, symbol, close and, where known, open, high, low, volume")
     found: dict[str, tuple[Told, list[BarFile], str]] = {}
@@ -304,7 +311,16 @@ def read_folder(
     policies_of(policies)
     entries, symbols, where = _manifest(path, tables)
     gathered = _gather(path, _told(entries, where, stamp, calendar))
-    read = {name: _set(name, told, files, frequency, f"{path}, table `{name}`", policies) for name, (told, files, frequency) in sorted(gathered.items())}
+    read, refused = {}, []
+    for name, (told, files, frequency) in sorted(gathered.items()):
+        try:
+            read[name] = _set(name, told, files, frequency, f"{path}, table `{name}`", policies)
+        except DataError as error:
+            refused.append(error)
+    if len(refused) == 1:
+        raise refused[0]
+    if refused:
+        raise DataError(str(path), f"{len(refused)} of {len(gathered)} tables cannot be read:\n" + "\n".join(f"  {e.where}: {e.what}\n    → {e.fix}" for e in refused), _PER_TABLE)
     sets = [whole for whole, _, _ in read.values()]
     known = sorted(set().union(*(s.bars["symbol"].unique() for s in sets)))
     facts = {s: {"name": s, "class": "unknown", "role": "traded"} | symbols.get(s, {}) for s in known}

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     import httpx
 
 # %% auto #0
-__all__ = ['Kind', 'redact', 'without_tags', 'first_words', 'SourceError', 'secret', 'Outcome', 'retry_after', 'judge', 'Pace',
-           'persist', 'Client']
+__all__ = ['Kind', 'redact', 'without_tags', 'first_words', 'SourceError', 'secret', 'Outcome', 'retry_after', 'judge',
+           'unreachable', 'Pace', 'persist', 'Client']
 
 # %% ../../nbs/market/40_http.ipynb #e269bded
 _SECRETS: set[str] = set()  # all that were read
@@ -171,6 +171,13 @@ def judge(
     return Outcome(text=text)
 
 # %% ../../nbs/market/40_http.ipynb #c07f9f06
+def unreachable(error: Exception) -> Outcome:
+    """What a failed connection means. Without a network no name is found, and asking again does not help."""
+    words = first_words(error)
+    if any(sign in words.lower() for sign in ("resolve host", "name resolution", "name or service", "nodename", "getaddrinfo")):
+        return Outcome(kind="down", what="its name is not found: there is no network here, or no way to it")
+    return Outcome(kind="down", what=f"{type(error).__name__}: {words}", again=True)
+
 _PATIENCE = 10  # a whole reply may take this many times `timeout_s`
 
 def _attempt(
@@ -198,7 +205,7 @@ def _attempt(
     except httpx.TimeoutException:
         return Outcome(kind="down", what=f"silent for {silence_s:g} s", again=True)
     except httpx.TransportError as error:
-        return Outcome(kind="down", what=f"{type(error).__name__}: {first_words(clean(str(error)))}", again=True)
+        return unreachable(error)
     except httpx.DecodingError:
         return Outcome(kind="reply", what="a reply that cannot be decompressed")
     except (httpx.InvalidURL, UnicodeError):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping
 from datetime import UTC, date, datetime, timedelta
@@ -29,6 +30,7 @@ from mltrading.market.http import (
     persist,
     retry_after,
     secret,
+    unreachable,
 )
 from .panel import PRICES
 from mltrading.market.source import (
@@ -294,6 +296,7 @@ class Yahoo:
         from yfinance.data import YfData
         from yfinance.exceptions import YFRateLimitError
 
+        logging.getLogger("yfinance").setLevel(logging.CRITICAL)  # what goes wrong is told once, by this class
         self._pace.wait()
         try:
             reply = YfData(session=self._session).get(f"https://query2.finance.yahoo.com/v8/finance/chart/{quote(_share_class(symbol), safe='')}", params=params, timeout=self._timeout_s)
@@ -301,7 +304,7 @@ class Yahoo:
         except YFRateLimitError:
             return Outcome(kind="limit", what="asked too often", again=True)
         except RequestException as error:
-            return Outcome(kind="down", what=f"{type(error).__name__}: {first_words(error)}", again=True)
+            return unreachable(error)
         except Exception as error:  # the library reads consent pages that nobody has promised the form of
             return Outcome(kind="reply", what=f"the library stumbled: {type(error).__name__}: {first_words(error)}")
 
@@ -382,6 +385,8 @@ def _try(exchange: Any, ask: Callable[[], list[Any]], candles: list[Any]) -> Out
         return _understood(exchange, candles)
     except ccxt.BaseError as error:
         kind = next(kind for types, kind in _kinds(ccxt) if isinstance(error, types))
+        if kind == "down":
+            return unreachable(error)
         after_s = retry_after(exchange.last_response_headers or {}) if kind == "limit" else 0.0
         return Outcome(kind=kind, what=f"{type(error).__name__}: {first_words(error)}", again=kind in ("limit", "down"), after_s=after_s)
     except Exception as error:  # a reply that the library does not expect ends in whatever its parsing comes upon

@@ -34,7 +34,7 @@ from .universe import UNIVERSES, empty_members, ever, members
 
 # %% auto #0
 __all__ = ['NETWORK_ONLY', 'FOLDER_ONLY', 'DataRequest', 'Answer', 'check_data_request', 'from_embedded', 'from_folder',
-           'from_network', 'answer', 'complete', 'closing']
+           'from_network', 'answer', 'complete', 'story', 'closing']
 
 # %% ../../nbs/market/66_request.ipynb #e441f472
 class DataRequest(BaseModel):
@@ -103,7 +103,11 @@ def from_folder(
 ) -> Snapshot:
     """A snapshot of your own files. Raises `DataError` as `read_folder` does."""
     assert request.path is not None
+    now = pd.Timestamp.now(tz="UTC")
     found = read_folder(request.path, request.stamp, request.calendar, request.policies, request.manifest)
+    for s in found.sets:
+        if (last := s.bars["timestamp"].max()) > now:
+            raise DataError(f"{request.path}, table `{s.name}`, {s.bars['symbol'].iloc[int(s.bars['timestamp'].argmax())]} at {last}", "a bar that has not happened yet", "correct the date, or say STAMP=close if the times are closes already")
     said = {s.name: [t[t["table"] == s.name].drop(columns="table").reset_index(drop=True) for t in (found.findings, found.removed)] for s in found.sets}
     files = {p.name: {"sha256": hashlib.sha256(p.read_bytes()).hexdigest()} for p in sorted(request.path.iterdir()) if p.is_file()}
     return Snapshot({s.name: [Part(s, *said[s.name])] for s in found.sets}, {"source": "folder", "policies": request.policies, "files": files, "symbols": found.facts}, macro=found.macro, news=found.news)
@@ -202,7 +206,23 @@ def complete(
         raise DataError(f"{failed.sum()} of {len(failed)} symbols, {first['symbol']} the first", first["why"], "run the same command again: what came is kept, and only the rest is asked for")
     return found.snapshot
 
-# %% ../../nbs/market/66_request.ipynb #2daae3e5
+# %% ../../nbs/market/66_request.ipynb #482c1629
+def story(
+    manifest: dict[str, Any],
+    findings: pd.DataFrame,    # of the snapshot
+) -> str:
+    """What was made, what was assumed about it, and what the quality rules say, in some lines."""
+    lines = []
+    for name, facts in manifest["sets"].items():
+        lines.append(f"{name}: {facts['rows']:,} bars of {len(facts['symbols'])} symbols, {facts['frequency']}, {str(facts['first'])[:10]} to {str(facts['last'])[:10]}")
+        lines += [f"  {note}" for note in facts["notes"]] if manifest["source"] != "embedded" else []
+    removed = findings[findings["done"] == "dropped"]
+    for label, part in (("removed", removed), *((f"{k}s", findings[(findings["severity"] == k) & (findings["done"] != "dropped")]) for k in ("error", "warning", "note"))):
+        by_rule = part.groupby("rule")["bars"].sum().sort_values(ascending=False)
+        if len(by_rule):
+            lines.append(f"quality, {label}: " + ", ".join(f"{rule} {n:,}" for rule, n in by_rule.head(6).items()) + (" …" if len(by_rule) > 6 else "") + f"; most in {part.groupby('symbol')['bars'].sum().idxmax()}")
+    return "\n".join([*lines, "reports/data.html shows all of it after `make repro`; removed rows stand in data/removed.parquet"])
+
 def closing(
     report: pd.DataFrame,  # see `fetch.gather`
     most: int = 40,        # lines
@@ -210,5 +230,5 @@ def closing(
     """The table that stands at the end of a download."""
     counts = ", ".join(f"{n} {status}" for status, n in report["status"].value_counts().items())
     shown = report if len(report) <= most else report[report["status"].isin(["missing", "failed", "restated", "silent"])].head(most)
-    lines = shown.drop(columns="retrieved").assign(first=shown["first"].dt.date, last=shown["last"].dt.date).astype(object).fillna("").to_string(index=False) if len(shown) else ""
-    return f"{lines}\n{len(report)} symbols: {counts}".strip()
+    lines = shown.drop(columns="retrieved").assign(first=shown["first"].dt.date, last=shown["last"].dt.date).astype(object).fillna("").assign(why=shown["why"].str.slice(0, 90)).to_string(index=False) if len(shown) else ""
+    return f"{lines}\nof {len(report)} symbols: {counts}".strip()

@@ -51,6 +51,8 @@ def _symbols(market: Market, sets: list[str], params: PanelParams) -> dict[str, 
     known = [s for symbols in holds.values() for s in symbols]
     told = market.manifest["symbols"]
     asked = [s for s in known if told[s]["role"] != "benchmark"] if params.symbols == "all" else list(params.symbols)
+    if params.benchmark and params.benchmark not in known:
+        raise ParameterError("params.yaml: panel.benchmark", f"`{params.benchmark}` is not in the snapshot", "name one of its symbols, or null; the same for features.benchmark")
     asked += [params.benchmark] if params.benchmark else []
     for s in asked:
         if s not in known:

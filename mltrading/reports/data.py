@@ -17,7 +17,7 @@ from ..market.snapshot import Market
 from .tables import Table
 
 # %% auto #0
-__all__ = ['sets_table', 'coverage', 'plot_coverage', 'findings_table', 'origin_table', 'missing_table']
+__all__ = ['sets_table', 'notes_table', 'coverage', 'plot_coverage', 'findings_table', 'origin_table', 'missing_table']
 
 # %% ../../nbs/reports/35_data.ipynb #e7646d18
 def sets_table(
@@ -25,8 +25,14 @@ def sets_table(
 ) -> Table:
     """The sets of bars: how many, how often, adjusted for what."""
     frame = pd.DataFrame([{"set": name, "bars": int(f["rows"]), "symbols": len(f["symbols"]), "every": f["frequency"], "from": pd.Timestamp(f["first"]), "to": pd.Timestamp(f["last"]), "calendar": f["calendar"],
-                           "adjusted for": {"raw": "nothing", "splits": "splits", "total": "splits and dividends"}[f["prices"]], "to know": "; ".join(f["notes"])} for name, f in manifest["sets"].items()])
+                           "adjusted for": {"raw": "nothing", "splits": "splits", "total": "splits and dividends"}[f["prices"]]} for name, f in manifest["sets"].items()])
     return Table(frame, {"bars": "integer", "symbols": "integer", "from": "date", "to": "date"}, "Sets of bars", "Each is stamped with the close of its bars, in UTC.")
+
+def notes_table(
+    manifest: dict[str, Any],  # of a snapshot
+) -> Table:
+    """What was assumed or is to be known about each set."""
+    return Table(pd.DataFrame([{"set": name, "to know": "; ".join(f["notes"])} for name, f in manifest["sets"].items()]), {}, "To know about them")
 
 # %% ../../nbs/reports/35_data.ipynb #b394599d
 def coverage(

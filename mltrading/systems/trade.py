@@ -23,8 +23,8 @@ from ..validation.metrics import performance
 from ..validation.trials import record, trial
 
 # %% auto #0
-__all__ = ['HOLD', 'INDEX', 'trade', 'check_fill', 'without_model', 'returns_table', 'sensitivity', 'record_trials', 'outcome',
-           'traded']
+__all__ = ['HOLD', 'INDEX', 'trade', 'check_fill', 'check_bars_per_year', 'without_model', 'returns_table', 'sensitivity',
+           'record_trials', 'outcome', 'traded']
 
 # %% ../../nbs/systems/15_trade.ipynb #31de8de9
 def trade(
@@ -48,6 +48,16 @@ def check_fill(
     """A label starts at the price at which a decision is filled. Raises `ParameterError` where the two differ."""
     if learned != traded:
         raise ParameterError("params.yaml: labels.fill, costs.fill", f"labels start at the {learned}, orders fill at the {traded}", "give both the same value")
+
+def check_bars_per_year(
+    panel: Panel,
+    stated: float,   # `policy.bars_per_year`
+) -> None:
+    """A volatility per year is scaled by the bars of a year. Raises `ParameterError` where the panel has more than twice as many as stated, or less than half."""
+    years = (panel.times[-1] - panel.times[0]) / np.timedelta64(1, "D") / 365.25
+    found = (len(panel) - 1) / years if years > 0 else stated
+    if not stated / 2 <= found <= stated * 2:
+        raise ParameterError("params.yaml: policy.bars_per_year", f"says {stated:,.0f}, and the panel has about {found:,.0f} bars a year", "set it to that, and look at every other number that counts bars: windows, horizons, warm-ups")
 
 HOLD, INDEX = "buy_and_hold", "index"
 
