@@ -134,7 +134,7 @@ def test_replay_is_simulate(seed: int, delay: int, every: int, start: str) -> No
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 10**6), cut=st.integers(16, 58), delay=st.integers(0, 2))
 def test_what_comes_later_changes_nothing(seed: int, cut: int, delay: int) -> None:
-    panel, params, policy = market(seed), PARAMS.model_copy(update={"delay_bars": delay}), Policy(POLICY)
+    panel, params, policy = market(seed), PARAMS.model_copy(update={"delay_bars": delay, "max_gross": 20}), Policy(POLICY)  # prices jump at the cut
     forecasts = opinions(panel, seed)
     rng, late = np.random.default_rng(seed), np.arange(len(panel)) > cut
     order = np.concatenate([np.arange(cut + 1), cut + 1 + rng.permutation(len(panel) - cut - 1)])
