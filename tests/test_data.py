@@ -83,7 +83,7 @@ def test_own_files_become_a_locked_snapshot(shop: Path, capsys: pytest.CaptureFi
     assert main(["data", "--source", "folder", "--from", str(shop.parent / "mine"), "--calendar", "24/5", "--stamp", "close"]) == 0
     said = capsys.readouterr().out
     assert "daily: 750 bars of 3 symbols" in said
-    assert "quality, notes: " in said
+    assert "quality: the rules found nothing" in said
     assert read_snapshot(shop / "data").store("daily").panel().symbols == ("S000", "S001", "S002")
     assert read_yaml(shop / "data.dvc")["outs"][0]["md5"].endswith(".dir")
     before = md5s(shop / "data")

@@ -216,6 +216,8 @@ def story(
     for name, facts in manifest["sets"].items():
         lines.append(f"{name}: {facts['rows']:,} bars of {len(facts['symbols'])} symbols, {facts['frequency']}, {str(facts['first'])[:10]} to {str(facts['last'])[:10]}")
         lines += [f"  {note}" for note in facts["notes"]] if manifest["source"] != "embedded" else []
+    if findings.empty:
+        lines.append("quality: the rules found nothing")
     removed = findings[findings["done"] == "dropped"]
     for label, part in (("removed", removed), *((f"{k}s", findings[(findings["severity"] == k) & (findings["done"] != "dropped")]) for k in ("error", "warning", "note"))):
         by_rule = part.groupby("rule")["bars"].sum().sort_values(ascending=False)
