@@ -11,7 +11,7 @@ import pytest
 from mltrading.core.errors import DataError, ParameterError
 from mltrading.market.calendar import expected, sessions
 from mltrading.market.panel import from_frame, to_frame
-from mltrading.market.quality import examine, findings
+from mltrading.market.quality import examine
 from mltrading.market.rules import RULES
 from mltrading.market.simulate import random_walk
 
@@ -130,7 +130,7 @@ def test_clean_markets_pass_unchanged(seed: int) -> None:
     pd.testing.assert_frame_equal(report.bars, frame)
     assert report.findings.empty
     assert report.removed.empty
-    assert findings(random_walk(4, 500, seed=seed, ragged=False)).empty
+    assert examine(to_frame(random_walk(4, 500, seed=seed, ragged=False)), "irregular", None).findings.empty
 
 
 def test_clean_minutes_pass_unchanged() -> None:

@@ -136,6 +136,7 @@ def _day_closes(stamps: pd.Series, dates: bool, calendar: str, told: Told, where
             return stamps
     return days.map(close)
 
+# %% ../../nbs/market/35_folder.ipynb #7456e88b
 def _calendar(stamps: pd.Series, told: Told, where: str) -> tuple[str, list[str]]:
     if told.calendar is not None:
         return told.calendar, []
@@ -231,6 +232,7 @@ def _macro(path: Path) -> pd.DataFrame:
 
 _PER_TABLE = 'say it per table, in manifest.json in the folder or in a file that MANIFEST= names: {"tables": {"NAME": {"stamp": "start", "calendar": "24/7"}}}'
 
+# %% ../../nbs/market/35_folder.ipynb #afa26e40
 def _manifest(path: Path, tables: Mapping[str, Any] | str | Path | None) -> tuple[Any, dict[str, dict[str, str]], str]:
     "What is said of tables and of symbols, and where."
     file = Path(tables) if isinstance(tables, str | Path) else path / "manifest.json"
@@ -243,6 +245,7 @@ def _manifest(path: Path, tables: Mapping[str, Any] | str | Path | None) -> tupl
         raise DataError(str(file), "is not a manifest", 'write {"symbols": {"SPY": {"name": "SPDR S&P 500", "class": "etf", "role": "benchmark"}}}, or remove the file')
     return (tables, symbols, "tables") if isinstance(tables, Mapping) else (said.get("tables", {}), symbols, str(file))
 
+# %% ../../nbs/market/35_folder.ipynb #d41e6557
 def _gather(path: Path, told: dict[str, Told]) -> dict[str, tuple[Told, list[BarFile], str]]:
     "Name of a set -> what is said of it, its files, and its frequency."
     files = sorted(p for p in path.iterdir() if p.name.endswith((".parquet", ".csv", ".csv.gz")) and not p.name.startswith((".", "macro.", "news."))) if path.is_dir() else []

@@ -55,6 +55,7 @@ def _share_class(symbol: str) -> str:
     "A share class as Stooq and Yahoo write it: BRK-B, where others write BRK.B."
     return re.sub(r"\.([A-C])$", r"-\1", symbol)
 
+# %% ../../nbs/market/46_prices.ipynb #41011876
 class Stooq:
     """Daily bars from Stooq, adjusted for splits and dividends. Source: https://stooq.com/db/"""
 

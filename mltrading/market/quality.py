@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from ..core.errors import DataError, ParameterError, unknown
 from .calendar import STEP
-from .panel import FIELDS, TIME, Panel, to_frame
+from .panel import FIELDS, TIME, Panel
 from .rules import RULES, SEVERITIES, Bars, Rule
 
 # %% auto #0
-__all__ = ['FINDING', 'check_schema', 'lines', 'table', 'Examined', 'policies_of', 'strict', 'examine', 'findings', 'summary']
+__all__ = ['FINDING', 'check_schema', 'lines', 'table', 'Examined', 'policies_of', 'strict', 'examine', 'summary']
 
 # %% ../../nbs/market/10_quality.ipynb #45f38434
 @cache
@@ -144,6 +144,7 @@ class Examined:
     findings: pd.DataFrame  # one line per rule and symbol
     removed: pd.DataFrame   # every dropped row as it was, and the `rule` that dropped it
 
+# %% ../../nbs/market/10_quality.ipynb #733d45c9
 def policies_of(
     given: Mapping[str, str],  # rule -> policy, for rules that shall not be treated as usual
 ) -> dict[str, str]:           # rule -> policy, of all rules
@@ -163,6 +164,7 @@ def strict(
     """The same policies with `fail` in place of `drop`: for bars that have been through the rules, and that nobody should have touched since."""
     return {name: "fail" if policy == "drop" else policy for name, policy in policies_of(given).items()}
 
+# %% ../../nbs/market/10_quality.ipynb #e75a2ba7
 def _stop(found: Rule, bars: Bars, count: NDArray[np.int64], where: str) -> DataError:
     "The error of a rule whose policy is to fail."
     i = int(np.argmax(count > 0))
@@ -204,19 +206,6 @@ def examine(
     rows = laid.rows[np.lexsort((laid.code, laid.times))]
     kept = frame if np.array_equal(rows, np.arange(len(frame))) else frame.iloc[rows].reset_index(drop=True)
     return Examined(kept, table(found), pd.concat(removed, ignore_index=True) if removed else frame.iloc[:0].assign(rule=pd.Series([], dtype=str)))
-
-# %% ../../nbs/market/10_quality.ipynb #44bad724
-def findings(
-    panel: Panel,
-    frequency: str = "irregular",  # a key of STEP; rules about sessions need it
-    calendar: str | None = None,   # likewise
-) -> pd.DataFrame:  # rule, symbol, bars (how often it was hit), share, first (instant), severity, means; errors first, then by share
-    """What the rules find in a panel.
-
-    Known at: the end of the panel. Reads the whole history; not usable as a feature."""
-    laid = _laid_out(to_frame(panel), frequency, calendar)
-    found = [line for r in RULES.values() if _applies(r, laid) for line in lines(r, laid, _hit(r, laid)[0], "flag", "kept")]
-    return table(found).drop(columns=["policy", "done"])
 
 # %% ../../nbs/market/10_quality.ipynb #4097d830
 def summary(

@@ -45,6 +45,23 @@ def _read_part(path: Path) -> Panel:
 # %% ../../nbs/market/02_store.ipynb #7495cfb2
 T = TypeVar("T")
 
+def _whole(path: Path, read: Callable[[], T]) -> T:
+    "What was read, or an error that names the file."
+    try:
+        return read()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(str(path), f"not a complete Parquet file ({str(error).splitlines()[0]})", "fetch it again: `dvc checkout` or `make data`") from error
+
+def _listed(path: Path) -> list[str]:
+    "The symbols that the rows of one file name."
+    def listed() -> list[str]:
+        with pq.ParquetFile(path, read_dictionary=["symbol"]) as file:
+            if "symbol" not in file.schema_arrow.names:
+                raise DataError(f"{path}, column `symbol`", "is missing", "a table of bars needs timestamp, symbol and close")
+            return [str(s) for s in file.read(columns=["symbol"]).column(0).unique().to_pylist()]
+    return _whole(path, listed)
+
+# %% ../../nbs/market/02_store.ipynb #f2267b21
 @dataclass(frozen=True)
 class BarStore:
     """A set of bars on disk."""
@@ -61,26 +78,10 @@ class BarStore:
         """The symbols, ascending. Raises `DataError` where there is nothing."""
         if not self.path.exists():
             raise DataError(str(self.path), "no such file", "run `make repro`, or `make data` for the raw bars")
-        found = [symbol_of(p) for p in self.path.glob("_*.parquet")] if self.parted else self._listed()
+        found = [symbol_of(p) for p in self.path.glob("_*.parquet")] if self.parted else _listed(self.path)
         if not found:
             raise DataError(str(self.path), "holds no bars", "run `make data`")
         return tuple(sorted(found))
-
-    def _listed(self) -> list[str]:
-        "The symbols that the rows of the one file name."
-        def listed() -> list[str]:
-            with pq.ParquetFile(self.path, read_dictionary=["symbol"]) as file:
-                if "symbol" not in file.schema_arrow.names:
-                    raise DataError(f"{self.path}, column `symbol`", "is missing", "a table of bars needs timestamp, symbol and close")
-                return [str(s) for s in file.read(columns=["symbol"]).column(0).unique().to_pylist()]
-        return self._whole(listed)
-
-    def _whole(self, read: Callable[[], T]) -> T:
-        "What was read, or an error that names the file."
-        try:
-            return read()
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(str(self.path), f"not a complete Parquet file ({str(error).splitlines()[0]})", "fetch it again: `dvc checkout` or `make data`") from error
 
     def panel(
         self,
@@ -98,7 +99,7 @@ class BarStore:
         elif symbols is None:
             found = read_panel(self.path)
         else:
-            table = self._whole(lambda: pq.read_table(self.path, filters=[("symbol", "in", wanted)], read_dictionary=["symbol"]))
+            table = _whole(self.path, lambda: pq.read_table(self.path, filters=[("symbol", "in", wanted)], read_dictionary=["symbol"]))
             found = select(from_frame(table.to_pandas(), str(self.path)), wanted)
         first = None if start is None else pd.Timestamp(start) + pd.Timedelta(microseconds=1)
         last = None if end is None else pd.Timestamp(end) + pd.Timedelta(days=1)
