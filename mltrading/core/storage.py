@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ import pyarrow.parquet as pq
 from .errors import DataError
 
 # %% auto #0
-__all__ = ['atomic', 'restore', 'put', 'replacing', 'write_parquet', 'read_parquet', 'plain', 'write_json', 'read_json',
-           'content_id']
+__all__ = ['atomic', 'restore', 'put', 'replacing', 'write_parquet', 'write_parts', 'read_parquet', 'plain', 'write_json',
+           'read_json', 'content_id']
 
 # %% ../../nbs/core/10_storage.ipynb #d41cda11
 @contextmanager
@@ -104,16 +104,37 @@ def replacing(
         shutil.rmtree(new, ignore_errors=True)
 
 # %% ../../nbs/core/10_storage.ipynb #8b8e71d9
+def _arrow(frame: pd.DataFrame) -> pa.Table:
+    "A table without an index, and without notes of who made it."
+    table = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(None)
+    return table.cast(pa.schema([pa.field(f.name, pa.string() if pa.types.is_large_string(f.type) else f.type) for f in table.schema]))
+
 def write_parquet(
     frame: pd.DataFrame,  # its index is dropped: keep what matters in columns
     path: str | Path,     # where to; an existing file is replaced in one step
 ) -> None:
     """Write a table so that equal tables give equal bytes."""
-    table = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(None)
-    fields = [pa.field(f.name, pa.string() if pa.types.is_large_string(f.type) else f.type) for f in table.schema]
     with atomic(path) as part:
-        pq.write_table(table.cast(pa.schema(fields)), part, compression="zstd", compression_level=3, row_group_size=1 << 17,
+        pq.write_table(_arrow(frame), part, compression="zstd", compression_level=3, row_group_size=1 << 17,
                        use_dictionary=True, write_statistics=True, version="2.6", data_page_version="1.0", coerce_timestamps="us")
+
+def write_parts(
+    frames: Iterable[pd.DataFrame],  # parts of one table, in order, with the same columns
+    path: str | Path,                # where to; an existing file is replaced in one step
+) -> None:
+    """Write a table that is larger than memory, part by part. Made for many columns of numbers that hardly repeat: only text is kept as a dictionary.
+
+    Raises `DataError` where there is no part."""
+    writer = None
+    with atomic(path) as part:
+        for table in map(_arrow, frames):
+            if writer is None:
+                words = [f.name for f in table.schema if pa.types.is_string(f.type)]
+                writer = pq.ParquetWriter(part, table.schema, compression="zstd", compression_level=1, use_dictionary=words, write_statistics=words, version="2.6", data_page_version="1.0", coerce_timestamps="us")
+            writer.write_table(table)
+        if writer is None:
+            raise DataError(str(path), "nothing to write", "give at least one part")
+        writer.close()
 
 def read_parquet(
     path: str | Path,
