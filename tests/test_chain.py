@@ -116,6 +116,15 @@ def test_models_fitted_until_t_are_the_same_bytes(twins: tuple[Path, Path]) -> N
     assert content_id(real / "train" / "models") != content_id(shuffled / "train" / "models")
 
 
+def test_features_chosen_until_t_are_the_same(twins: tuple[Path, Path]) -> None:
+    folds = read_parquet(twins[0] / "train" / "folds.parquet")
+    early = folds.loc[folds["test_start"] <= T, "fold"]
+    real, shuffled = (read_parquet(f / "train" / "selection.parquet") for f in twins)
+    assert 0 < len(early) < len(folds)
+    pd.testing.assert_frame_equal(real[real["fold"].isin(early)], shuffled[shuffled["fold"].isin(early)], check_exact=True)
+    assert not real.equals(shuffled)
+
+
 def test_the_same_inputs_give_the_same_bytes(twins: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     real, _ = twins
     before = {stage: content_id(real / stage) for stage in STAGES}

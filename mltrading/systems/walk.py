@@ -18,7 +18,6 @@ from tqdm import tqdm
 from ..core.errors import DataError
 from ..features.redundancy import SelectionParams, select_features, selection_stability
 from ..labels.horizons import weights
-from ..models.forecaster import Model
 from .base import Factory
 from ..validation.metrics import forecast_quality
 from ..validation.splits import Fold
