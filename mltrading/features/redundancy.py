@@ -92,9 +92,11 @@ def _correlate(
     "Correlation of steps over common rows: the same bits in any order of rows, on any processor."
     (there_a, ia), (there_b, ib) = _patterns(a), _patterns(b)
     full = 1 if weight is None else _FULL
-    rows = (1 << 24) // (LEVELS**2 * full)  # whose sums are exact in 32 bits
-    ab, n, sa, saa, sb, sbb = (np.zeros(shape) for shape in ((len(a), len(b)), (len(there_a), len(there_b)), *[(len(a), len(there_b))] * 2, *[(len(there_a), len(b))] * 2))
-    for part in (slice(lo, lo + min(rows, 1 << 13)) for lo in range(0, a.shape[1], min(rows, 1 << 13))):
+    rows = min(1 << 13, (1 << 24) // (LEVELS**2 * full))  # whose sums are exact in 32 bits
+    f, g, u, v = len(a), len(b), len(there_a), len(there_b)
+    ab, n, sa, saa, sb, sbb = (np.zeros(shape) for shape in ((f, g), (u, v), (f, v), (f, v), (u, g), (u, g)))
+    for lo in range(0, a.shape[1], rows):
+        part = slice(lo, lo + rows)
         xa = np.where(a[:, part] == MISSING, 0, a[:, part]).astype(np.float32)
         xb = xa if b is a else np.where(b[:, part] == MISSING, 0, b[:, part]).astype(np.float32)
         na, nb = there_a[:, part].astype(np.float32), there_b[:, part].astype(np.float32)
@@ -219,7 +221,7 @@ def _by_instant(values: NDArray[Any], other: NDArray[Any], least: int) -> NDArra
 def ic(
     block: FeatureBlock,
     returns: NDArray[np.float64],  # (N, T) what followed each instant, NaN where not known
-    least: int = 5,                # symbols at an instant, >= 3
+    least: int = 5,                # symbols at an instant, at the least
 ) -> pd.DataFrame:                 # (T, F) in [-1, 1], NaN where there is none
     """Information coefficient of each feature at each instant: the rank correlation, over symbols, with what followed.
 
@@ -228,7 +230,7 @@ def ic(
     Known at: the end of each instant's labels."""
     if returns.shape != block.values.shape[1:]:
         raise DataError("returns", f"have shape {returns.shape}, the features {block.values.shape[1:]}", "lay them on the block's grid with `return_grid`")
-    found = _by_instant(block.values, returns[None], max(least, 3))
+    found = _by_instant(block.values, returns[None], least)
     return pd.DataFrame(found.T, index=pd.DatetimeIndex(block.times).tz_localize("UTC"), columns=list(block.names))
 
 # %% ../../nbs/features/90_redundancy.ipynb #2fa58c80
@@ -257,7 +259,7 @@ def ic_summary(
 def ic_decay(
     block: FeatureBlock,
     returns: Mapping[int, NDArray[np.float64]],  # horizon in own bars -> (N, T) what followed
-    least: int = 5,                              # symbols at an instant, >= 3
+    least: int = 5,                              # symbols at an instant, at the least
 ) -> pd.DataFrame:                               # index horizon_bars; one column of mean coefficients per feature
     """Mean information coefficient against several horizons.
 
@@ -268,12 +270,12 @@ def ic_decay(
 def persistence(
     block: FeatureBlock,
     lag: int = 1,         # instants, >= 1
-    least: int = 5,       # symbols at an instant, >= 3
+    least: int = 5,       # symbols at an instant, at the least
 ) -> pd.Series[float]:    # (F,) in [-1, 1]; one minus it is the turnover of the feature's order
     """Mean rank correlation, over symbols, of each feature with itself some instants earlier.
 
     Known at: the end of the sample."""
-    found = _by_instant(block.values[:, :, lag:], block.values[:, :, :-lag], max(least, 3))
+    found = _by_instant(block.values[:, :, lag:], block.values[:, :, :-lag], least)
     return pd.DataFrame(found.T, columns=list(block.names)).mean().rename("persistence")
 
 # %% ../../nbs/features/90_redundancy.ipynb #56c30d41
@@ -317,10 +319,10 @@ def luck(
     X: pd.DataFrame,                # (n, F) features by row, NaN where absent
     y: NDArray[np.float64],         # (n,) the return that followed
     times: NDArray[np.datetime64],  # (n,) instants, ascending
-    block_bars: int,                # instants per block: more than the horizon
+    block_bars: int,                # instants per block: several horizons
     seed: int,
     draws: int = 100,               # shuffles
-) -> pd.Series[Any]:                # feature, best (its absolute pooled coefficient), expected (mean of the best by luck), q95, p_value
+) -> dict[str, Any]:                # feature, best (its absolute pooled coefficient), expected (mean of the best by luck), q95, p_value
     """The best pooled coefficient beside the best that luck gives.
 
     Raises `DataError` on times that are not ascending.
@@ -333,7 +335,7 @@ def luck(
     chance = np.stack([goal[0, _shuffled_blocks(times, block_bars, rng)] for _ in range(draws)])
     best = np.nanmax(np.abs(_correlate(steps, chance)), axis=0)
     top = int(np.nanargmax(mine))
-    return pd.Series({"feature": X.columns[top], "best": mine[top], "expected": best.mean(), "q95": np.quantile(best, 0.95), "p_value": (1 + (best >= mine[top]).sum()) / (1 + draws)})
+    return {"feature": X.columns[top], "best": mine[top], "expected": best.mean(), "q95": np.quantile(best, 0.95), "p_value": (1 + (best >= mine[top]).sum()) / (1 + draws)}
 
 # %% ../../nbs/features/90_redundancy.ipynb #2db6ab1c
 class SelectionParams(BaseModel):
@@ -372,9 +374,11 @@ def select_features(
 
     The order of rows within an instant and the order of columns make no difference.
 
-    Raises `DataError` where no feature can be kept.
+    Raises `DataError` on unequal lengths, and where no feature can be kept.
 
     Known at: the end of the last training label."""
+    if not len(X) == len(y) == len(times) == len(weight):
+        raise DataError("training rows", f"{len(X)} rows of features, {len(y)} targets, {len(times)} times, {len(weight)} weights", "give one of each per row")
     order = np.argsort(X.columns.to_numpy(str), kind="stable")
     steps, where = _steps(X.to_numpy())[order], np.unique(times, return_inverse=True)[1]
     table = _scores(steps, _steps(y[:, None]), where, weight, params.slices).assign(feature=X.columns[order])
