@@ -23,14 +23,17 @@ T = pd.Timestamp("2016-06-01 20:00", tz="UTC")  # inside a test window of the sm
 
 
 def shuffled_after(embedded: Path, t: pd.Timestamp | None, seed: int = 0) -> Snapshot:
-    """The daily bars and macro values of the embedded snapshot; each symbol's bars, and each series' values, in another order after `t`."""
+    """The daily bars and macro values of the embedded snapshot; each symbol's bars, and each series' values, in another order after `t`.
+
+    Each moves by ten places at the most: prices in any order would jump by factors, and an account that is short loses more than it has.
+    """
     rng = np.random.default_rng(seed)
 
     def mix(frame: pd.DataFrame, by: str, columns: list[str]) -> pd.DataFrame:
         out = frame.copy()
         late = frame["timestamp"] > (t or frame["timestamp"].max())
         for _, rows in frame[late].groupby(by):
-            out.loc[rows.index, columns] = rows[columns].to_numpy()[rng.permutation(len(rows))]
+            out.loc[rows.index, columns] = rows[columns].to_numpy()[np.argsort(np.arange(len(rows)) + rng.uniform(0, 10, len(rows)), kind="stable")]
         return out
 
     bars = mix(read_parquet(embedded / "bars" / "daily.parquet"), "symbol", ["open", "high", "low", "close", "volume"])
@@ -114,6 +117,15 @@ def test_models_fitted_until_t_are_the_same_bytes(twins: tuple[Path, Path]) -> N
                 compared += 1
     assert compared >= 3
     assert content_id(real / "train" / "models") != content_id(shuffled / "train" / "models")
+
+
+def test_features_chosen_until_t_are_the_same(twins: tuple[Path, Path]) -> None:
+    folds = read_parquet(twins[0] / "train" / "folds.parquet")
+    early = folds.loc[folds["test_start"] <= T, "fold"]
+    real, shuffled = (read_parquet(f / "train" / "selection.parquet") for f in twins)
+    assert 0 < len(early) < len(folds)
+    pd.testing.assert_frame_equal(real[real["fold"].isin(early)], shuffled[shuffled["fold"].isin(early)], check_exact=True)
+    assert not real.equals(shuffled)
 
 
 def test_the_same_inputs_give_the_same_bytes(twins: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ..core.errors import DataError
+from ..features.redundancy import SelectionParams, select_features, selection_stability
 from ..labels.horizons import weights
-from ..models.forecaster import Model
 from .base import Factory
 from ..validation.metrics import forecast_quality
 from ..validation.splits import Fold
 
 # %% auto #0
-__all__ = ['RECENT', 'Rows', 'rows', 'living', 'walk']
+__all__ = ['RECENT', 'Rows', 'rows', 'living', 'Walked', 'walk', 'selection_summary']
 
 # %% ../../nbs/systems/10_walk.ipynb #fd72dff1
 @dataclass(frozen=True, eq=False)
@@ -70,10 +70,26 @@ def living(
     there = data.features.iloc[recent].notna().any()
     return list(there.index[there])
 
-def _fit(data: Rows, fold: Fold, make: Factory, target: str) -> Model:
-    "A model fitted on a fold's training rows."
-    learned = data.labels.iloc[fold.train]
-    return make().fit(data.features.iloc[fold.train][living(data, fold)], learned[target].to_numpy(np.float64), weights(learned), data.times[fold.train])
+@dataclass(frozen=True, eq=False)
+class _Lesson:
+    "What the models of a fold learn from."
+
+    X: pd.DataFrame                # (n, F) the chosen features
+    y: NDArray[np.float64]         # (n,) target
+    weight: NDArray[np.float64]    # (n,) of each row
+    times: NDArray[np.datetime64]  # (n,) decision instants
+    chosen: pd.DataFrame           # (F,) fold, rank, feature and, where they were chosen, members, ic, same_sign, score
+
+def _lesson(data: Rows, fold: Fold, target: str, selection: SelectionParams | None) -> _Lesson:
+    "A fold's training rows, with the features that are learned from."
+    learned, X, times = data.labels.iloc[fold.train], data.features.iloc[fold.train][living(data, fold)], data.times[fold.train]
+    y, weight = learned[target].to_numpy(np.float64), weights(learned)
+    if selection is None:
+        chosen = pd.DataFrame({"rank": np.arange(1, X.shape[1] + 1), "feature": X.columns, "members": 1, "ic": np.nan, "same_sign": np.nan, "score": np.nan})
+    else:
+        chosen = select_features(X, y, times, weight, selection)
+    chosen.insert(0, "fold", fold.number)
+    return _Lesson(X[list(chosen["feature"])], y, weight, times, chosen)
 
 def _forecast(data: Rows, fold: Fold, predicted: pd.DataFrame, model: str, horizon_bars: int, target: str) -> pd.DataFrame:
     "A fold's out-of-sample forecasts in the contract's columns, with the model's name."
@@ -87,7 +103,15 @@ def _quality(data: Rows, fold: Fold, predicted: pd.DataFrame, model: str) -> dic
     out: dict[str, Any] = {"fold": fold.number, "model": model, "test_start": pd.Timestamp(fold.test_start, tz="UTC")}
     return out | (forecast_quality(predicted["prob_up"].to_numpy()[known], y[known] > 0) if known.any() else {"n_rows": 0})
 
-# %% ../../nbs/systems/10_walk.ipynb #2133464e
+# %% ../../nbs/systems/10_walk.ipynb #be103267
+@dataclass(frozen=True, eq=False)
+class Walked:
+    """What a walk leaves behind, besides the fitted models."""
+
+    forecasts: pd.DataFrame  # long: the contract's columns and `model`; sorted by model, timestamp and symbol
+    quality: pd.DataFrame    # one row per fold and model
+    selection: pd.DataFrame  # one row per fold and feature that was learned from, best first: fold, rank, feature, members, ic, same_sign, score
+
 def walk(
     data: Rows,
     folds: Sequence[Fold],
@@ -95,19 +119,32 @@ def walk(
     horizon_bars: int,
     target: str,                       # the column of the labels that is learned: `ret` or `ret_voladj`
     folder: Path,                      # each fitted model goes to folder/<model>/fold_<number>
-) -> tuple[pd.DataFrame, pd.DataFrame]:  # forecasts (long, with `model`); one row of quality per fold and model
-    """Fit each model on each fold and forecast its test window.
+    selection: SelectionParams | None = None,  # None: learn from every living feature
+) -> Walked:
+    """In each fold choose features, fit each model and forecast its test window.
 
-    Raises what a model raises on rows that it cannot learn from.
+    Raises what a model or the choice of features raises on rows that it cannot learn from.
 
     Known at: each forecast at its `timestamp`, with a model whose last label was known before the fold's test window began."""
-    forecasts, quality = [], []
+    forecasts, quality, chosen = [], [], []
     for fold in tqdm(folds, desc="walk-forward", unit="fold"):
+        lesson = _lesson(data, fold, target, selection)
+        chosen.append(lesson.chosen)
         for name, make in factories.items():
-            model = _fit(data, fold, make, target)
+            model = make().fit(lesson.X, lesson.y, lesson.weight, lesson.times)
             predicted = model.predict(data.features.iloc[fold.test][list(model.features)])
             model.save(folder / name / f"fold_{fold.number:03d}")
             forecasts.append(_forecast(data, fold, predicted, name, horizon_bars, target))
             quality.append(_quality(data, fold, predicted, name))
     table = pd.concat(forecasts).sort_values(["model", "timestamp", "symbol"], ignore_index=True)
-    return table, pd.DataFrame(quality)
+    return Walked(table, pd.DataFrame(quality), pd.concat(chosen, ignore_index=True))
+
+# %% ../../nbs/systems/10_walk.ipynb #2c9b5b5d
+def selection_summary(
+    selection: pd.DataFrame,  # as `walk` gives it
+    candidates: int,          # features there were to choose from
+) -> pd.DataFrame:            # one row: folds, features (mean number per fold), ever (in any fold), always (in every fold), jaccard, nogueira
+    """How many features were learned from, and how alike the folds' choices are."""
+    by_fold, often = selection.groupby("fold")["feature"].apply(list), selection["feature"].value_counts()
+    row = {"folds": len(by_fold), "features": by_fold.map(len).mean(), "ever": len(often), "always": int((often == len(by_fold)).sum())}
+    return pd.DataFrame([row | selection_stability(by_fold.tolist(), candidates)])
