@@ -183,7 +183,7 @@ def minimum(a: Expr | float, b: Expr | float) -> Expr:
 
 # %% ../../nbs/features/00_expressions.ipynb #5baa1a28
 def where(condition: Expr, yes: Expr | float, no: Expr | float) -> Expr:
-    """`yes` where the condition is not zero, else `no`; unknown where the condition is."""
+    """`yes` where the condition is not zero, else `no`; unknown where the condition is, or the one that is chosen."""
     return node("where", condition, yes, no)
 
 def equal(a: Expr, b: Expr | float) -> Expr:
@@ -344,7 +344,12 @@ def warmup(
     e: Expr,
 ) -> int:  # own bars that pass before the first value, where fields are there from the first bar on
     """When a formula begins."""
-    before = max((warmup(c) for c in _children(e)), default=0)
+    each = [warmup(c) for c in _children(e)]
+    before = max(each, default=0)
+    if e.op == "where":
+        return max(each[0], min(each[1:]))
+    if e.op in ("cumulate", "cummax"):
+        return each[0]
     if e.op in ("fill", "known", "clock", "macro", "market", "constant", "field"):
         return 0
     if e.op == "lag":
@@ -363,4 +368,5 @@ def steady(
     e: Expr,
 ) -> bool:
     """Whether the first value comes as soon as the warm-up has passed, rather than at the first event of some kind."""
-    return e.op not in ("hold", "since") and all(map(steady, _children(e)))
+    waits = e.op in ("hold", "since") or (e.op == "where" and max(map(warmup, e.args)) > warmup(e))
+    return not waits and all(map(steady, _children(e)))
