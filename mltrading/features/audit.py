@@ -51,7 +51,8 @@ def other_releases(
     is_known = (macro["timestamp"] <= pd.Timestamp(t, tz="UTC")).to_numpy()
     known, later = macro[is_known], macro[~is_known]
     stamp = later["timestamp"].min() if len(later) else pd.Timestamp(t, tz="UTC") + pd.Timedelta(days=7)
-    revised = known[rng.random(len(known)) < 0.5].drop_duplicates(["series", "reference"], keep="last").assign(timestamp=stamp)
+    revised = known[rng.random(len(known)) < 0.5].drop_duplicates(["series", "reference"], keep="last")
+    revised = revised.assign(timestamp=stamp + pd.to_timedelta(1 + np.arange(len(revised)), unit="s"))
     later = moved(later, rng.permutation(later["value"].to_numpy(np.float64)))[rng.random(len(later)) >= 0.1]
     parts = [known, later, moved(revised, revised["value"].to_numpy(np.float64))]
     out = pd.concat([p for p in parts if len(p)] or [macro], ignore_index=True).drop_duplicates(["series", "reference", "timestamp"], ignore_index=True)
@@ -245,7 +246,7 @@ def _plan(
             continue
         between = released[(released > bar) & (released < following)]
         t = between[-1] if number % 2 and len(between) else bar
-        yield _Cut(column, t, min(following, *released[released > t][:1]) if len(released) else following)
+        yield _Cut(column, t, min([following, *released[released > t][:1]]))
 
 # %% ../../nbs/features/80_audit.ipynb #2064fdb0
 Run = Callable[[Panel, pd.DataFrame | None], Any]
@@ -273,8 +274,8 @@ def _tried(
     try:
         return _blocks(fn(panel, macro), panel, name)
     except Exception as error:
-        raise DataError(f"`{name}`, {where}", f"fails on its {len(panel)} instants ({type(error).__name__}: {error})",
-                        "let it return NaN where the history is too short, or give `warmup`, the instants that it needs") from error
+        fix = "let it return NaN where the history is too short, or give `warmup`, the instants that it needs" + ("" if macro is None else "; of a period that was revised there are several rows")
+        raise DataError(f"`{name}`, {where}", f"fails on its {len(panel)} instants ({type(error).__name__}: {error})", fix) from error
 
 # %% ../../nbs/features/80_audit.ipynb #081a2ea6
 class Found(NamedTuple):
@@ -313,19 +314,26 @@ def _experiments(
     rng: np.random.Generator,
     whole: Blocks,
     name: str,
-) -> Iterator[Found]:
-    "Every difference that an experiment finds, at most one per feature and experiment."
+) -> list[Found]:
+    "Every difference that an experiment finds, at most one per feature and experiment. An error in one of them is raised where none finds any."
+    found, errors = list[Found](), list[DataError]()
     for cut in plan:
         t = cut.t if known == "close" else panel.times[cut.column]
         for experiment, p, m in _worlds(panel, macro, cut, known, rng):
             where = f"{'cut at' if experiment == 'cut' else 'with another future after'} {pd.Timestamp(t, tz='UTC')}"
-            for key, symbol, stamp, value, other in _differences(whole, _tried(fn, p, m, name, where), cut.before):
-                reach = int(np.searchsorted(panel.times, t) - np.searchsorted(panel.times, stamp))
-                yield Found(key, experiment, symbol, stamp, t, value, other, max(reach, 0))
+            try:
+                for key, symbol, stamp, value, other in _differences(whole, _tried(fn, p, m, name, where), cut.before):
+                    reach = int(np.searchsorted(panel.times, t) - np.searchsorted(panel.times, stamp))
+                    found.append(Found(key, experiment, symbol, stamp, t, value, other, max(reach, 0)))
+            except DataError as error:
+                errors.append(error)
+    if errors and not found:
+        raise errors[0]
+    return found
 
 # %% ../../nbs/features/80_audit.ipynb #5f7a04f7
 def _summary(
-    found: Iterable[Found],
+    found: Sequence[Found],
     names: Sequence[str],
     cuts: int,
     known: str,
