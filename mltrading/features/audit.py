@@ -53,7 +53,7 @@ def other_releases(
     stamp = later["timestamp"].min() if len(later) else pd.Timestamp(t, tz="UTC") + pd.Timedelta(days=7)
     revised = known[rng.random(len(known)) < 0.5].drop_duplicates(["series", "reference"], keep="last")
     revised = revised.assign(timestamp=stamp + pd.to_timedelta(1 + np.arange(len(revised)), unit="s"))
-    later = moved(later, rng.permutation(later["value"].to_numpy(np.float64)))[rng.random(len(later)) >= 0.1]
+    later = moved(later, later["value"].to_numpy(np.float64)[rng.permutation(len(later))])[rng.random(len(later)) >= 0.1]
     parts = [known, later, moved(revised, revised["value"].to_numpy(np.float64))]
     out = pd.concat([p for p in parts if len(p)] or [macro], ignore_index=True).drop_duplicates(["series", "reference", "timestamp"], ignore_index=True)
     out["timestamp"] = out["timestamp"].astype(macro["timestamp"].dtype)
@@ -217,8 +217,10 @@ def _columns(
     mixed, month = rng.permutation(inside), times.astype("datetime64[M]")
     _, first = np.unique((times - times.astype("datetime64[W]"))[mixed], return_index=True)
     spread = mixed[np.sort(first)]
-    eves, ends = (rng.permutation(np.intersect1d(np.flatnonzero(c), inside)) for c in ((alive[:, 1:] != alive[:, :-1]).any(axis=0), month[1:] != month[:-1]))
-    order = np.concatenate([spread[:1], [0, len(panel) - 2], eves[: (cuts - 1) // 2], ends[: cuts // 8], spread, mixed])
+    begun, over = np.maximum.accumulate(alive, axis=1), ~np.maximum.accumulate(alive[:, ::-1], axis=1)[:, ::-1]
+    kinds = (np.diff(begun, axis=1).any(axis=0), (begun & ~alive & ~over).any(axis=0), month[1:] != month[:-1])
+    listings, holes, ends = (rng.permutation(np.intersect1d(np.flatnonzero(kind), inside)) for kind in kinds)
+    order = np.concatenate([spread[:1], [0, len(panel) - 2], listings[: cuts // 8], holes[: cuts // 3], ends[: cuts // 8], spread, mixed])
     _, once = np.unique(order, return_index=True)
     return np.sort(order[np.sort(once)][:cuts])
 
@@ -251,25 +253,13 @@ def _plan(
 # %% ../../nbs/features/80_audit.ipynb #2064fdb0
 Run = Callable[[Panel, pd.DataFrame | None], Any]
 
-def _again(
-    fn: Run,
-    panel: Panel,
-    macro: pd.DataFrame | None,
-    whole: Blocks,
-    name: str,
-) -> None:
+def _again(fn: Run, panel: Panel, macro: pd.DataFrame | None, whole: Blocks, name: str) -> None:
     "Refuse a function that is not a function of its input."
     for key, symbol, stamp, one, two in _differences(whole, _blocks(fn(panel, macro), panel, name), np.datetime64("9999-01-01")):
         raise DataError(f"`{key}`, {symbol} at {pd.Timestamp(stamp, tz='UTC')}", f"is {one:.17g} on one call and {two:.17g} on the next, on the same input",
                         "seed every random generator inside the function, and keep nothing from one call for the next")
 
-def _tried(
-    fn: Run,
-    panel: Panel,
-    macro: pd.DataFrame | None,
-    name: str,
-    where: str,  # which experiment, in words
-) -> Blocks:
+def _tried(fn: Run, panel: Panel, macro: pd.DataFrame | None, name: str, where: str) -> Blocks:
     "The result of an experiment."
     try:
         return _blocks(fn(panel, macro), panel, name)
@@ -290,13 +280,7 @@ class Found(NamedTuple):
     other: float            # in the experiment
     reach_bars: int         # from the instant to the cut
 
-def _worlds(
-    panel: Panel,
-    macro: pd.DataFrame | None,
-    cut: _Cut,
-    known: str,
-    rng: np.random.Generator,
-) -> Iterator[tuple[str, Panel, pd.DataFrame | None]]:
+def _worlds(panel: Panel, macro: pd.DataFrame | None, cut: _Cut, known: str, rng: np.random.Generator) -> Iterator[tuple[str, Panel, pd.DataFrame | None]]:
     "The experiments at a cut: name, panel and releases."
     bar = panel.times[cut.column]
     if known == "open":
@@ -305,16 +289,7 @@ def _worlds(
         yield "cut", until(panel, bar), None if macro is None else macro[macro["timestamp"] <= pd.Timestamp(cut.t, tz="UTC")].reset_index(drop=True)
     yield "changed", other_future(panel, bar, rng), None if macro is None else other_releases(macro, cut.t, rng)
 
-def _experiments(
-    fn: Run,
-    panel: Panel,
-    macro: pd.DataFrame | None,
-    plan: Sequence[_Cut],
-    known: str,
-    rng: np.random.Generator,
-    whole: Blocks,
-    name: str,
-) -> list[Found]:
+def _experiments(fn: Run, panel: Panel, macro: pd.DataFrame | None, plan: Sequence[_Cut], known: str, rng: np.random.Generator, whole: Blocks, name: str) -> list[Found]:
     "Every difference that an experiment finds, at most one per feature and experiment. An error in one of them is raised where none finds any."
     found, errors = list[Found](), list[DataError]()
     for cut in plan:
@@ -331,13 +306,8 @@ def _experiments(
         raise errors[0]
     return found
 
-# %% ../../nbs/features/80_audit.ipynb #5f7a04f7
-def _summary(
-    found: Sequence[Found],
-    names: Sequence[str],
-    cuts: int,
-    known: str,
-) -> pd.DataFrame:  # one row per feature
+# %% ../../nbs/features/80_audit.ipynb #be347e98
+def _summary(found: Sequence[Found], names: Sequence[str], cuts: int, known: str) -> pd.DataFrame:
     "The earliest difference of each feature."
     first, reach = dict[str, Found](), dict[str, int]()
     for f in found:
@@ -413,28 +383,18 @@ def refuse(
         raise DataError(f"feature `{r['feature']}`", f"{found}, and declares {r['warmup']}", "correct its `warmup`, or audit on a longer panel")
 
 def check_causal(
-    fn: Callable[..., Any],            # as for `audit_function`, like the rest
+    fn: Callable[..., Any],             # as for `audit_function`
     panel: Panel,
     macro: pd.DataFrame | None = None,
-    *,
-    known: Literal["close", "open"] = "close",
-    cuts: int = 8,
-    warmup: int = 0,
-    seed: int = 0,
-    name: str = "",
+    **options: Any,                     # of `audit_function`
 ) -> None:
     """Raises as `audit_function`, and `LeakError` as `refuse` where the past depends on the future."""
-    refuse(audit_function(fn, panel, macro, known=known, cuts=cuts, warmup=warmup, seed=seed, name=name))
+    refuse(audit_function(fn, panel, macro, **options))
 
 # %% ../../nbs/features/80_audit.ipynb #1c262991
 PART_BYTES = 1 << 30  # of the features that are computed together
 
-def _parts(
-    panel: Panel,
-    names: Sequence[str] | None,
-    macro: pd.DataFrame | None,
-    benchmark: str | None,
-) -> list[Sequence[str]]:
+def _parts(panel: Panel, names: Sequence[str] | None, macro: pd.DataFrame | None, benchmark: str | None) -> list[Sequence[str]]:
     "The features that the panel can feed, as many at a time as fit."
     with np.errstate(all="ignore"):
         one = Panel(panel.times[-1:], panel.symbols, {k: np.fmax.reduce(b, axis=1, keepdims=True) for k, b in panel.fields.items()})  # a bar with all that a symbol ever has
@@ -481,14 +441,10 @@ def audit(
 
 def check_registry(
     panel: Panel,
-    names: Sequence[str] | None = None,  # as for `audit`, like the rest
-    macro: pd.DataFrame | None = None,
-    benchmark: str | None = None,
-    *,
-    cuts: int = 8,
-    seed: int = 0,
-) -> pd.DataFrame:  # the audit's table
+    *given: Any,     # of `audit`
+    **options: Any,  # of `audit`
+) -> pd.DataFrame:   # the audit's table
     """Raises as `refuse`: `LeakError` on a feature that depends on the future, `DataError` on one that does not begin when it says."""
-    table = audit(panel, names, macro, benchmark, cuts=cuts, seed=seed)
+    table = audit(panel, *given, **options)
     refuse(table)
     return table
