@@ -177,7 +177,7 @@ class RolledRound:
         return p["close"] / np.roll(p["close"], 1, axis=1) - 1
 
     def clean(p: Panel) -> np.ndarray:
-        return p["close"] / np.roll(np.where(np.arange(len(p)) == len(p) - 1, np.nan, p["close"]), 1, axis=1) - 1
+        return p["close"] / np.pad(p["close"][:, :-1], ((0, 0), (1, 0)), constant_values=np.nan) - 1
 
 
 @planted("central differences")
@@ -221,7 +221,7 @@ class ReversedMean:
         return close(p).iloc[::-1].ewm(span=10).mean().iloc[::-1]
 
     def clean(p: Panel) -> pd.DataFrame:
-        return close(p).iloc[::-1].iloc[::-1].ewm(span=10).mean()
+        return close(p).iloc[::-1].sort_index().ewm(span=10).mean()
 
 
 # ------------------------------------------------------------------ filling
@@ -877,13 +877,17 @@ class ShuffledFolds:
 
 # ------------------------------------------------------------------ the benchmark
 
+FEW_STATES = pytest.mark.filterwarnings("ignore:Number of distinct clusters")  # a symbol whose future is gone stands still
 
+
+@FEW_STATES
 @pytest.mark.parametrize("name", PAIRS)
 def test_a_planted_leak_is_caught_and_told(name: str) -> None:
     with pytest.raises(LeakError, match=r"(?s)^feature `.+`, .*at \d{4}-\d\d-\d\d.*: is .+, but .+ when everything after .*\d{4}.* (was removed|changed).*\n  → .{20}"):
         audited(name, "dirty")
 
 
+@FEW_STATES
 @pytest.mark.parametrize("name", PAIRS)
 def test_its_honest_twin_passes(name: str) -> None:
     audited(name, "clean")

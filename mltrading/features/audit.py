@@ -18,8 +18,7 @@ from .registry import FeatureBlock, compute, lookup
 from ..market.panel import FIELDS, PRICES, Panel, until
 
 # %% auto #0
-__all__ = ['Blocks', 'Run', 'PART_BYTES', 'other_future', 'other_releases', 'Found', 'audit_function', 'refuse', 'check_causal',
-           'audit', 'check_registry']
+__all__ = ['PART_BYTES', 'other_future', 'other_releases', 'audit_function', 'refuse', 'check_causal', 'audit', 'check_registry']
 
 # %% ../../nbs/features/80_audit.ipynb #071594e1
 def other_future(
@@ -86,6 +85,8 @@ class _Block:
     times: NDArray[np.datetime64]   # (m,) stamps, UTC, ascending
     symbols: tuple[str, ...]        # (n,) or the names of a table's columns
 
+_Blocks = dict[str, _Block]
+
 def _stamps(times: Any, name: str) -> NDArray[np.datetime64]:
     "Stamps as UTC without a zone."
     if not pd.api.types.is_datetime64_any_dtype(times.dtype):
@@ -108,7 +109,7 @@ def _grid(
     symbols: NDArray[Any],                 # (r,)
     columns: dict[str, NDArray[np.float64]],  # (r,) each
     name: str,
-) -> dict[str, _Block]:
+) -> _Blocks:
     "Rows as blocks."
     times, column = np.unique(stamps, return_inverse=True)
     known, row = np.unique(symbols.astype(str), return_inverse=True)
@@ -121,7 +122,7 @@ def _grid(
         out[key] = _Block(block, times, tuple(known))
     return out
 
-def _from_table(table: pd.DataFrame, name: str) -> dict[str, _Block]:
+def _from_table(table: pd.DataFrame, name: str) -> _Blocks:
     "A table, long if it has a column or an index level `timestamp` beside others, else instants by symbols."
     if table.index.nlevels > 1:
         table = table.reset_index()
@@ -141,7 +142,7 @@ def _blocks(
     result: Any,   # FeatureBlock; (N, T) or (T,) array; table or series with stamps; or a mapping of these
     panel: Panel,  # that it was computed on
     name: str,     # of a single block
-) -> dict[str, _Block]:
+) -> _Blocks:
     "A function's result as blocks by name."
     if isinstance(result, FeatureBlock):
         return {n: _Block(np.asarray(v, np.float64), result.times, result.symbols) for n, v in zip(result.names, result.values, strict=True)}
@@ -179,12 +180,11 @@ def _aligned(block: _Block, times: NDArray[np.datetime64], symbols: tuple[str, .
     out[row[:, None], np.searchsorted(times, block.times[:count])] = block.values[:, :count]
     return out
 
-Blocks = dict[str, _Block]
 _NOTHING = _Block(np.empty((0, 0)), np.array([], "datetime64[us]"), ())
 
 def _differences(
-    whole: Blocks,
-    other: Blocks,
+    whole: _Blocks,
+    other: _Blocks,
     before: np.datetime64,  # rows stamped earlier than this are compared
 ) -> Iterator[tuple[str, str, np.datetime64, float, float]]:  # block, symbol, stamp and the two values
     "The earliest difference of each block that differs."
@@ -250,16 +250,19 @@ def _plan(
         t = between[-1] if number % 2 and len(between) else bar
         yield _Cut(column, t, min([following, *released[released > t][:1]]))
 
-# %% ../../nbs/features/80_audit.ipynb #2064fdb0
-Run = Callable[[Panel, pd.DataFrame | None], Any]
+# %% ../../nbs/features/80_audit.ipynb #b7ac30a1
+_Run = Callable[[Panel, pd.DataFrame | None], Any]
 
-def _again(fn: Run, panel: Panel, macro: pd.DataFrame | None, whole: Blocks, name: str) -> None:
+def _place(symbol: str, instant: Any) -> str:
+    return f"{symbol} at {pd.to_datetime(instant, utc=True)}".lstrip()
+
+def _again(fn: _Run, panel: Panel, macro: pd.DataFrame | None, whole: _Blocks, name: str) -> None:
     "Refuse a function that is not a function of its input."
     for key, symbol, stamp, one, two in _differences(whole, _blocks(fn(panel, macro), panel, name), np.datetime64("9999-01-01")):
-        raise DataError(f"`{key}`, {symbol} at {pd.Timestamp(stamp, tz='UTC')}", f"is {one:.17g} on one call and {two:.17g} on the next, on the same input",
+        raise DataError(f"`{key}`, {_place(symbol, stamp)}", f"is {one:.17g} on one call and {two:.17g} on the next, on the same input",
                         "seed every random generator inside the function, and keep nothing from one call for the next")
 
-def _tried(fn: Run, panel: Panel, macro: pd.DataFrame | None, name: str, where: str) -> Blocks:
+def _tried(fn: _Run, panel: Panel, macro: pd.DataFrame | None, name: str, where: str) -> _Blocks:
     "The result of an experiment."
     try:
         return _blocks(fn(panel, macro), panel, name)
@@ -267,9 +270,9 @@ def _tried(fn: Run, panel: Panel, macro: pd.DataFrame | None, name: str, where: 
         fix = "let it return NaN where the history is too short, or give `warmup`, the instants that it needs" + ("" if macro is None else "; of a period that was revised there are several rows")
         raise DataError(f"`{name}`, {where}", f"fails on its {len(panel)} instants ({type(error).__name__}: {error})", fix) from error
 
-# %% ../../nbs/features/80_audit.ipynb #081a2ea6
-class Found(NamedTuple):
-    """A difference that an experiment found."""
+# %% ../../nbs/features/80_audit.ipynb #02b0ebb6
+class _Found(NamedTuple):
+    "A difference that an experiment found."
 
     feature: str
     experiment: str         # "cut" or "changed"
@@ -289,9 +292,9 @@ def _worlds(panel: Panel, macro: pd.DataFrame | None, cut: _Cut, known: str, rng
         yield "cut", until(panel, bar), None if macro is None else macro[macro["timestamp"] <= pd.Timestamp(cut.t, tz="UTC")].reset_index(drop=True)
     yield "changed", other_future(panel, bar, rng), None if macro is None else other_releases(macro, cut.t, rng)
 
-def _experiments(fn: Run, panel: Panel, macro: pd.DataFrame | None, plan: Sequence[_Cut], known: str, rng: np.random.Generator, whole: Blocks, name: str) -> list[Found]:
+def _experiments(fn: _Run, panel: Panel, macro: pd.DataFrame | None, plan: Sequence[_Cut], known: str, rng: np.random.Generator, whole: _Blocks, name: str) -> list[_Found]:
     "Every difference that an experiment finds, at most one per feature and experiment. An error in one of them is raised where none finds any."
-    found, errors = list[Found](), list[DataError]()
+    found, errors = list[_Found](), list[DataError]()
     for cut in plan:
         t = cut.t if known == "close" else panel.times[cut.column]
         for experiment, p, m in _worlds(panel, macro, cut, known, rng):
@@ -299,23 +302,24 @@ def _experiments(fn: Run, panel: Panel, macro: pd.DataFrame | None, plan: Sequen
             try:
                 for key, symbol, stamp, value, other in _differences(whole, _tried(fn, p, m, name, where), cut.before):
                     reach = int(np.searchsorted(panel.times, t) - np.searchsorted(panel.times, stamp))
-                    found.append(Found(key, experiment, symbol, stamp, t, value, other, max(reach, 0)))
+                    found.append(_Found(key, experiment, symbol, stamp, t, value, other, max(reach, 0)))
             except DataError as error:
                 errors.append(error)
     if errors and not found:
         raise errors[0]
     return found
 
-# %% ../../nbs/features/80_audit.ipynb #be347e98
-def _summary(found: Sequence[Found], names: Sequence[str], cuts: int, known: str) -> pd.DataFrame:
+# %% ../../nbs/features/80_audit.ipynb #54d694d0
+def _summary(found: Sequence[_Found], names: Sequence[str], cuts: int, known: str) -> pd.DataFrame:
     "The earliest difference of each feature."
-    first, reach = dict[str, Found](), dict[str, int]()
+    first, reach = dict[str, _Found](), dict[str, int]()
     for f in found:
         first[f.feature] = min(first.get(f.feature, f), f, key=lambda x: (x.instant, x.symbol))
         reach[f.feature] = max(reach.get(f.feature, 0), f.reach_bars)
     never = np.datetime64("NaT")
-    rows = [first.get(n, Found(n, "", "", never, never, np.nan, np.nan, 0)) for n in dict.fromkeys([*names, *first])]
-    table = pd.DataFrame([{"feature": f.feature, "leaks": f.feature in first, **f._asdict()} for f in rows])
+    rows = [first.get(n, _Found(n, "", "", never, never, np.nan, np.nan, 0)) for n in dict.fromkeys([*names, *first])]
+    table = pd.DataFrame(rows, columns=_Found._fields)
+    table.insert(1, "leaks", table["feature"].isin(first))
     table = table.assign(reach_bars=[reach.get(n, 0) for n in table["feature"]], known=known, cuts=cuts)
     for stamp in ("instant", "cut"):
         table[stamp] = pd.to_datetime(table[stamp], utc=True).dt.as_unit("us")
@@ -334,16 +338,19 @@ def audit_function(
 ) -> pd.DataFrame:                     # per block: leaks; experiment, symbol, instant, cut and two values of the earliest difference; how far before a cut any was
     """Whether what a function computes depends on the future. Whatever it fits has to be fitted inside it.
 
-    Raises `DataError` on a panel of fewer than three instants, a function that gives two results for one input, one that fails in an experiment, or a result without stamps; `ParameterError` on an unknown `known` or no cuts."""
+    Raises `DataError` on a panel of fewer than three instants, a function that gives two results for one input, one that fails in an experiment, or a result without stamps or numbers; `ParameterError` on an unknown `known` or no cuts."""
     if known not in ("close", "open"):
         raise ParameterError("audit.known", f"`{known}` is not known", "use `close` or `open`")
     name = name or getattr(fn, "__name__", "function").replace("<lambda>", "function")
 
     def call(p: Panel, m: pd.DataFrame | None) -> Any:
         return fn(p) if m is None else fn(p, m.copy())
-    return _audited(call, panel, macro, known, cuts, warmup, seed, name)[0]
+    table, whole = _audited(call, panel, macro, known, cuts, warmup, seed, name)
+    if not any(np.isfinite(b.values).any() for b in whole.values()):
+        raise DataError(f"`{name}`", f"holds no number on {panel!r}: nothing was audited", "audit on a longer panel, with the fields that the function needs")
+    return table
 
-def _audited(call: Run, panel: Panel, macro: pd.DataFrame | None, known: str, cuts: int, warmup: int, seed: int, name: str) -> tuple[pd.DataFrame, Blocks]:
+def _audited(call: _Run, panel: Panel, macro: pd.DataFrame | None, known: str, cuts: int, warmup: int, seed: int, name: str) -> tuple[pd.DataFrame, _Blocks]:
     "The table of an audit, and the blocks as they were."
     rng = np.random.default_rng(seed)
     plan = list(_plan(panel, macro, _columns(panel, cuts, warmup, rng).tolist(), known))
@@ -364,7 +371,7 @@ def _advice(
         return "at a bar's open, use of that bar its open alone: shift the rest by one bar"
     if r["reach_bars"] <= 30:
         return f"it reaches past its stamp: look for a negative shift, a centred window, a filling from behind, a join to the next row, or a coarser bar stamped with its start (rows up to {r['reach_bars']} bars before a cut move)"
-    return f"rows up to {r['reach_bars']} bars before a cut move: look for what is fitted on the whole sample (a mean, a scaler, a rank, a model, a list of symbols), and fit it on rows stamped at or before each instant"
+    return f"rows up to {r['reach_bars']} bars before a cut move: look for what is made from the whole sample (a mean, a scaler, a rank, a model, a list of symbols, a filling from behind), and make it from rows stamped at or before each instant"
 
 def refuse(
     table: pd.DataFrame,  # of an audit
@@ -376,7 +383,7 @@ def refuse(
         value, other = ("absent" if np.isnan(v) else f"{v:.17g}" for v in (r["value"], r["other"]))
         after = f"everything after {'the open of ' if r['known'] == 'open' else ''}{r['cut']} {'was removed' if r['experiment'] == 'cut' else 'changed'}"
         more = f"; {len(bad) - 1} more leak: {', '.join(bad['feature'].iloc[1:6])}{' …' if len(bad) > 6 else ''}" if len(bad) > 1 else ""
-        raise LeakError(f"feature `{r['feature']}`, {r['symbol']} at {r['instant']}".replace(",  at", ", at"), f"is {value}, but {other} when {after}{more}", _advice(r))
+        raise LeakError(f"feature `{r['feature']}`, {_place(r['symbol'], r['instant'])}", f"is {value}, but {other} when {after}{more}", _advice(r))
     if "warmup_holds" in table.columns and not table["warmup_holds"].all():
         r = table[~table["warmup_holds"]].iloc[0]
         found = "has no value at all" if r["first_bar"] < 0 else f"has its first value after {r['first_bar']} of a symbol's bars"
@@ -396,8 +403,7 @@ PART_BYTES = 1 << 30  # of the features that are computed together
 
 def _parts(panel: Panel, names: Sequence[str] | None, macro: pd.DataFrame | None, benchmark: str | None) -> list[Sequence[str]]:
     "The features that the panel can feed, as many at a time as fit."
-    with np.errstate(all="ignore"):
-        one = Panel(panel.times[-1:], panel.symbols, {k: np.fmax.reduce(b, axis=1, keepdims=True) for k, b in panel.fields.items()})  # a bar with all that a symbol ever has
+    one = Panel(panel.times[-1:], panel.symbols, {k: np.fmax.reduce(b, axis=1, keepdims=True) for k, b in panel.fields.items()})  # a bar with all that a symbol ever has
     found = compute(one, names, macro, benchmark, short=True).names
     size = max(1, PART_BYTES // (8 * max(1, len(panel) * len(panel.symbols))))
     return [found[i : i + size] for i in range(0, len(found), size)]
