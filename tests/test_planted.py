@@ -12,6 +12,7 @@ import pytest
 from scipy import signal, sparse
 from scipy.sparse.linalg import spsolve
 from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
 from sklearn.linear_model import LinearRegression
 from sklearn.model_selection import KFold, cross_val_predict
 from sklearn.preprocessing import StandardScaler
@@ -782,10 +783,8 @@ def inputs(p: Panel) -> pd.DataFrame:
 
 
 def main_component(x: pd.DataFrame) -> Callable[[pd.DataFrame], pd.DataFrame]:
-    filled = x.fillna(0.0).to_numpy()
-    _, vectors = np.linalg.eigh(np.cov(filled.T))
-    weights = vectors[:, -1] * np.sign(vectors[np.abs(vectors[:, -1]).argmax(), -1])
-    return lambda new: (new.fillna(0.0) * weights).sum(axis=1).to_frame("score")
+    model = PCA(1, svd_solver="full").fit(x.fillna(0.0))
+    return lambda new: pd.DataFrame(model.transform(new.fillna(0.0)), new.index, ["score"])
 
 
 @planted("principal components of the sample")
@@ -870,8 +869,8 @@ class ShuffledFolds:
     def clean(p: Panel) -> pd.DataFrame:
         def fit(x: pd.DataFrame) -> Callable[[pd.DataFrame], pd.DataFrame]:
             rows = x.iloc[:-1].dropna()
-            coef = LinearRegression().fit(rows[["a", "b"]], rows["next"]).coef_
-            return lambda new: (coef[0] * new["a"] + coef[1] * new["b"]).to_frame("score")
+            model = LinearRegression().fit(rows[["a", "b"]], rows["next"])
+            return lambda new: pd.DataFrame(model.predict(new[["a", "b"]]), new.index, ["score"])
         return refitted(inputs(p), fit)
 
 

@@ -18,7 +18,8 @@ from .registry import FeatureBlock, compute, lookup
 from ..market.panel import FIELDS, PRICES, Panel, until
 
 # %% auto #0
-__all__ = ['PART_BYTES', 'other_future', 'other_releases', 'audit_function', 'refuse', 'check_causal', 'audit', 'check_registry']
+__all__ = ['ROUNDING', 'PART_BYTES', 'other_future', 'other_releases', 'audit_function', 'refuse', 'check_causal', 'audit',
+           'check_registry']
 
 # %% ../../nbs/features/80_audit.ipynb #071594e1
 def other_future(
@@ -162,12 +163,15 @@ def _blocks(
 def _first_difference(
     a: NDArray[np.float64],    # (n, m)
     b: NDArray[np.float64],    # (n, m)
+    slack: float = 0.0,        # a part of each row's largest value that does not count
 ) -> tuple[int, int] | None:   # row and column of the earliest difference
     "Where two blocks differ in a bit, NaN equal to NaN."
     x, y = a.view(np.int64), b.view(np.int64)
     if np.array_equal(x, y):
         return None
     differs = (x != y) & ~(np.isnan(a) & np.isnan(b))
+    if slack:
+        differs &= ~(np.abs(a - b) <= slack * np.fmax.reduce(np.abs(a), axis=1, keepdims=True))
     if not differs.any():
         return None
     column = int(np.argmax(differs.any(axis=0)))
@@ -186,6 +190,7 @@ def _differences(
     whole: _Blocks,
     other: _Blocks,
     before: np.datetime64,  # rows stamped earlier than this are compared
+    slack: float = 0.0,
 ) -> Iterator[tuple[str, str, np.datetime64, float, float]]:  # block, symbol, stamp and the two values
     "The earliest difference of each block that differs."
     for name in dict.fromkeys([*whole, *other]):
@@ -197,7 +202,7 @@ def _differences(
         else:
             times, symbols = np.union1d(times, those), tuple(sorted({*symbols, *theirs.symbols}))
             a, b = _aligned(mine, times, symbols), _aligned(theirs, times, symbols)
-        if at := _first_difference(a, b):
+        if at := _first_difference(a, b, slack):
             yield name, symbols[at[0]], times[at[1]], float(a[at]), float(b[at])
 
 # %% ../../nbs/features/80_audit.ipynb #8ffa0237
@@ -216,11 +221,12 @@ def _columns(
     inside = np.arange(min(warmup + 1, len(panel) - 2), len(panel) - 1)
     mixed, month = rng.permutation(inside), times.astype("datetime64[M]")
     _, first = np.unique((times - times.astype("datetime64[W]"))[mixed], return_index=True)
-    spread = mixed[np.sort(first)]
+    spread = np.concatenate([mixed[np.sort(first)], mixed])
+    rich = spread[np.all([np.isfinite(b).any(axis=0) for b in panel.fields.values()], axis=0)[spread]]
     begun, over = np.maximum.accumulate(alive, axis=1), ~np.maximum.accumulate(alive[:, ::-1], axis=1)[:, ::-1]
     kinds = (np.diff(begun, axis=1).any(axis=0), (begun & ~alive & ~over).any(axis=0), month[1:] != month[:-1])
     listings, holes, ends = (rng.permutation(np.intersect1d(np.flatnonzero(kind), inside)) for kind in kinds)
-    order = np.concatenate([spread[:1], [0, len(panel) - 2], listings[: cuts // 8], holes[: cuts // 3], ends[: cuts // 8], spread, mixed])
+    order = np.concatenate([rich[: max(1, cuts // 4)], [0, len(panel) - 2], listings[: cuts // 8], holes[: cuts // 4], ends[: cuts // 8], spread])
     _, once = np.unique(order, return_index=True)
     return np.sort(order[np.sort(once)][:cuts])
 
@@ -292,7 +298,7 @@ def _worlds(panel: Panel, macro: pd.DataFrame | None, cut: _Cut, known: str, rng
         yield "cut", until(panel, bar), None if macro is None else macro[macro["timestamp"] <= pd.Timestamp(cut.t, tz="UTC")].reset_index(drop=True)
     yield "changed", other_future(panel, bar, rng), None if macro is None else other_releases(macro, cut.t, rng)
 
-def _experiments(fn: _Run, panel: Panel, macro: pd.DataFrame | None, plan: Sequence[_Cut], known: str, rng: np.random.Generator, whole: _Blocks, name: str) -> list[_Found]:
+def _experiments(fn: _Run, panel: Panel, macro: pd.DataFrame | None, plan: Sequence[_Cut], known: str, rng: np.random.Generator, whole: _Blocks, name: str, slack: float) -> list[_Found]:
     "Every difference that an experiment finds, at most one per feature and experiment. An error in one of them is raised where none finds any."
     found, errors = list[_Found](), list[DataError]()
     for cut in plan:
@@ -300,7 +306,7 @@ def _experiments(fn: _Run, panel: Panel, macro: pd.DataFrame | None, plan: Seque
         for experiment, p, m in _worlds(panel, macro, cut, known, rng):
             where = f"{'cut at' if experiment == 'cut' else 'with another future after'} {pd.Timestamp(t, tz='UTC')}"
             try:
-                for key, symbol, stamp, value, other in _differences(whole, _tried(fn, p, m, name, where), cut.before):
+                for key, symbol, stamp, value, other in _differences(whole, _tried(fn, p, m, name, where), cut.before, slack if experiment == "cut" else 0.0):
                     reach = int(np.searchsorted(panel.times, t) - np.searchsorted(panel.times, stamp))
                     found.append(_Found(key, experiment, symbol, stamp, t, value, other, max(reach, 0)))
             except DataError as error:
@@ -309,7 +315,9 @@ def _experiments(fn: _Run, panel: Panel, macro: pd.DataFrame | None, plan: Seque
         raise errors[0]
     return found
 
-# %% ../../nbs/features/80_audit.ipynb #54d694d0
+# %% ../../nbs/features/80_audit.ipynb #bf958c4c
+ROUNDING = 1e-12  # of a symbol's largest value: what a sum over another number of rows may differ by
+
 def _summary(found: Sequence[_Found], names: Sequence[str], cuts: int, known: str) -> pd.DataFrame:
     "The earliest difference of each feature."
     first, reach = dict[str, _Found](), dict[str, int]()
@@ -345,18 +353,18 @@ def audit_function(
 
     def call(p: Panel, m: pd.DataFrame | None) -> Any:
         return fn(p) if m is None else fn(p, m.copy())
-    table, whole = _audited(call, panel, macro, known, cuts, warmup, seed, name)
+    table, whole = _audited(call, panel, macro, known, cuts, warmup, seed, name, ROUNDING)
     if not any(np.isfinite(b.values).any() for b in whole.values()):
         raise DataError(f"`{name}`", f"holds no number on {panel!r}: nothing was audited", "audit on a longer panel, with the fields that the function needs")
     return table
 
-def _audited(call: _Run, panel: Panel, macro: pd.DataFrame | None, known: str, cuts: int, warmup: int, seed: int, name: str) -> tuple[pd.DataFrame, _Blocks]:
+def _audited(call: _Run, panel: Panel, macro: pd.DataFrame | None, known: str, cuts: int, warmup: int, seed: int, name: str, slack: float) -> tuple[pd.DataFrame, _Blocks]:
     "The table of an audit, and the blocks as they were."
     rng = np.random.default_rng(seed)
     plan = list(_plan(panel, macro, _columns(panel, cuts, warmup, rng).tolist(), known))
     whole = _blocks(call(panel, macro), panel, name)
     _again(call, panel, macro, whole, name)
-    return _summary(_experiments(call, panel, macro, plan, known, rng, whole, name), list(whole), len(plan), known), whole
+    return _summary(_experiments(call, panel, macro, plan, known, rng, whole, name, slack), list(whole), len(plan), known), whole
 
 # %% ../../nbs/features/80_audit.ipynb #496f29d8
 def _advice(
@@ -435,7 +443,7 @@ def audit(
     for part in _parts(panel, names, macro, benchmark):
         def call(p: Panel, m: pd.DataFrame | None, part: Sequence[str] = part) -> FeatureBlock:
             return compute(p, part, m, benchmark, short=True)
-        table, whole = _audited(call, panel, macro, "close", cuts, 20, seed, "features")
+        table, whole = _audited(call, panel, macro, "close", cuts, 20, seed, "features", 0.0)
         features = lookup(part)
         table["warmup"] = [f.warmup for f in features]
         table["first_bar"] = [_first_bar(whole[f.name].values, before) for f in features]
