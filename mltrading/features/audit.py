@@ -21,7 +21,18 @@ from ..market.panel import FIELDS, PRICES, Panel, until
 __all__ = ['ROUNDING', 'PART_BYTES', 'other_future', 'other_releases', 'audit_function', 'refuse', 'check_causal', 'audit',
            'check_registry']
 
-# %% ../../nbs/features/80_audit.ipynb #071594e1
+# %% ../../nbs/features/80_audit.ipynb #beba8943
+def _level(
+    known: NDArray[np.float64],   # (n, m) closes up to the cut
+    later: NDArray[np.float64],   # (n, k) closes that are to follow
+) -> NDArray[np.float64]:         # (n, 1) what to multiply these with, so that their mean is the last close
+    "How two stretches of prices are joined; 1 where one of them is empty."
+    here = np.concatenate([np.full((len(known), 1), np.nan), known], axis=1)
+    last = here[np.arange(len(here)), here.shape[1] - 1 - np.argmax(~np.isnan(here[:, ::-1]), axis=1)]
+    count = (~np.isnan(later)).sum(axis=1)
+    mean = np.nansum(later, axis=1) / np.maximum(count, 1)
+    return np.where((count > 0) & ~np.isnan(last), last / np.where(mean > 0, mean, 1.0), 1.0)[:, None]
+
 def other_future(
     panel: Panel,
     t: np.datetime64,          # last instant that stays as it is, UTC
@@ -32,6 +43,7 @@ def other_future(
     later = len(panel) - first
     symbol, order = rng.permutation(n)[:, None], first + rng.permutation(later)
     price, size = np.exp(0.5 * rng.standard_normal((2, n, later)))
+    price *= _level(panel["close"][:, :first], panel["close"][symbol, order])
     gone = rng.random(n) < 0.25
     gone[rng.integers(n)] = False
     price[(rng.random((n, later)) < 0.1) | gone[:, None]] = np.nan
