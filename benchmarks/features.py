@@ -1,22 +1,30 @@
-"""All registered features beside every indicator of TA-Lib, in feature values per second, in one run.
+"""All registered features beside every indicator of TA-Lib and of `ta`, in feature values per second, in one run.
 
     python benchmarks/features.py [--symbols 500] [--bars 2520] [--peer-symbols 100]
 
-The work is simulated daily bars, the same for both. TA-Lib is called the way its users call it: one symbol after the other, each function on the arrays
-of that symbol, on one thread; it is given fewer symbols because its rate does not depend on their number. Compilation is not timed.
+The work is simulated daily bars, the same for all. The peers are called the way their users call them, one symbol after the other on one thread; they are given fewer symbols because their rate does not depend on the number. `ta` is measured where it is
+installed. Then: `alpha158` on 600 symbols, all features written to Parquet by chunks with the memory that takes, `sequence60` bar by bar, and what the first use in a fresh process costs, compiled anew and from the cache.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import resource
+import subprocess
+import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from mltrading.features.registry import FeatureBlock, compute, lookup
+from mltrading.features.registry import choose, compute, lookup, write_features
+from mltrading.features.stream import Stream
 from mltrading.market.panel import Panel, select
 from mltrading.market.simulate import random_walk
 
@@ -37,10 +45,22 @@ def talib_all(panel: Panel) -> int:
     return values
 
 
-def ours(panel: Panel, names: list[str], **options: Any) -> int:
+def ta_all(panel: Panel) -> int:
+    """Every indicator of `ta`, on every symbol; the number of values."""
+    import ta
+
+    values = 0
+    for i in range(len(panel.symbols)):
+        frame = pd.DataFrame({name: panel[name][i] for name in ("open", "high", "low", "close", "volume")})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            values += ta.add_all_ta_features(frame, "open", "high", "low", "close", "volume").iloc[:, 5:].size
+    return values
+
+
+def ours(panel: Panel, names: list[str] | str, **options: Any) -> int:
     """Our features; the number of values."""
-    block: FeatureBlock = compute(panel, names, benchmark=panel.symbols[0], **options)
-    return block.values.size
+    return compute(panel, names, benchmark=panel.symbols[0], **options).values.size
 
 
 def measured(work: str, run: Callable[[], int], repeats: int) -> dict[str, Any]:
@@ -51,11 +71,89 @@ def measured(work: str, run: Callable[[], int], repeats: int) -> dict[str, Any]:
         values = run()
         seconds.append(time.perf_counter() - start)
     best = min(seconds)
-    return {"work": work, "values": values, "seconds": round(best, 3), "M values/s": round(values / best / 1e6, 1)}
+    return {"work": work, "values": values, "seconds": round(best, 3), "M values/s": round(values / best / 1e6, 2)}
+
+
+def rates(panel: Panel, names: list[str], peer_symbols: int, repeats: int) -> pd.DataFrame:
+    """Feature values per second, ours and the peers'."""
+    few, fewer = (select(panel, panel.symbols[:n]) for n in (peer_symbols, max(1, peer_symbols // 20)))
+    ours(few, names)  # loads what is compiled
+    rows = [measured("TA-Lib, all functions, one thread", lambda: talib_all(few), 1)]
+    try:
+        rows.append(measured("ta, all indicators, one thread", lambda: ta_all(fewer), 1))
+    except ImportError:
+        print("ta is not installed: not measured")
+    rows += [
+        measured(f"all {len(names)} features", lambda: ours(panel, names), repeats),
+        measured("the same, one thread", lambda: ours(panel, names, threads=1), 1),
+        measured("the same, single precision", lambda: ours(panel, names, dtype=np.float32), repeats),
+    ]
+    for family, part in pd.Series(names, index=[f.family for f in lookup(names)]).groupby(level=0):
+        rows.append(measured(f"  {family}: {len(part)}", lambda part=part: ours(panel, part.tolist()), 1))
+    table = pd.DataFrame(rows)
+    table["ratio to TA-Lib"] = (table["M values/s"] / table["M values/s"].iloc[0]).round(1)
+    return table
+
+
+def written(symbols: int, bars: int) -> None:
+    """All features to Parquet by chunks: seconds, and the memory it takes. Run in a process of its own."""
+    panel = random_walk(symbols, bars, seed=0, ragged=False)
+    names = [f.name for f in choose(panel, None, None, panel.symbols[0])]
+    ours(select(panel, panel.symbols[:2]), names)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        write_features(panel, Path(folder) / "features.parquet", benchmark=panel.symbols[0])
+        seconds = time.perf_counter() - start
+        size = (Path(folder) / "features.parquet").stat().st_size
+    grown, whole = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20, 4 * len(names) * symbols * bars / 2**30
+    print(f"written to Parquet by chunks: {seconds:.1f} s, {size / 2**30:.2f} GiB; memory grew by {grown:.2f} GiB, {grown / whole:.2f} x the result in single precision ({whole:.2f} GiB)")
+
+
+def held(symbols: int, bars: int) -> None:
+    """All features in memory: the peak beside the result. Run in a process of its own."""
+    panel = random_walk(symbols, bars, seed=0, ragged=False)
+    names = [f.name for f in choose(panel, None, None, panel.symbols[0])]
+    ours(select(panel, panel.symbols[:2]), names)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    size = ours(panel, names) * 8 / 2**30
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    print(f"in memory, double precision: {size:.2f} GiB; memory grew by {grown:.2f} GiB, {grown / size:.2f} x the result")
+
+
+def streamed(symbols: int, bars: int) -> None:
+    """`sequence60` bar by bar: bars per second, of one symbol and of many."""
+    for n in (1, symbols):
+        panel = random_walk(n, bars, seed=1, ragged=False)
+        stream, count = Stream("sequence60", panel.symbols), min(bars, max(20, 20_000 // n))
+        rows = [{f: np.ascontiguousarray(b[:, k]) for f, b in panel.fields.items()} for k in range(count)]
+        stream.update(panel.times[0], rows[0])
+        start = time.perf_counter()
+        for k in range(1, count):
+            stream.update(panel.times[k], rows[k])
+        print(f"sequence60 bar by bar, {n} symbol(s) at a time: {n * (count - 1) / (time.perf_counter() - start):,.0f} bars/s")
+
+
+_FIRST = """
+import time; start = time.perf_counter()
+from mltrading.features.registry import compute
+from mltrading.market.simulate import random_walk
+compute(random_walk(2, 300, seed=0, ragged=False), "alpha158")
+print(time.perf_counter() - start)
+"""
+
+
+def first_use() -> None:
+    """Seconds until the first features of a fresh process are there, compiled anew and from the cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        env = {**os.environ, "NUMBA_CACHE_DIR": folder}
+        for words in ("compiled anew", "from the cache"):
+            done = subprocess.run([sys.executable, "-c", _FIRST], env=env, capture_output=True, text=True, check=True)
+            print(f"first use in a fresh process, {words}: {float(done.stdout.split()[-1]):.1f} s")
 
 
 def main(arguments: list[str] | None = None) -> pd.DataFrame:
-    """Print and return the table."""
+    """Print all, return the table of rates."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--symbols", type=int, default=500)
     parser.add_argument("--bars", type=int, default=2520)
@@ -63,24 +161,17 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
     parser.add_argument("--repeats", type=int, default=3)
     a = parser.parse_args(arguments)
     panel = random_walk(a.symbols, a.bars, seed=0, ragged=False)
-    few = select(panel, panel.symbols[: min(a.peer_symbols, a.symbols)])
-    names = [f.name for f in lookup() if not any(n.startswith("macro:") for n in f.needs)]
-    kinds = {"symbol": "over symbols", "cross": "across symbols", "time": "over time"}
-    ours(select(panel, panel.symbols[:2]), names)  # loads what is compiled
-    ours(select(panel, panel.symbols[:2]), names, dtype=np.float32)
-    rows = [
-        measured("TA-Lib, all functions, one thread", lambda: talib_all(few), 1),
-        measured(f"all {len(names)} features", lambda: ours(panel, names), a.repeats),
-        measured("the same, one thread", lambda: ours(panel, names, threads=1), a.repeats),
-        measured("the same, single precision", lambda: ours(panel, names, dtype=np.float32), a.repeats),
-    ]
-    for over, words in kinds.items():
-        some = [f.name for f in lookup(names) if f.over == over]
-        rows.append(measured(f"{len(some)} {words}", lambda some=some: ours(panel, some), a.repeats))
-    table = pd.DataFrame(rows)
-    table["ratio to TA-Lib"] = (table["M values/s"] / table["M values/s"].iloc[0]).round(1)
-    print(f"{a.symbols} symbols x {a.bars} bars (TA-Lib: {len(few.symbols)} symbols), best of {a.repeats}")
+    names = [f.name for f in choose(panel, None, None, panel.symbols[0])]
+    table = rates(panel, names, min(a.peer_symbols, a.symbols), a.repeats)
+    print(f"{a.symbols} symbols x {a.bars} bars (TA-Lib: {min(a.peer_symbols, a.symbols)} symbols), best of {a.repeats}")
     print(table.to_string(index=False))
+    wide = random_walk(600, 2520, seed=3, ragged=False) if a.symbols >= 500 else panel
+    row = measured("alpha158", lambda: ours(wide, "alpha158"), a.repeats)
+    print(f"alpha158 on {len(wide.symbols)} symbols x {len(wide)} bars: {row['seconds']} s")
+    for work in ("held", "written"):
+        subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import features; features.{work}({a.symbols}, {a.bars})"], check=True)
+    streamed(min(500, a.symbols), a.bars)
+    first_use()
     return table
 
 

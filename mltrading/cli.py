@@ -73,7 +73,8 @@ def _data(given: argparse.Namespace) -> None:
 
 # %% ../nbs/90_cli.ipynb #6f33fced
 def _audit(given: argparse.Namespace) -> None:
-    from mltrading.features.audit import check_registry
+    from mltrading.features.audit import audit, refuse
+    from mltrading.features.registry import lookup
     from mltrading.market.snapshot import read_snapshot
 
     market, started = read_snapshot(root() / "data"), time.perf_counter()
@@ -81,8 +82,12 @@ def _audit(given: argparse.Namespace) -> None:
     panel = market.store(given.bars or max(sets, key=lambda name: (sets[name]["frequency"] == "1d", sets[name]["rows"]))).panel()
     marked = [s for s in panel.symbols if market.manifest["symbols"][s]["role"] == "benchmark"]
     macro = market.macro
-    table = check_registry(panel, macro=macro if len(macro) else None, benchmark=marked[0] if marked else None, cuts=given.cuts)
-    print(f"{len(table)} features on {panel!r}: none looks ahead, all begin when they say; {time.perf_counter() - started:.1f} s")
+    table = audit(panel, macro=macro if len(macro) else None, benchmark=marked[0] if marked else None, cuts=given.cuts)
+    print(f"{len(table)} features tried at {table['cuts'].max()} instants on {panel!r} in {time.perf_counter() - started:.1f} s")
+    if without := [f.name for f in lookup() if f.name not in set(table["feature"])]:
+        print(f"{len(without)} not tried, because these data cannot feed them: {', '.join(without[:5])}{' …' if len(without) > 5 else ''}")
+    refuse(table)
+    print("none looks ahead, all begin when they say")
 
 def _archives(_: argparse.Namespace) -> None:
     from mltrading.market.embedded import UPSTREAM
@@ -125,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
     command("archives", "fetch the pinned files that the embedded snapshot is rebuilt from", _archives)
     audit = command("audit", "prove for every feature that it does not look ahead", _audit)
     audit.add_argument("--bars", default="", help="a set of bars of the snapshot; the largest of daily bars unless told")
-    audit.add_argument("--cuts", type=int, default=8, help="random instants at which the data are cut")
+    audit.add_argument("--cuts", type=int, default=8, help="instants at which the data are cut")
     command("refresh", "export the package, clean the notebooks, write README.md", _refresh)
     return top
 

@@ -1,7 +1,10 @@
 """Features on panels that are ragged, frozen, tiny or huge: the same bits under truncation, and never an infinity."""
 
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,10 +14,11 @@ from hypothesis import strategies as st
 
 from mltrading.cli import main
 from mltrading.core.errors import DataError, LeakError, ParameterError
+from mltrading.features import audit as audit_module
 from mltrading.features import kernels
-from mltrading.features.audit import audit, audit_function, check_causal, check_registry
-from mltrading.features.registry import Context, catalogue, compute, lookup
-from mltrading.market.macro import History
+from mltrading.features.audit import audit, audit_function, check_causal, check_registry, other_future, other_releases
+from mltrading.features.registry import Context, FeatureBlock, catalogue, compute, lookup
+from mltrading.market.macro import History, check_macro
 from mltrading.market.panel import Panel, until
 from mltrading.market.simulate import random_walk
 
@@ -125,6 +129,97 @@ def test_a_leak_through_macro_is_found() -> None:
         check_causal(late, panel, macro, name="late")
 
 
+def test_another_future_keeps_the_past_and_changes_all_else() -> None:
+    panel = random_walk(8, 200, seed=6, closes_only=2)
+    t = panel.times[120]
+    other = other_future(panel, t, np.random.default_rng(0))
+    for field, block in panel.fields.items():
+        np.testing.assert_array_equal(other[field][:, :121], block[:, :121])
+        both = panel.alive[:, 121:] & other.alive[:, 121:]
+        assert not (other[field][:, 121:] == block[:, 121:])[both].any()
+    was, now = (p.alive[:, 121:].any(axis=1) for p in (panel, other))
+    assert (was & ~now).any()
+    high, low = (other[f][:, 121:] for f in ("high", "low"))
+    assert (high >= low)[~np.isnan(high)].all()
+
+
+def test_another_future_revises_old_macro_figures() -> None:
+    macro = releases(random_walk(2, 200, seed=2, ragged=False)).sort_values("timestamp", kind="stable", ignore_index=True)
+    t = pd.Timestamp("2015-06-01", tz="UTC")
+    other = check_macro(other_releases(macro, t.tz_localize(None).to_datetime64(), np.random.default_rng(0)), "changed")
+    pd.testing.assert_frame_equal(other[other["timestamp"] <= t].reset_index(drop=True), macro[macro["timestamp"] <= t].reset_index(drop=True))
+    known = macro[macro["timestamp"] <= t].set_index(["series", "reference"]).index
+    later = other[other["timestamp"] > t].set_index(["series", "reference"])
+    assert later.index.isin(known).sum() > 100
+    assert later["timestamp"].is_monotonic_increasing
+    removed = macro[macro["timestamp"] > t].set_index(["series", "reference"]).index.difference(later.index)
+    assert len(removed) > 10
+
+
+@pytest.mark.parametrize("cuts", [1, 2, 8, 30])
+def test_a_whole_sample_mean_is_found_with_few_cuts(cuts: int) -> None:
+    panel = random_walk(3, 60, seed=1)
+    table = audit_function(lambda p: p.view("close") - p.view("close").mean(), panel, cuts=cuts)
+    assert table["leaks"].all()
+    assert (table["cuts"] == cuts).all()
+
+
+def test_a_function_of_luck_or_of_memory_is_no_leak_but_an_error() -> None:
+    panel, rng, calls = random_walk(3, 60, seed=1), np.random.default_rng(), iter(range(100))
+    with pytest.raises(DataError, match="on the same input"):
+        check_causal(lambda p: p.view("close") + rng.standard_normal(), panel)
+    with pytest.raises(DataError, match="on the same input"):
+        check_causal(lambda p: p.view("close").iloc[next(calls) :], panel)
+
+
+def test_a_leak_is_told_before_an_error_of_another_cut() -> None:
+    panel = random_walk(3, 200, seed=1)
+
+    def short(p: Panel, shift: int) -> pd.DataFrame:
+        if len(p) < 100:
+            raise ValueError("too few bars")
+        return p.view("close").shift(shift)
+
+    with pytest.raises(DataError, match=r"(?s)`function`, cut at .*fails on its \d+ instants \(ValueError: too few bars\).*give `warmup`"):
+        check_causal(lambda p: short(p, 1), panel)
+    check_causal(lambda p: short(p, 1), panel, warmup=100)
+    with pytest.raises(LeakError):
+        check_causal(lambda p: short(p, -1), panel)
+
+
+@pytest.fixture
+def peeking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registry whose last feature looks ahead by a bar."""
+    def peek(*args: Any, **options: Any) -> FeatureBlock:
+        block = compute(*args, **options)
+        block.values[-1] = np.roll(block.values[-1], -1, axis=1)
+        return block
+    monkeypatch.setattr(audit_module, "compute", peek)
+
+
+@pytest.mark.usefixtures("peeking")
+def test_a_registered_feature_that_looks_ahead_is_named() -> None:
+    panel = random_walk(4, 200, seed=1)
+    table = audit(panel, ["ret_5d", "vol_20d", "ret_1d"])
+    assert table["leaks"].tolist() == [False, False, True]
+    with pytest.raises(LeakError, match=r"(?s)feature `ret_1d`, S00\d at .* is .*, but .* when everything after .*→ it reaches past its stamp"):
+        check_registry(panel, ["ret_5d", "vol_20d", "ret_1d"])
+
+
+def test_large_panels_are_audited_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    panel, names = random_walk(4, 200, seed=1), ["ret_5d", "vol_20d", "ret_1d"]
+    whole = audit(panel, names)
+    monkeypatch.setattr(audit_module, "PART_BYTES", 2 * 4 * 200 * 8)
+    pd.testing.assert_frame_equal(audit(panel, names), whole)
+
+
+def test_a_warmup_that_is_not_kept_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    panel = random_walk(4, 200, seed=1)
+    monkeypatch.setattr(audit_module, "lookup", lambda names: [replace(f, warmup=3) for f in lookup(names)])
+    with pytest.raises(DataError, match="feature `ret_1d`: has its first value after 1 of a symbol's bars, and declares 3"):
+        check_registry(panel, ["ret_1d"])
+
+
 def test_the_catalogue_is_complete() -> None:
     table = catalogue()
     assert table["name"].is_unique
@@ -174,5 +269,18 @@ def test_the_audit_command_on_the_embedded_snapshot(project: Path, embedded_data
     shutil.copytree(embedded_data, project / "data")
     assert main(["audit", "--cuts", "3"]) == 0
     said = capsys.readouterr().out
-    assert f"{len(catalogue())} features on Panel(28 symbols" in said
+    tried = re.search(r"^(\d+) features tried at 3 instants on Panel\(28 symbols × 8313 times, .*\) in \d+\.\d s$", said, re.MULTILINE)
+    without = re.search(r"^(\d+) not tried", said, re.MULTILINE)
+    assert tried
+    assert int(tried[1]) + (int(without[1]) if without else 0) == len(catalogue())
     assert "none looks ahead" in said
+
+
+@pytest.mark.usefixtures("peeking")
+def test_the_audit_command_fails_on_a_leak(project: Path, embedded_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(embedded_data, project / "data")
+    assert main(["audit", "--cuts", "1"]) == 1
+    said = capsys.readouterr()
+    assert "features tried at 1 instants" in said.out
+    assert "error: feature `" in said.err
+    assert "none looks ahead" not in said.out

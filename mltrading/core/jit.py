@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,13 @@ def kernel_id(
     return found.hexdigest()[:16]
 
 def cache_folder() -> Path:
-    """Where compiled code is kept: under build/ in a project, in the user's cache for an installed package."""
+    """Where compiled code is kept: where `NUMBA_CACHE_DIR` says, else under build/ in a project, in the user's cache for an installed package."""
     import mltrading
 
     package = Path(mltrading.__path__[0])
     top = package.parent
+    if own := os.environ.get("NUMBA_CACHE_DIR"):
+        return Path(own) / kernel_id(package)
     base = top / "build" / "numba" if (top / "settings.ini").exists() else Path.home() / ".cache" / "mltrading" / "numba"
     return base / kernel_id(package)
 

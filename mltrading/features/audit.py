@@ -5,221 +5,472 @@
 # %% ../../nbs/features/80_audit.ipynb #35e0d873
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ..core.errors import DataError, LeakError
+from ..core.errors import DataError, LeakError, ParameterError
 from .registry import FeatureBlock, compute, lookup
-from ..market.panel import Panel, until
+from ..market.panel import FIELDS, PRICES, Panel, until
 
 # %% auto #0
-__all__ = ['Found', 'other_future', 'other_releases', 'audit_function', 'check_causal', 'audit', 'check_registry']
+__all__ = ['ROUNDING', 'PART_BYTES', 'other_future', 'other_releases', 'audit_function', 'refuse', 'check_causal', 'audit',
+           'check_registry']
 
-# %% ../../nbs/features/80_audit.ipynb #071594e1
+# %% ../../nbs/features/80_audit.ipynb #beba8943
+def _level(
+    known: NDArray[np.float64],   # (n, m) closes up to the cut
+    later: NDArray[np.float64],   # (n, k) closes that are to follow
+) -> NDArray[np.float64]:         # (n, 1) what to multiply these with, so that their mean is the last close
+    "How two stretches of prices are joined; 1 where one of them is empty."
+    here = np.concatenate([np.full((len(known), 1), np.nan), known], axis=1)
+    last = here[np.arange(len(here)), here.shape[1] - 1 - np.argmax(~np.isnan(here[:, ::-1]), axis=1)]
+    count = (~np.isnan(later)).sum(axis=1)
+    mean = np.nansum(later, axis=1) / np.maximum(count, 1)
+    return np.where((count > 0) & ~np.isnan(last), last / np.where(mean > 0, mean, 1.0), 1.0)[:, None]
+
 def other_future(
     panel: Panel,
     t: np.datetime64,          # last instant that stays as it is, UTC
     rng: np.random.Generator,
 ) -> Panel:                    # same instants and symbols
-    """The panel with everything after `t` replaced."""
-    first = int(np.searchsorted(panel.times, t, side="right"))
+    """The panel with every bar after `t` replaced, symbols listed and symbols delisted."""
+    n, first = len(panel.symbols), int(np.searchsorted(panel.times, t, side="right"))
     later = len(panel) - first
-    order = first + rng.permutation(later)
-    scale = np.exp(0.5 * rng.standard_normal((len(panel.symbols), later)))
-    scale[rng.random(scale.shape) < 0.1] = np.nan
-    return Panel(panel.times, panel.symbols, {k: np.concatenate([b[:, :first], b[:, order] * scale], axis=1) for k, b in panel.fields.items()})
+    symbol, order = rng.permutation(n)[:, None], first + rng.permutation(later)
+    price, size = np.exp(0.5 * rng.standard_normal((2, n, later)))
+    price *= _level(panel["close"][:, :first], panel["close"][symbol, order])
+    gone = rng.random(n) < 0.25
+    gone[rng.integers(n)] = False
+    price[(rng.random((n, later)) < 0.1) | gone[:, None]] = np.nan
+    size, flag = np.where(np.isnan(price), np.nan, size), np.where(np.isnan(price), np.nan, 1.0)
+    factor = {"volume": size, "trade_count": size, "member": flag}
+    return Panel(panel.times, panel.symbols, {k: np.concatenate([b[:, :first], b[symbol, order] * factor.get(k, price)], axis=1) for k, b in panel.fields.items()})
 
+# %% ../../nbs/features/80_audit.ipynb #a983fc6b
 def other_releases(
     macro: pd.DataFrame,       # long: timestamp (release instant, UTC), series, value, reference
     t: np.datetime64,          # last instant that stays as it is, UTC
     rng: np.random.Generator,
-) -> pd.DataFrame:
-    """The macro releases with the values of all after `t` replaced."""
-    later = (macro["timestamp"] > pd.Timestamp(t, tz="UTC")).to_numpy()
-    value = macro["value"].to_numpy(np.float64).copy()
-    value[later] = value[later][::-1] * np.exp(0.5 * rng.standard_normal(int(later.sum())))
-    return macro.assign(value=value)
+) -> pd.DataFrame:             # in the order of release, if `macro` was
+    """The macro releases with all after `t` replaced, some removed, and old periods revised."""
+    def moved(rows: pd.DataFrame, value: NDArray[np.float64]) -> pd.DataFrame:
+        return rows.assign(value=value * np.exp(0.5 * rng.standard_normal(len(rows))))
+    is_known = (macro["timestamp"] <= pd.Timestamp(t, tz="UTC")).to_numpy()
+    known, later = macro[is_known], macro[~is_known]
+    stamp = later["timestamp"].min() if len(later) else pd.Timestamp(t, tz="UTC") + pd.Timedelta(days=7)
+    revised = known[rng.random(len(known)) < 0.5].drop_duplicates(["series", "reference"], keep="last")
+    revised = revised.assign(timestamp=stamp + pd.to_timedelta(1 + np.arange(len(revised)), unit="s"))
+    later = moved(later, later["value"].to_numpy(np.float64)[rng.permutation(len(later))])[rng.random(len(later)) >= 0.1]
+    parts = [known, later, moved(revised, revised["value"].to_numpy(np.float64))]
+    out = pd.concat([p for p in parts if len(p)] or [macro], ignore_index=True).drop_duplicates(["series", "reference", "timestamp"], ignore_index=True)
+    out["timestamp"] = out["timestamp"].astype(macro["timestamp"].dtype)
+    return out.sort_values("timestamp", kind="stable", ignore_index=True) if macro["timestamp"].is_monotonic_increasing else out
+
+# %% ../../nbs/features/80_audit.ipynb #ccc79be4
+def _other_bar(
+    panel: Panel,
+    column: int,  # of the bar
+    rng: np.random.Generator,
+) -> Panel:
+    "The panel in which one instant's bars have other numbers, but for their opens."
+    fields = {k: b.copy() for k, b in panel.fields.items()}
+    now = {k: b[:, column] for k, b in fields.items() if k not in ("open", "member", "adj_factor")}
+    for block in now.values():
+        block *= np.exp(0.2 * rng.standard_normal(len(panel.symbols)))
+    ends = [now["close"], *([fields["open"][:, column]] if "open" in fields else [])]
+    for field, edge, sign in (("high", np.fmax, 1), ("low", np.fmin, -1)):
+        if field in now:
+            outside = edge.reduce(ends) * np.exp(sign * 0.05 * rng.random(len(panel.symbols)))
+            now[field][:] = np.where(np.isnan(now[field]), np.nan, outside)
+    return Panel(panel.times, panel.symbols, fields)
+
+# %% ../../nbs/features/80_audit.ipynb #fd72dff1
+@dataclass(frozen=True, eq=False)
+class _Block:
+    "Numbers by symbol and stamp."
+
+    values: NDArray[np.float64]     # (n, m), NaN where there is none
+    times: NDArray[np.datetime64]   # (m,) stamps, UTC, ascending
+    symbols: tuple[str, ...]        # (n,) or the names of a table's columns
+
+_Blocks = dict[str, _Block]
+
+def _stamps(times: Any, name: str) -> NDArray[np.datetime64]:
+    "Stamps as UTC without a zone."
+    if not pd.api.types.is_datetime64_any_dtype(times.dtype):
+        raise DataError(f"`{name}`", f"rows without stamps ({times.dtype})", "return the instants with the numbers: as the index of a table, or as its column `timestamp`")
+    index = pd.DatetimeIndex(times).as_unit("us")
+    return (index if index.tz is None else index.tz_convert("UTC").tz_localize(None)).to_numpy()
+
+def _numbers(column: pd.Series, name: str) -> NDArray[np.float64]:
+    "A column as numbers, an instant as microseconds."
+    if pd.api.types.is_datetime64_any_dtype(column.dtype):
+        stamps = _stamps(column, name)
+        return np.where(np.isnat(stamps), np.nan, stamps.astype(np.int64).astype(np.float64))
+    if not pd.api.types.is_numeric_dtype(column.dtype):
+        raise DataError(f"`{name}`, column `{column.name}`", f"is {column.dtype}, not a number", "return a class as its code, or leave the column out")
+    return column.to_numpy(np.float64, na_value=np.nan)
+
+# %% ../../nbs/features/80_audit.ipynb #1583f20f
+def _grid(
+    stamps: NDArray[np.datetime64],        # (r,) of each row
+    symbols: NDArray[Any],                 # (r,)
+    columns: dict[str, NDArray[np.float64]],  # (r,) each
+    name: str,
+) -> _Blocks:
+    "Rows as blocks."
+    times, column = np.unique(stamps, return_inverse=True)
+    known, row = np.unique(symbols.astype(str), return_inverse=True)
+    if len(np.unique(row * len(times) + column)) < len(row):
+        raise DataError(f"`{name}`", "two rows for one stamp and symbol", "return one")
+    out = {}
+    for key, values in columns.items():
+        block = np.full((len(known), len(times)), np.nan)
+        block[row, column] = values
+        out[key] = _Block(block, times, tuple(known))
+    return out
+
+def _from_table(table: pd.DataFrame, name: str) -> _Blocks:
+    "A table, long if it has a column or an index level `timestamp` beside others, else instants by symbols."
+    if table.index.nlevels > 1:
+        table = table.reset_index()
+    if "timestamp" in table.columns:
+        symbols = table["symbol"].to_numpy(object) if "symbol" in table.columns else np.full(len(table), "")
+        numbers = {str(c): _numbers(table[c], name) for c in table.columns if c not in ("timestamp", "symbol")}
+        return _grid(_stamps(table["timestamp"], name), symbols, {**numbers, f"rows of {name}": np.ones(len(table))}, name)
+    times = _stamps(table.index, name)
+    if not (table.index.is_unique and table.columns.is_unique):
+        raise DataError(f"`{name}`", "two rows for one stamp, or two columns of one name", "return one")
+    values = np.array([_numbers(table[c], name) for c in table.columns]).reshape(table.shape[1], len(table))
+    order = np.argsort(times, kind="stable")
+    return {name: _Block(values[:, order], times[order], tuple(map(str, table.columns)))}
 
 # %% ../../nbs/features/80_audit.ipynb #89ca3847
 def _blocks(
-    result: Any,  # FeatureBlock, (N, T) array, (T, N) DataFrame, or a mapping of the last two
-    name: str,
-) -> dict[str, NDArray[np.float64]]:
+    result: Any,   # FeatureBlock; (N, T) or (T,) array; table or series with stamps; or a mapping of these
+    panel: Panel,  # that it was computed on
+    name: str,     # of a single block
+) -> _Blocks:
     "A function's result as blocks by name."
     if isinstance(result, FeatureBlock):
-        return dict(zip(result.names, result.values, strict=True))
+        return {n: _Block(np.asarray(v, np.float64), result.times, result.symbols) for n, v in zip(result.names, result.values, strict=True)}
     if isinstance(result, Mapping):
-        return {str(k): _blocks(v, str(k))[str(k)] for k, v in result.items()}
-    block = result.to_numpy(np.float64).T if isinstance(result, pd.DataFrame) else np.asarray(result, np.float64)
-    return {name: np.ascontiguousarray(block)}
+        return {n: b for key, value in result.items() for n, b in _blocks(value, panel, str(key)).items()}
+    if isinstance(result, pd.Series):
+        result = result.to_frame(name if result.index.nlevels > 1 else result.name or "")
+    if isinstance(result, pd.DataFrame):
+        return _from_table(result, name)
+    block = np.atleast_2d(np.asarray(result, np.float64))
+    symbols = panel.symbols if len(block) == len(panel.symbols) else ("",)
+    if block.shape != (len(symbols), len(panel)):
+        raise DataError(f"`{name}`", f"an array of shape {np.shape(result)} for {len(panel.symbols)} symbols and {len(panel)} instants", "return symbols by instants, or a table with stamps")
+    return {name: _Block(block, panel.times, symbols)}
 
+# %% ../../nbs/features/80_audit.ipynb #6c9f8373
 def _first_difference(
-    whole: NDArray[np.float64],  # (N, T)
-    other: NDArray[np.float64],  # (N, >= columns)
-    columns: int,                # compare so many
-) -> tuple[int, int] | None:     # symbol and instant of the earliest difference
+    a: NDArray[np.float64],    # (n, m)
+    b: NDArray[np.float64],    # (n, m)
+    slack: float = 0.0,        # a part of each row's largest value that does not count
+) -> tuple[int, int] | None:   # row and column of the earliest difference
     "Where two blocks differ in a bit, NaN equal to NaN."
-    a, b = (np.ascontiguousarray(x[:, :columns], np.float64) for x in (whole, other))
-    differs = (a.view(np.int64) != b.view(np.int64)) & ~(np.isnan(a) & np.isnan(b))
+    x, y = a.view(np.int64), b.view(np.int64)
+    if np.array_equal(x, y):
+        return None
+    differs = (x != y) & ~(np.isnan(a) & np.isnan(b))
+    if slack:
+        differs &= ~(np.abs(a - b) <= slack * np.fmax.reduce(np.abs(a), axis=1, keepdims=True))
     if not differs.any():
         return None
     column = int(np.argmax(differs.any(axis=0)))
     return int(np.argmax(differs[:, column])), column
 
-# %% ../../nbs/features/80_audit.ipynb #07ee28ad
-def _cuts(
+def _aligned(block: _Block, times: NDArray[np.datetime64], symbols: tuple[str, ...]) -> NDArray[np.float64]:
+    "A block's numbers at the given symbols and stamps."
+    out = np.full((len(symbols), len(times)), np.nan)
+    row, count = np.array([symbols.index(s) for s in block.symbols], np.int64), int(np.searchsorted(block.times, times[-1:], side="right").sum())
+    out[row[:, None], np.searchsorted(times, block.times[:count])] = block.values[:, :count]
+    return out
+
+_NOTHING = _Block(np.empty((0, 0)), np.array([], "datetime64[us]"), ())
+
+def _differences(
+    whole: _Blocks,
+    other: _Blocks,
+    before: np.datetime64,  # rows stamped earlier than this are compared
+    slack: float = 0.0,
+) -> Iterator[tuple[str, str, np.datetime64, float, float]]:  # block, symbol, stamp and the two values
+    "The earliest difference of each block that differs."
+    for name in dict.fromkeys([*whole, *other]):
+        mine, theirs = whole.get(name, _NOTHING), other.get(name, _NOTHING)
+        times, those = (x.times[: np.searchsorted(x.times, before)] for x in (mine, theirs))
+        symbols = mine.symbols
+        if symbols == theirs.symbols and np.array_equal(times, those):
+            a, b = mine.values[:, : len(times)], theirs.values[:, : len(times)]
+        else:
+            times, symbols = np.union1d(times, those), tuple(sorted({*symbols, *theirs.symbols}))
+            a, b = _aligned(mine, times, symbols), _aligned(theirs, times, symbols)
+        if at := _first_difference(a, b, slack):
+            yield name, symbols[at[0]], times[at[1]], float(a[at]), float(b[at])
+
+# %% ../../nbs/features/80_audit.ipynb #8ffa0237
+def _columns(
     panel: Panel,
-    cuts: int,   # how many, >= 1
-    warmup: int, # instants at the start where nothing has a value
+    cuts: int,    # how many, >= 1
+    warmup: int,  # instants at the start within which there is no cut but the first
     rng: np.random.Generator,
-) -> NDArray[np.datetime64]:  # ascending
-    "Instants at which to cut."
+) -> NDArray[np.int64]:  # ascending, at most `cuts`
+    "Columns of the instants at which to cut."
+    if cuts < 1:
+        raise ParameterError("audit.cuts", f"{cuts} instants show nothing", "use 1 or more")
     if len(panel) < 3:
         raise DataError("panel", f"{len(panel)} instants cannot be cut", "audit on a longer panel")
-    alive = panel.alive
-    listed = np.maximum.accumulate(alive, axis=1) & np.maximum.accumulate(alive[:, ::-1], axis=1)[:, ::-1]
+    times, alive = panel.times, panel.alive
     inside = np.arange(min(warmup + 1, len(panel) - 2), len(panel) - 1)
-    holes = np.intersect1d(np.flatnonzero((listed & ~alive).any(axis=0)), inside)
-    some = [rng.choice(where, min(count, len(where)), replace=False) for where, count in ((inside, cuts - cuts // 2), (holes, cuts // 2))]
-    return panel.times[np.unique(np.concatenate([*some, [len(panel) - 2]]))]
+    mixed, month = rng.permutation(inside), times.astype("datetime64[M]")
+    _, first = np.unique((times - times.astype("datetime64[W]"))[mixed], return_index=True)
+    spread = np.concatenate([mixed[np.sort(first)], mixed])
+    rich = spread[np.all([np.isfinite(b).any(axis=0) for b in panel.fields.values()], axis=0)[spread]]
+    begun, over = np.maximum.accumulate(alive, axis=1), ~np.maximum.accumulate(alive[:, ::-1], axis=1)[:, ::-1]
+    kinds = (np.diff(begun, axis=1).any(axis=0), (begun & ~alive & ~over).any(axis=0), month[1:] != month[:-1])
+    listings, holes, ends = (rng.permutation(np.intersect1d(np.flatnonzero(kind), inside)) for kind in kinds)
+    order = np.concatenate([rich[: max(1, cuts // 4)], [0, len(panel) - 2], listings[: cuts // 8], holes[: cuts // 4], ends[: cuts // 8], spread])
+    _, once = np.unique(order, return_index=True)
+    return np.sort(order[np.sort(once)][:cuts])
 
-# %% ../../nbs/features/80_audit.ipynb #0fd5414b
-Found = tuple[str, str, int, int, np.datetime64, float, float]  # feature, experiment, symbol, instant, cut, value, other value
+# %% ../../nbs/features/80_audit.ipynb #38386833
+class _Cut(NamedTuple):
+    "What is known at one instant."
 
-def _experiments(
-    fn: Callable[[Panel, pd.DataFrame | None], Any],
+    column: int            # of the last bar that is known, or of the one that opens
+    t: np.datetime64       # releases are known up to here
+    before: np.datetime64  # rows stamped earlier than this are compared
+
+def _plan(
     panel: Panel,
     macro: pd.DataFrame | None,
-    instants: NDArray[np.datetime64],
-    rng: np.random.Generator,
-    whole: dict[str, NDArray[np.float64]],
-) -> Iterator[Found]:
-    "Every difference that an experiment finds, at most one per feature and experiment."
-    for t in instants:
-        columns = int(np.searchsorted(panel.times, t, side="right"))
-        known = None if macro is None else macro[macro["timestamp"] <= pd.Timestamp(t, tz="UTC")]
-        changed = None if macro is None else other_releases(macro, t, rng)
-        runs = {"cut": lambda t=t, known=known: fn(until(panel, t), known), "changed": lambda t=t, changed=changed: fn(other_future(panel, t, rng), changed)}
-        for experiment, run in runs.items():
-            for name, block in _blocks(run(), next(iter(whole))).items():
-                if at := _first_difference(whole[name], block, columns):
-                    yield name, experiment, *at, t, float(whole[name][at]), float(block[at])
+    columns: Iterable[int],
+    known: str,             # "close" or "open"
+) -> Iterator[_Cut]:
+    "The cuts at some columns."
+    tick = np.timedelta64(1, "us")
+    released = np.array([], "datetime64[us]") if macro is None else np.unique(_stamps(macro["timestamp"], "macro"))
+    for number, column in enumerate(columns):
+        bar, following = panel.times[column], panel.times[column + 1]
+        if known == "open":
+            yield _Cut(column, panel.times[max(column - 1, 0)], bar + tick)
+            continue
+        between = released[(released > bar) & (released < following)]
+        t = between[-1] if number % 2 and len(between) else bar
+        yield _Cut(column, t, min([following, *released[released > t][:1]]))
 
-# %% ../../nbs/features/80_audit.ipynb #5f7a04f7
-def _summary(
-    panel: Panel,
-    found: Sequence[Found],
-    names: Sequence[str],
-    cuts: int,
-) -> pd.DataFrame:  # one row per feature
+# %% ../../nbs/features/80_audit.ipynb #b7ac30a1
+_Run = Callable[[Panel, pd.DataFrame | None], Any]
+
+def _place(symbol: str, instant: Any) -> str:
+    return f"{symbol} at {pd.to_datetime(instant, utc=True)}".lstrip()
+
+def _again(fn: _Run, panel: Panel, macro: pd.DataFrame | None, whole: _Blocks, name: str) -> None:
+    "Refuse a function that is not a function of its input."
+    for key, symbol, stamp, one, two in _differences(whole, _blocks(fn(panel, macro), panel, name), np.datetime64("9999-01-01")):
+        raise DataError(f"`{key}`, {_place(symbol, stamp)}", f"is {one:.17g} on one call and {two:.17g} on the next, on the same input",
+                        "seed every random generator inside the function, and keep nothing from one call for the next")
+
+def _tried(fn: _Run, panel: Panel, macro: pd.DataFrame | None, name: str, where: str) -> _Blocks:
+    "The result of an experiment."
+    try:
+        return _blocks(fn(panel, macro), panel, name)
+    except Exception as error:
+        fix = "let it return NaN where the history is too short, or give `warmup`, the instants that it needs" + ("" if macro is None else "; of a period that was revised there are several rows")
+        raise DataError(f"`{name}`, {where}", f"fails on its {len(panel)} instants ({type(error).__name__}: {error})", fix) from error
+
+# %% ../../nbs/features/80_audit.ipynb #02b0ebb6
+class _Found(NamedTuple):
+    "A difference that an experiment found."
+
+    feature: str
+    experiment: str         # "cut" or "changed"
+    symbol: str
+    instant: np.datetime64  # stamp of the row, UTC
+    cut: np.datetime64      # UTC
+    value: float            # as it was, NaN where there was none
+    other: float            # in the experiment
+    reach_bars: int         # from the instant to the cut
+
+def _worlds(panel: Panel, macro: pd.DataFrame | None, cut: _Cut, known: str, rng: np.random.Generator) -> Iterator[tuple[str, Panel, pd.DataFrame | None]]:
+    "The experiments at a cut: name, panel and releases."
+    bar = panel.times[cut.column]
+    if known == "open":
+        panel = _other_bar(panel, cut.column, rng)
+    if cut.column > 0:
+        yield "cut", until(panel, bar), None if macro is None else macro[macro["timestamp"] <= pd.Timestamp(cut.t, tz="UTC")].reset_index(drop=True)
+    yield "changed", other_future(panel, bar, rng), None if macro is None else other_releases(macro, cut.t, rng)
+
+def _experiments(fn: _Run, panel: Panel, macro: pd.DataFrame | None, plan: Sequence[_Cut], known: str, rng: np.random.Generator, whole: _Blocks, name: str, slack: float) -> list[_Found]:
+    "Every difference that an experiment finds, at most one per feature and experiment. An error in one of them is raised where none finds any."
+    found, errors = list[_Found](), list[DataError]()
+    for cut in plan:
+        t = cut.t if known == "close" else panel.times[cut.column]
+        for experiment, p, m in _worlds(panel, macro, cut, known, rng):
+            where = f"{'cut at' if experiment == 'cut' else 'with another future after'} {pd.Timestamp(t, tz='UTC')}"
+            try:
+                for key, symbol, stamp, value, other in _differences(whole, _tried(fn, p, m, name, where), cut.before, slack if experiment == "cut" else 0.0):
+                    reach = int(np.searchsorted(panel.times, t) - np.searchsorted(panel.times, stamp))
+                    found.append(_Found(key, experiment, symbol, stamp, t, value, other, max(reach, 0)))
+            except DataError as error:
+                errors.append(error)
+    if errors and not found:
+        raise errors[0]
+    return found
+
+# %% ../../nbs/features/80_audit.ipynb #bf958c4c
+ROUNDING = 1e-12  # of a symbol's largest value: what a sum over another number of rows may differ by
+
+def _summary(found: Sequence[_Found], names: Sequence[str], cuts: int, known: str) -> pd.DataFrame:
     "The earliest difference of each feature."
-    rows = []
-    for name in names:
-        mine = sorted((f for f in found if f[0] == name), key=lambda f: (f[3], f[2], f[1]))
-        row: dict[str, Any] = {"feature": name, "leaks": bool(mine), "experiment": "", "symbol": "", "instant": pd.NaT, "cut": pd.NaT, "value": np.nan, "other": np.nan, "cuts": cuts}
-        if mine:
-            _, experiment, i, column, at, value, other = mine[0]
-            row |= {"experiment": experiment, "symbol": panel.symbols[i], "instant": panel.index[column], "cut": pd.Timestamp(at, tz="UTC"), "value": value, "other": other}
-        rows.append(row)
-    table = pd.DataFrame(rows)
+    first, reach = dict[str, _Found](), dict[str, int]()
+    for f in found:
+        first[f.feature] = min(first.get(f.feature, f), f, key=lambda x: (x.instant, x.symbol))
+        reach[f.feature] = max(reach.get(f.feature, 0), f.reach_bars)
+    never = np.datetime64("NaT")
+    rows = [first.get(n, _Found(n, "", "", never, never, np.nan, np.nan, 0)) for n in dict.fromkeys([*names, *first])]
+    table = pd.DataFrame(rows, columns=_Found._fields)
+    table.insert(1, "leaks", table["feature"].isin(first))
+    table = table.assign(reach_bars=[reach.get(n, 0) for n in table["feature"]], known=known, cuts=cuts)
     for stamp in ("instant", "cut"):
         table[stamp] = pd.to_datetime(table[stamp], utc=True).dt.as_unit("us")
     return table
 
 def audit_function(
-    fn: Callable[..., Any],            # panel -> blocks; with `macro` given, (panel, macro) -> blocks
+    fn: Callable[..., Any],            # panel -> numbers with stamps; with `macro` given, (panel, macro) -> such
     panel: Panel,
     macro: pd.DataFrame | None = None, # long: timestamp (release instant, UTC), series, value, reference
     *,
-    cuts: int = 8,                     # random instants, >= 1
+    known: Literal["close", "open"] = "close",  # of the bar with whose stamp a row is stamped: all of it, or its open alone
+    cuts: int = 8,                     # instants, >= 1
+    warmup: int = 0,                   # instants that the function needs before it can run, >= 0
     seed: int = 0,
-    name: str = "function",            # of the result, if it is a single block
-) -> pd.DataFrame:                     # per block: leaks, and of the earliest difference its experiment, symbol, instant, cut and two values
-    """Whether what a function computes depends on the future.
+    name: str = "",                    # of the result, if it is a single block; the function's unless told
+) -> pd.DataFrame:                     # per block: leaks; experiment, symbol, instant, cut and two values of the earliest difference; how far before a cut any was
+    """Whether what a function computes depends on the future. Whatever it fits has to be fitted inside it.
 
-    Raises `DataError` on a panel of fewer than three instants."""
+    Raises `DataError` on a panel of fewer than three instants, a function that gives two results for one input, one that fails in an experiment, or a result without stamps or numbers; `ParameterError` on an unknown `known` or no cuts."""
+    if known not in ("close", "open"):
+        raise ParameterError("audit.known", f"`{known}` is not known", "use `close` or `open`")
+    name = name or getattr(fn, "__name__", "function").replace("<lambda>", "function")
+
     def call(p: Panel, m: pd.DataFrame | None) -> Any:
-        return fn(p) if macro is None else fn(p, m)
-    rng = np.random.default_rng(seed)
-    whole = _blocks(call(panel, macro), name)
-    instants = _cuts(panel, cuts, 0, rng)
-    return _summary(panel, list(_experiments(call, panel, macro, instants, rng, whole)), list(whole), len(instants))
+        return fn(p) if m is None else fn(p, m.copy())
+    table, whole = _audited(call, panel, macro, known, cuts, warmup, seed, name, ROUNDING)
+    if not any(np.isfinite(b.values).any() for b in whole.values()):
+        raise DataError(f"`{name}`", f"holds no number on {panel!r}: nothing was audited", "audit on a longer panel, with the fields that the function needs")
+    return table
 
-def _refuse(table: pd.DataFrame) -> None:
-    "Raise on the first leak of an audit."
+def _audited(call: _Run, panel: Panel, macro: pd.DataFrame | None, known: str, cuts: int, warmup: int, seed: int, name: str, slack: float) -> tuple[pd.DataFrame, _Blocks]:
+    "The table of an audit, and the blocks as they were."
+    rng = np.random.default_rng(seed)
+    plan = list(_plan(panel, macro, _columns(panel, cuts, warmup, rng).tolist(), known))
+    whole = _blocks(call(panel, macro), panel, name)
+    _again(call, panel, macro, whole, name)
+    return _summary(_experiments(call, panel, macro, plan, known, rng, whole, name, slack), list(whole), len(plan), known), whole
+
+# %% ../../nbs/features/80_audit.ipynb #496f29d8
+def _advice(
+    r: Any,  # a row of an audit's table that leaks
+) -> str:
+    "What to do about a leak."
+    if 0 < abs(r["value"] - r["other"]) <= 1e-12 * abs(r["value"]):
+        return "so small a difference may be rounding that depends on how many rows there are (a matrix product, a sum over columns that come later): compute each row from its own rows alone"
+    if r["feature"].startswith("rows of "):
+        return "keep or drop a row by what was known at its stamp"
+    if r["known"] == "open" and r["reach_bars"] == 0:
+        return "at a bar's open, use of that bar its open alone: shift the rest by one bar"
+    if r["reach_bars"] <= 30:
+        return f"it reaches past its stamp: look for a negative shift, a centred window, a filling from behind, a join to the next row, or a coarser bar stamped with its start (rows up to {r['reach_bars']} bars before a cut move)"
+    return f"rows up to {r['reach_bars']} bars before a cut move: look for what is made from the whole sample (a mean, a scaler, a rank, a model, a list of symbols, a filling from behind), and make it from rows stamped at or before each instant"
+
+def refuse(
+    table: pd.DataFrame,  # of an audit
+) -> None:
+    """Raises `LeakError` on the first leak of an audit, naming feature, symbol, instant, the two values and the cut; `DataError` on a feature that does not begin when it says."""
     if table["leaks"].any():
-        r = table[table["leaks"]].iloc[0]
-        how = "was removed" if r["experiment"] == "cut" else "changed"
-        raise LeakError(f"feature `{r['feature']}`, {r['symbol']} at {r['instant']}", f"is {r['value']:.17g}, but {r['other']:.17g} when everything after {r['cut']} {how}",
-                        "use rows stamped at or before the instant only")
+        bad = table[table["leaks"]]
+        r = bad.iloc[0]
+        value, other = ("absent" if np.isnan(v) else f"{v:.17g}" for v in (r["value"], r["other"]))
+        after = f"everything after {'the open of ' if r['known'] == 'open' else ''}{r['cut']} {'was removed' if r['experiment'] == 'cut' else 'changed'}"
+        more = f"; {len(bad) - 1} more leak: {', '.join(bad['feature'].iloc[1:6])}{' …' if len(bad) > 6 else ''}" if len(bad) > 1 else ""
+        raise LeakError(f"feature `{r['feature']}`, {_place(r['symbol'], r['instant'])}", f"is {value}, but {other} when {after}{more}", _advice(r))
+    if "warmup_holds" in table.columns and not table["warmup_holds"].all():
+        r = table[~table["warmup_holds"]].iloc[0]
+        found = "has no value at all" if r["first_bar"] < 0 else f"has its first value after {r['first_bar']} of a symbol's bars"
+        raise DataError(f"feature `{r['feature']}`", f"{found}, and declares {r['warmup']}", "correct its `warmup`, or audit on a longer panel")
 
 def check_causal(
-    fn: Callable[..., Any],            # as for `audit_function`
+    fn: Callable[..., Any],             # as for `audit_function`
     panel: Panel,
     macro: pd.DataFrame | None = None,
-    *,
-    cuts: int = 8,
-    seed: int = 0,
-    name: str = "function",
+    **options: Any,                     # of `audit_function`
 ) -> None:
-    """Raises `LeakError` naming feature, symbol, instant and the two values where the past depends on the future."""
-    _refuse(audit_function(fn, panel, macro, cuts=cuts, seed=seed, name=name))
+    """Raises as `audit_function`, and `LeakError` as `refuse` where the past depends on the future."""
+    refuse(audit_function(fn, panel, macro, **options))
 
-# %% ../../nbs/features/80_audit.ipynb #5d05b467
+# %% ../../nbs/features/80_audit.ipynb #1c262991
+PART_BYTES = 1 << 30  # of the features that are computed together
+
+def _parts(panel: Panel, names: Sequence[str] | None, macro: pd.DataFrame | None, benchmark: str | None) -> list[Sequence[str]]:
+    "The features that the panel can feed, as many at a time as fit."
+    one = Panel(panel.times[-1:], panel.symbols, {k: np.fmax.reduce(b, axis=1, keepdims=True) for k, b in panel.fields.items()})  # a bar with all that a symbol ever has
+    found = compute(one, names, macro, benchmark, short=True).names
+    size = max(1, PART_BYTES // (8 * max(1, len(panel) * len(panel.symbols))))
+    return [found[i : i + size] for i in range(0, len(found), size)]
+
 def _first_bar(
-    block: NDArray[np.float64],  # (N, T)
-    alive: NDArray[np.bool_],    # (N, T)
-) -> int:                        # own bars that passed before the first value, the least over the symbols; -1 without any value
+    block: NDArray[np.float64],   # (N, T)
+    before: NDArray[np.int64],    # (N, T) own bars that passed before each instant
+) -> int:                         # own bars that passed before the first value, the least over the symbols; -1 without any value
     "When a feature begins."
-    has = ~np.isnan(block) & alive
-    before = np.cumsum(alive, axis=1) - 1
-    return int(before[has].min()) if has.any() else -1
+    has = ~np.isnan(block)
+    first, some = has.argmax(axis=1), has.any(axis=1)
+    return int(before[some, first[some]].min()) if some.any() else -1
 
+# %% ../../nbs/features/80_audit.ipynb #f2eb7ce7
 def audit(
     panel: Panel,
     names: Sequence[str] | None = None,  # features; all that the panel can feed unless told
     macro: pd.DataFrame | None = None,   # long: timestamp (release instant, UTC), series, value, reference
     benchmark: str | None = None,        # a symbol of the panel that stands for the market
     *,
-    cuts: int = 8,                       # random instants, >= 1
+    cuts: int = 8,                       # instants, >= 1
     seed: int = 0,
 ) -> pd.DataFrame:                       # as `audit_function`, and warmup, first_bar, warmup_holds (no value at all: False)
     """Whether registered features depend on the future, and whether they begin when they say.
 
     Raises `DataError` on a panel of fewer than three instants."""
-    whole = compute(panel, names, macro, benchmark, short=True)
-    blocks = _blocks(whole, "")
-
-    def call(p: Panel, m: pd.DataFrame | None) -> FeatureBlock:
-        return compute(p, whole.names, m, benchmark, short=True)
-    rng = np.random.default_rng(seed)
-    instants = _cuts(panel, cuts, 20, rng)
-    table = _summary(panel, list(_experiments(call, panel, macro, instants, rng, blocks)), whole.names, len(instants))
-    features = lookup(whole.names)
-    first = [_first_bar(blocks[f.name], whole.alive) for f in features]
-    own = [f.over == "symbol" and "benchmark" not in f.needs for f in features]
-    table["warmup"], table["first_bar"] = [f.warmup for f in features], first
-    table["warmup_holds"] = [k == f.warmup if exact else k >= f.warmup for f, k, exact in zip(features, first, own, strict=True)]
-    return table
+    before = np.cumsum(panel.alive, axis=1) - 1
+    tables = []
+    for part in _parts(panel, names, macro, benchmark):
+        def call(p: Panel, m: pd.DataFrame | None, part: Sequence[str] = part) -> FeatureBlock:
+            return compute(p, part, m, benchmark, short=True)
+        table, whole = _audited(call, panel, macro, "close", cuts, 20, seed, "features", 0.0)
+        features = lookup(part)
+        table["warmup"] = [f.warmup for f in features]
+        table["first_bar"] = [_first_bar(whole[f.name].values, before) for f in features]
+        own = np.array([set(f.needs) <= set(FIELDS) for f in features])
+        table["warmup_holds"] = np.where(own, table["first_bar"] == table["warmup"], table["first_bar"] >= table["warmup"])
+        tables.append(table)
+        del whole
+    return pd.concat(tables, ignore_index=True)
 
 def check_registry(
     panel: Panel,
-    names: Sequence[str] | None = None,  # as for `audit`
-    macro: pd.DataFrame | None = None,
-    benchmark: str | None = None,
-    *,
-    cuts: int = 8,
-    seed: int = 0,
-) -> pd.DataFrame:  # the audit's table
-    """Raises `LeakError` on a feature that depends on the future, `DataError` on one that does not begin when it says."""
-    table = audit(panel, names, macro, benchmark, cuts=cuts, seed=seed)
-    _refuse(table)
-    if not table["warmup_holds"].all():
-        r = table[~table["warmup_holds"]].iloc[0]
-        found = "has no value at all" if r["first_bar"] < 0 else f"has its first value after {r['first_bar']} of a symbol's bars"
-        raise DataError(f"feature `{r['feature']}`", f"{found}, and declares {r['warmup']}", "correct its `warmup`, or audit on a longer panel")
+    *given: Any,     # of `audit`
+    **options: Any,  # of `audit`
+) -> pd.DataFrame:   # the audit's table
+    """Raises as `refuse`: `LeakError` on a feature that depends on the future, `DataError` on one that does not begin when it says."""
+    table = audit(panel, *given, **options)
+    refuse(table)
     return table
