@@ -15,21 +15,50 @@ from hypothesis import strategies as st
 from mltrading.cli import main
 from mltrading.core.errors import DataError, LeakError, ParameterError
 from mltrading.features import audit as audit_module
-from mltrading.features import kernels
 from mltrading.features.audit import audit, audit_function, check_causal, check_registry, other_future, other_releases
-from mltrading.features.registry import Context, FeatureBlock, catalogue, compute, lookup
+from mltrading.features.expressions import lag
+from mltrading.features.expressions import macro as macro_
+from mltrading.features.machine import Context, FeatureBlock
+from mltrading.features.registry import catalogue, compute, lookup
+from mltrading.features.stream import Stream
 from mltrading.market.macro import History, check_macro
 from mltrading.market.panel import Panel, until
-from mltrading.market.simulate import random_walk
+from mltrading.market.simulate import bridge_intraday, random_walk
 
 SHORT = settings(max_examples=25, deadline=None, derandomize=True)
+
+
+def needed() -> tuple[set[str], set[str]]:
+    """What the registry reads: fields of panels, and macro series."""
+    needs = {n for f in lookup() for n in f.needs}
+    return {n for n in needs if ":" not in n} - {"benchmark", "others"}, {n.removeprefix("macro:") for n in needs if n.startswith("macro:")}
+
+
+def with_all_fields(panel: Panel, seed: int = 0) -> Panel:
+    """The panel with every further field that a feature reads."""
+    rng, fields = np.random.default_rng(seed), dict(panel.fields)
+    for name in sorted(needed()[0] - set(fields)):
+        like = fields.get(name.removeprefix("pred_"), panel["close"]) if name.startswith("pred_") or name == "vwap" else np.where(panel.alive, 10.0, np.nan)
+        noise = rng.standard_normal(like.shape)
+        fields[name] = like * np.exp(0.01 * noise) if like is not None and name != "sentiment" else np.where(panel.alive, np.tanh(noise), np.nan)
+    return Panel(panel.times, panel.symbols, fields)
+
+
+def releases(panel: Panel, seed: int = 0) -> pd.DataFrame:
+    """Daily figures of every series that a feature reads; of the slow ones monthly."""
+    rng, parts = np.random.default_rng(seed), []
+    days = pd.date_range(panel.index[0] - pd.Timedelta(days=900), panel.index[-1], freq="D", tz="UTC").as_unit("us")
+    for series in sorted(needed()[1]):
+        at = days if series in ("vix", "wti") else days[days.day == 3]
+        parts.append(pd.DataFrame({"timestamp": at, "series": series, "value": np.exp(3 + 0.1 * rng.standard_normal(len(at))), "reference": at.normalize()}))
+    return pd.concat(parts, ignore_index=True)
 
 
 @st.composite
 def panels(draw: st.DrawFn) -> Panel:
     """Ragged panels with prices from 1e-12 to 1e12, frozen stretches, jumps, bars without volume or range."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    base = random_walk(draw(st.integers(1, 5)), draw(st.integers(30, 330)), int(rng.integers(1 << 30)), closes_only=draw(st.integers(0, 1)))
+    base = random_walk(draw(st.integers(1, 4)), draw(st.integers(30, 330)), int(rng.integers(1 << 30)), closes_only=draw(st.integers(0, 1)))
     scale = 10.0 ** np.array([draw(st.sampled_from([-12, 0, 12])) for _ in base.symbols])[:, None]
     fields = {k: b * (1 if k == "volume" else scale) for k, b in base.fields.items()}
     t = len(base)
@@ -38,22 +67,13 @@ def panels(draw: st.DrawFn) -> Panel:
         for k in ("open", "high", "low", "close"):
             fields[k][:, a:b] = np.where(np.isnan(fields[k][:, a:b]), np.nan, fields["close"][:, [a]])
         fields["close"][:, a:b] = np.where(np.isnan(base["close"][:, a:b]), np.nan, fields["close"][:, a:b])
-        fields["close"][np.isnan(fields["close"])] = np.nan
     if draw(st.booleans()):
         fields["volume"][rng.random(fields["volume"].shape) < 0.2] *= 0.0
     if draw(st.booleans()):  # one jump by a factor of a million
         k = int(rng.integers(1, t))
         for f in ("open", "high", "low", "close"):
             fields[f][:, k:] *= 1e6
-    return Panel(base.times, base.symbols, fields)
-
-
-def releases(panel: Panel, seed: int = 0) -> pd.DataFrame:
-    rng = np.random.default_rng(seed)
-    months = pd.date_range(panel.index[0] - pd.Timedelta(days=900), panel.index[-1], freq="MS", tz="UTC").as_unit("us")
-    stamps = {"vix": panel.index + pd.Timedelta(minutes=15), "wti": panel.index, "aaa": months, "baa": months, "core_cpi": months}
-    parts = [pd.DataFrame({"timestamp": at, "series": s, "value": np.exp(3 + 0.1 * rng.standard_normal(len(at))), "reference": at.normalize()}) for s, at in stamps.items()]
-    return pd.concat(parts, ignore_index=True)
+    return with_all_fields(Panel(base.times, base.symbols, fields))
 
 
 @SHORT
@@ -66,49 +86,71 @@ def test_truncation_changes_no_bit_and_nothing_is_infinite(panel: Panel, place: 
     cut = panel.times[int(place * (len(panel) - 1))]
     part = compute(until(panel, cut), whole.names, macro[macro["timestamp"] <= pd.Timestamp(cut, tz="UTC")], benchmark, short=True, threads=1)
     assert part.values.tobytes() == np.ascontiguousarray(whole.values[:, :, : part.values.shape[2]]).tobytes()
-    frame = whole.to_frame()
-    assert not np.isinf(frame.iloc[:, 2:].to_numpy()).any()
+    single = compute(panel, whole.names, macro, benchmark, short=True, dtype=np.float32)
+    assert not np.isinf(single.values).any()
 
 
-@SHORT
-@given(panels(), st.sampled_from([2, 3, 7, 20, 60]))
-def test_kernels_agree_with_plain_windows(panel: Panel, n: int) -> None:
-    x = np.ascontiguousarray(panel["close"])
-    std, mean, (top, since) = kernels.roll_std(x, n), kernels.roll_mean(x, n), kernels.roll_max(x, n)
-    for i in range(len(x)):
-        at = np.flatnonzero(~np.isnan(x[i]))
-        assert np.isnan(std[i, at[: n - 1]]).all()
-        if len(at) < n:
-            continue
-        windows = np.lib.stride_tricks.sliding_window_view(x[i, at], n)
-        level = windows.max(axis=1)
-        np.testing.assert_allclose(mean[i, at[n - 1 :]], windows.mean(axis=1), rtol=1e-12)
-        assert (np.abs(std[i, at[n - 1 :]] - windows.std(axis=1, ddof=1)) <= 1e-12 * level).all()
-        still = (windows == windows[:, :1]).all(axis=1)
-        assert (std[i, at[n - 1 :]][still] == 0).all()
-        assert (top[i, at[n - 1 :]] == level).all()
-        assert (since[i, at[n - 1 :]] == windows[:, ::-1].argmax(axis=1)).all()
+def one_symbol(**fields: float | np.ndarray) -> Panel:
+    """Bars of one symbol."""
+    bars = max(np.size(x) for x in fields.values())
+    times = np.datetime64("2020-01-01T21:00", "us") + np.arange(bars) * np.timedelta64(1, "D")
+    return with_all_fields(Panel(times, ("A",), {k: np.broadcast_to(np.asarray(v, float), (1, bars)).copy() for k, v in fields.items()}))
 
 
-@SHORT
-@given(st.integers(0, 10**6), st.sampled_from([5, 20, 60]), st.sampled_from([0.0, 1e3, 1e7]))
-def test_moments_do_not_remember_outliers_or_levels(seed: int, n: int, level: float) -> None:
-    rng = np.random.default_rng(seed)
-    x, y = rng.standard_normal((1, 300)) + level, rng.standard_normal((1, 300))
-    x[0, 40] = 1e9
-    got = kernels.roll_std(x, n)[0, 41 + n :]
-    windows = np.lib.stride_tricks.sliding_window_view(x[0], n)[42:]
-    np.testing.assert_allclose(got, windows.std(axis=1, ddof=1), rtol=1e-9)
-    corr = kernels.roll_corr(x, y, n)[0, 41 + n :]
-    plain = [np.corrcoef(a, b)[0, 1] for a, b in zip(windows, np.lib.stride_tricks.sliding_window_view(y[0], n)[42:], strict=True)]
-    np.testing.assert_allclose(corr, plain, atol=1e-8)
+N = 700
+WALK = 100 * np.exp(np.cumsum(0.01 * np.random.default_rng(0).standard_normal(N)))
+ODD = {
+    "nothing moves": one_symbol(open=np.full(N, 7.1), high=7.1, low=7.1, close=7.1, volume=1000.0),
+    "nothing moves or trades": one_symbol(open=np.full(N, 7.1), high=7.1, low=7.1, close=7.1, volume=0.0),
+    "no volume": one_symbol(open=WALK, high=1.01 * WALK, low=0.99 * WALK, close=WALK, volume=0.0),
+    "one bar": one_symbol(open=1.0, high=2.0, low=0.5, close=1.5, volume=10.0),
+    "two bars": one_symbol(open=[1.0, 1.0], high=2.0, low=0.5, close=1.5, volume=10.0),
+    "no bar at all": one_symbol(open=np.full(N, np.nan), high=np.nan, low=np.nan, close=np.nan, volume=np.nan),
+    "tiny": one_symbol(open=1e-12 * WALK, high=1.01e-12 * WALK, low=0.99e-12 * WALK, close=1e-12 * WALK, volume=1e-6),
+    "huge": one_symbol(open=1e12 * WALK, high=1.01e12 * WALK, low=0.99e12 * WALK, close=1e12 * WALK, volume=1e18),
+    "from tiny to huge": one_symbol(open=10.0 ** np.linspace(-12, 12, N), high=1.2 * 10.0 ** np.linspace(-12, 12, N), low=0.9 * 10.0 ** np.linspace(-12, 12, N), close=10.0 ** np.linspace(-12, 12, N), volume=10.0 ** np.linspace(12, -12, N)),
+    "lists late": one_symbol(**{k: np.where(np.arange(N) < 600, np.nan, WALK * f) for k, f in (("open", 1), ("high", 1.01), ("low", 0.99), ("close", 1), ("volume", 50))}),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_bars_give_defined_values_or_none(name: str) -> None:
+    panel = ODD[name]
+    block = compute(panel, None, releases(panel), "A", short=True)
+    assert len(block.names) > 100
+    assert not np.isinf(block.values).any()
+    assert np.isnan(block.values[:, ~panel.alive]).all()
+
+
+def test_scale_makes_no_difference_to_what_has_no_unit() -> None:
+    base = random_walk(3, 600, seed=4, ragged=False)
+    panels = [with_all_fields(Panel(base.times, base.symbols, {k: b * (scale if k != "volume" else 1 / scale) for k, b in base.fields.items()})) for scale in (1.0, 2.0**30)]
+    with_units = {f.name for f in lookup() if set(f.needs) & {"sentiment_count", "trade_count"}}
+    one, two = (compute(p, None, None, "S001") for p in panels)
+    for name in one.names:
+        if name not in with_units:
+            np.testing.assert_allclose(one[name], two[name], rtol=1e-6, atol=1e-9, err_msg=name)
+
+
+def test_bar_by_bar_is_what_was_computed_at_once() -> None:
+    panel = with_all_fields(random_walk(4, 420, seed=9, closes_only=1))
+    macro = releases(panel)
+    whole = compute(panel, None, macro, "S001", short=True)
+    stream = Stream(whole.names, panel.symbols, macro, "S001")
+    stream.catch_up(until(panel, panel.times[299]))
+    live = [stream.update(panel.times[k], {f: b[:, k] for f, b in panel.fields.items()}) for k in range(300, 420)]
+    assert np.stack(live, axis=2).tobytes() == np.ascontiguousarray(whole.values[:, :, 300:]).tobytes()
 
 
 def test_every_registered_feature_passes_the_audit() -> None:
-    panel = random_walk(8, 420, seed=11, closes_only=2)
-    table = check_registry(panel, None, releases(panel), "S001", cuts=10, seed=3)
-    assert set(table["feature"]) == {f.name for f in lookup()}
-    assert (table["cuts"] >= 6).all()
+    longest = max(f.warmup for f in lookup())
+    daily = with_all_fields(random_walk(6, longest + 80, seed=11, closes_only=1))
+    table = check_registry(daily, None, releases(daily), "S001", cuts=6, seed=3)
+    within = with_all_fields(bridge_intraday(random_walk(3, 25, seed=5, ragged=False), "30m", "XNYS", seed=1))
+    names = [f.name for f in lookup() if "clock:session" in f.needs]
+    inside = check_registry(within, names, releases(within), "S001", "XNYS", cuts=6, seed=3)
+    assert set(table["feature"]) | set(inside["feature"]) == {f.name for f in lookup()}
+    assert (table["cuts"] >= 4).all()
 
 
 def test_the_audit_is_deterministic() -> None:
@@ -215,7 +257,7 @@ def test_large_panels_are_audited_in_parts(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_warmup_that_is_not_kept_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     panel = random_walk(4, 200, seed=1)
-    monkeypatch.setattr(audit_module, "lookup", lambda names: [replace(f, warmup=3) for f in lookup(names)])
+    monkeypatch.setattr(audit_module, "lookup", lambda names: [replace(f, expr=lag(f.expr, 2)) for f in lookup(names)])
     with pytest.raises(DataError, match="feature `ret_1d`: has its first value after 1 of a symbol's bars, and declares 3"):
         check_registry(panel, ["ret_1d"])
 
@@ -223,8 +265,8 @@ def test_a_warmup_that_is_not_kept_is_told(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_catalogue_is_complete() -> None:
     table = catalogue()
     assert table["name"].is_unique
-    assert len(table) >= 60
-    assert table[["name", "family", "unit", "formula", "source"]].map(lambda s: bool(s) and "{" not in s).all(axis=None)
+    assert len(table) >= 700
+    assert table[["name", "family", "about", "unit", "formula", "needs", "source"]].map(lambda s: bool(s) and "{" not in s).all(axis=None)
     assert (table["warmup"] >= 0).all()
 
 
@@ -250,8 +292,7 @@ def test_fewer_bars_than_a_warmup() -> None:
 
 def test_single_precision_is_the_rounded_double() -> None:
     panel = random_walk(5, 400, seed=5)
-    names = [f.name for f in lookup() if not set(f.needs) & {"benchmark"} and not any(n.startswith("macro") for n in f.needs)]
-    double, single = compute(panel, names), compute(panel, names, dtype=np.float32)
+    double, single = compute(panel), compute(panel, dtype=np.float32)
     np.testing.assert_array_equal(double.values.astype(np.float32), single.values)
     pd.testing.assert_frame_equal(double.to_frame(), single.to_frame(), check_exact=True)
 
@@ -259,10 +300,10 @@ def test_single_precision_is_the_rounded_double() -> None:
 def test_a_stale_or_future_release_is_not_seen() -> None:
     times = np.array(["2020-01-01T21:00", "2020-01-02T21:00", "2020-01-20T21:00"], "datetime64[us]")
     released = np.array(["2020-01-02T21:00", "2020-01-20T21:15"], "datetime64[us]")
-    c = Context(times, {"vix": History(released, released, np.array([10.0, 20.0]))}, None)
-    np.testing.assert_array_equal(c.asof("vix", 10), [np.nan, 10.0, np.nan])
-    np.testing.assert_array_equal(c.asof("vix", 18), [np.nan, 10.0, 10.0])
-    assert np.isnan(c.asof("gold", 10)).all()
+    c = Context({"vix": History(released, released, np.array([10.0, 20.0]))}, None, "24/7")
+    np.testing.assert_array_equal(c.row(macro_("vix", 10), times), [np.nan, 10.0, np.nan])
+    np.testing.assert_array_equal(c.row(macro_("vix", 18), times), [np.nan, 10.0, 10.0])
+    assert np.isnan(c.row(macro_("gold", 10), times)).all()
 
 
 def test_the_audit_command_on_the_embedded_snapshot(project: Path, embedded_data: Path, capsys: pytest.CaptureFixture[str]) -> None:

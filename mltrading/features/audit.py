@@ -14,8 +14,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ..core.errors import DataError, LeakError, ParameterError
-from .registry import FeatureBlock, compute, lookup
-from ..market.panel import FIELDS, PRICES, Panel, until
+from .machine import FeatureBlock
+from .registry import choose, compute, lookup
+from ..market.panel import PRICES, Panel, until
 
 # %% auto #0
 __all__ = ['ROUNDING', 'PART_BYTES', 'other_future', 'other_releases', 'audit_function', 'refuse', 'check_causal', 'audit',
@@ -423,8 +424,7 @@ PART_BYTES = 1 << 30  # of the features that are computed together
 
 def _parts(panel: Panel, names: Sequence[str] | None, macro: pd.DataFrame | None, benchmark: str | None) -> list[Sequence[str]]:
     "The features that the panel can feed, as many at a time as fit."
-    one = Panel(panel.times[-1:], panel.symbols, {k: np.fmax.reduce(b, axis=1, keepdims=True) for k, b in panel.fields.items()})  # a bar with all that a symbol ever has
-    found = compute(one, names, macro, benchmark, short=True).names
+    found = [f.name for f in choose(panel, names, macro, benchmark)]
     size = max(1, PART_BYTES // (8 * max(1, len(panel) * len(panel.symbols))))
     return [found[i : i + size] for i in range(0, len(found), size)]
 
@@ -443,6 +443,7 @@ def audit(
     names: Sequence[str] | None = None,  # features; all that the panel can feed unless told
     macro: pd.DataFrame | None = None,   # long: timestamp (release instant, UTC), series, value, reference
     benchmark: str | None = None,        # a symbol of the panel that stands for the market
+    calendar: str = "24/7",              # of exchange_calendars: what a session is
     *,
     cuts: int = 8,                       # instants, >= 1
     seed: int = 0,
@@ -454,13 +455,13 @@ def audit(
     tables = []
     for part in _parts(panel, names, macro, benchmark):
         def call(p: Panel, m: pd.DataFrame | None, part: Sequence[str] = part) -> FeatureBlock:
-            return compute(p, part, m, benchmark, short=True)
+            return compute(p, part, m, benchmark, calendar, short=True)
         table, whole = _audited(call, panel, macro, "close", cuts, 20, seed, "features", 0.0)
         features = lookup(part)
         table["warmup"] = [f.warmup for f in features]
         table["first_bar"] = [_first_bar(whole[f.name].values, before) for f in features]
-        own = np.array([set(f.needs) <= set(FIELDS) for f in features])
-        table["warmup_holds"] = np.where(own, table["first_bar"] == table["warmup"], table["first_bar"] >= table["warmup"])
+        prompt = np.array([f.prompt for f in features])
+        table["warmup_holds"] = np.where(prompt, table["first_bar"] == table["warmup"], table["first_bar"] >= table["warmup"])
         tables.append(table)
         del whole
     return pd.concat(tables, ignore_index=True)

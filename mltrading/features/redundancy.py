@@ -20,7 +20,7 @@ from scipy.spatial.distance import squareform
 
 from ..core.errors import DataError, ParameterError
 from ..core.jit import njit
-from .registry import FeatureBlock
+from .machine import FeatureBlock
 
 # %% auto #0
 __all__ = ['LEVELS', 'MISSING', 'LEAST_ROWS', 'rank_correlation', 'pooled_ic', 'clusters', 'return_grid', 'ic', 'ic_summary',

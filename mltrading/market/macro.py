@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -63,9 +63,12 @@ class History:
     released: NDArray[np.datetime64]   # (E,) release instants, UTC, ascending
     reference: NDArray[np.datetime64]  # (E,) the periods described
     value: NDArray[np.float64]         # (E,)
+    _kept: dict[int, tuple[NDArray[np.float64], NDArray[np.datetime64]]] = field(default_factory=dict, repr=False)
 
     def _standing(self, back: int) -> tuple[NDArray[np.float64], NDArray[np.datetime64]]:
-        "(E,) after each row: the value `back` references before the newest, and the first release of the newest."
+        "(E,) after each row: the value `back` references before the newest, and the first release of the newest. Worked out once."
+        if back in self._kept:
+            return self._kept[back]
         known: list[int] = []
         value: dict[int, float] = {}
         first: dict[int, np.datetime64] = {}
@@ -78,6 +81,7 @@ class History:
             if len(known) > back:
                 out[e] = value[known[-1 - back]]
             since[e] = first[known[-1]]
+        self._kept[back] = out, since
         return out, since
 
     def at(
