@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from mltrading.features.audit import other_future
-from mltrading.labels.horizons import LabelParams, label_frame, weights
+from mltrading.labels.horizons import LabelParams, label_frame
+from mltrading.labels.weights import uniqueness
 from mltrading.market.panel import Panel, until
 from mltrading.market.simulate import random_walk
 
@@ -74,7 +75,7 @@ def test_a_standing_price_has_no_label() -> None:
 def test_weights_follow_their_definition(seed: int, horizon: int) -> None:
     panel = random_walk(2, 60, seed)
     labels = label_frame(panel, horizon, vol_bars=5)
-    got = weights(labels)
+    got = uniqueness(labels)
     assert ((got > 0) & (got <= 1)).all()
     for rows in labels.groupby("symbol").indices.values():
         start, end = labels["start"].to_numpy()[rows], labels["end"].to_numpy()[rows]

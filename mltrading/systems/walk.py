@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ..core.errors import DataError
-from ..labels.horizons import weights
+from ..labels.weights import uniqueness
 from ..models.forecaster import Model
 from .base import Factory
 from ..validation.metrics import forecast_quality
@@ -73,7 +73,7 @@ def living(
 def _fit(data: Rows, fold: Fold, make: Factory, target: str) -> Model:
     "A model fitted on a fold's training rows."
     learned = data.labels.iloc[fold.train]
-    return make().fit(data.features.iloc[fold.train][living(data, fold)], learned[target].to_numpy(np.float64), weights(learned), data.times[fold.train])
+    return make().fit(data.features.iloc[fold.train][living(data, fold)], learned[target].to_numpy(np.float64), uniqueness(learned), data.times[fold.train])
 
 def _forecast(data: Rows, fold: Fold, predicted: pd.DataFrame, model: str, horizon_bars: int, target: str) -> pd.DataFrame:
     "A fold's out-of-sample forecasts in the contract's columns, with the model's name."
