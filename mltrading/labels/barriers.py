@@ -90,7 +90,7 @@ def _barriers(bars: Any, sigma: Any, side: Any, horizon: int, at_open: bool, pro
 # %% ../../nbs/labels/10_barriers.ipynb #f5c6d5c5
 def check_sides(
     sides: pd.DataFrame,  # timestamp, symbol, side
-) -> pd.DataFrame:        # the same
+) -> pd.DataFrame:        # the three columns, side as int8
     """A table of sides, checked.
 
     Raises `DataError` on a side other than -1, 0 and 1, and on a second side for one decision."""
@@ -100,19 +100,19 @@ def check_sides(
     if (twice := sides.duplicated(["timestamp", "symbol"])).any():
         row = sides[twice].iloc[0]
         raise DataError(f"sides, {row['symbol']} at {row['timestamp']}", "a second side for the same decision", "keep one of the two")
-    return sides
+    return sides[["timestamp", "symbol", "side"]].astype({"side": np.int8})
 
 def _side_block(panel: Panel, sides: pd.DataFrame | None) -> NDArray[np.int8]:
     "(N, T) sides, 0 where none was given."
     if sides is None:
         return np.ones(panel["close"].shape, np.int8)
     table, block = check_sides(sides), np.zeros(panel["close"].shape, np.int8)
-    row, column = pd.Index(panel.symbols).get_indexer(table["symbol"]), panel.index.get_indexer(pd.DatetimeIndex(table["timestamp"]))
-    stray = (row < 0) | (column < 0)
-    stray[~stray] = ~panel.alive[row[~stray], column[~stray]]
-    if stray.any():
-        which = table[stray].iloc[0]
-        raise DataError(f"sides, {which['symbol']} at {which['timestamp']}", "the panel has no bar there", "decide at the stamps of the symbol's own bars")
+    row, column = pd.Index(panel.symbols).get_indexer(pd.Index(table["symbol"])), panel.index.get_indexer(pd.DatetimeIndex(table["timestamp"]))
+    there = (row >= 0) & (column >= 0)
+    there[there] = panel.alive[row[there], column[there]]
+    if not there.all():
+        stray = table[~there].iloc[0]
+        raise DataError(f"sides, {stray['symbol']} at {stray['timestamp']}", "the panel has no bar there", "decide at the stamps of the symbol's own bars")
     block[row, column] = table["side"]
     return block
 

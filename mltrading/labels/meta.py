@@ -27,7 +27,7 @@ def meta_frame(
     Known at: `side` and `sigma` at `timestamp`; `ret`, `net` and `meta` at `end`, and only for training and scoring."""
     if not cost_bps >= 0:
         raise ParameterError("labels.cost_bps", f"{cost_bps} is not a cost", "use basis points of the position, 0 for none")
-    followed = check_sides(sides)[["timestamp", "symbol", "side"]]
+    followed = check_sides(sides)
     table = labels.merge(followed[followed["side"] != 0], on=["timestamp", "symbol"], validate="one_to_one", suffixes=("_of_label", ""))
     ret = table["ret"] * (1 if "side" in labels else table["side"])
     if "side" in labels and (other := table["side"] != table["side_of_label"]).any():
