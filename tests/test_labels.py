@@ -33,7 +33,7 @@ def market(seed: int, scale: float = 1.0, n_bars: int = 120) -> Panel:
     base, rng = random_walk(3, n_bars, seed, closes_only=1), np.random.default_rng(seed)
     fields = {k: b * (1 if k == "volume" else scale) for k, b in base.fields.items()}
     for name in ("open", "high", "low"):
-        fields[name][1, rng.random(len(base)) < 0.1] = np.nan
+        fields[name][1, rng.random(len(base)) < 0.3] = np.nan
     return Panel(base.times, base.symbols, fields)
 
 
@@ -182,6 +182,35 @@ def test_knockouts_equal_a_story_told_slowly(seed: int, fill: str, horizon: int,
                 expected.append((bars[k]["t"], symbol, bars[k + 1]["t"], bars[j]["t"], side, d, int(knocked), ret, sigma))
                 break
     compare(knockout_frame(panel, horizon, fill, side=side, distance=multiple, unit="sigma", rate_annual=rate, vol_bars=10), panel, expected)
+
+
+@pytest.mark.parametrize("side", [1, -1])
+def test_an_open_beyond_the_barrier_is_seen_without_high_and_low(side: int) -> None:
+    close = np.array([[100, 101, 99, 100, 100, 100, 100.0]])
+    opened = np.array([[100, 100, 100, 100, 100, 100 - 20 * side, 100.0]])
+    panel = Panel(pd.bdate_range("2020-01-01 21:00", periods=7).as_unit("us").to_numpy(), ("A",), {"open": opened, "close": close})
+    sides = pd.DataFrame({"timestamp": panel.index[[3]], "symbol": "A", "side": side})
+    stopped = barrier_frame(panel, 2, profit=np.inf, stop=1.0, vol_bars=3, sides=sides).iloc[0]
+    assert (stopped["end"], stopped["touched"]) == (panel.index[5], -1)
+    assert stopped["ret"] == pytest.approx(-0.2)
+    knocked = knockout_frame(panel, 2, side=side, distance=0.1, unit="fraction", rate_annual=0.0, vol_bars=3).iloc[0]
+    assert (knocked["end"], knocked["knocked"], knocked["ret"]) == (panel.index[5], 1, -1.0)
+
+
+@FEW
+@given(SEED, FILL, st.sampled_from([0.0, 5.0, 200.0]))
+def test_meta_labels_follow_the_sides(seed: int, fill: str, cost_bps: float) -> None:
+    panel = market(seed)
+    sides = sides_of(panel)
+    side = sides.set_index(["timestamp", "symbol"])["side"].to_dict()
+    for kind, earned in (("horizon", lambda r: side[r.timestamp, r.symbol] * r.ret), ("sided barrier", lambda r: r.ret)):
+        labels = KINDS[kind](panel, fill)
+        followed = [r for r in labels.itertuples() if side[r.timestamp, r.symbol] != 0]
+        meta = meta_frame(labels, sides, cost_bps=cost_bps)
+        assert meta[["timestamp", "symbol", "end"]].to_numpy().tolist() == [[r.timestamp, r.symbol, r.end] for r in followed]
+        assert meta["side"].tolist() == [side[r.timestamp, r.symbol] for r in followed]
+        assert meta["ret"].tolist() == [earned(r) for r in followed]
+        assert meta["meta"].tolist() == [int(earned(r) - cost_bps / 1e4 > 0) for r in followed]
 
 
 @settings(max_examples=4, deadline=None, derandomize=True)
