@@ -169,6 +169,7 @@ def _draw(first: Any, last: Any, bars: int, longest: int, uniform: Any) -> Any:
             k += 1
     return out
 
+# %% ../../nbs/labels/05_weights.ipynb #4637cd78
 def sequential_bootstrap(
     labels: pd.DataFrame,        # (n,) rows of any kind of label: symbol, start, end
     draws: int,                  # how many, with replacement, >= 1
