@@ -74,6 +74,7 @@ def same_until(a: Path, b: Path, column: str, t: pd.Timestamp = T) -> tuple[int,
 TABLES = [
     ("panel/panel.parquet", "timestamp"),
     ("features/features.parquet", "timestamp"),
+    ("features/sigma.parquet", "timestamp"),
     ("features/labels.parquet", "end"),
     ("train/forecasts.parquet", "timestamp"),
     ("backtest/xgboost/orders.parquet", "decision_time"),

@@ -14,13 +14,28 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..core.errors import ParameterError
 from ..core.jit import njit
-from ..features.kernels import change, roll_std
+from ..features.expressions import CLOSE, change
+from ..features.machine import value
+from ..features.windows import roll_std
 from ..market.panel import Panel, fill_price
 
 # %% auto #0
-__all__ = ['LEAST_SIGMA', 'horizon_sigma', 'label_frame', 'weights', 'LabelParams']
+__all__ = ['LEAST_SIGMA', 'own_bars', 'horizon_sigma', 'label_rows', 'label_frame', 'LabelParams']
 
 # %% ../../nbs/labels/00_horizons.ipynb #0d069f2a
+@njit(nogil=True, error_model="numpy")
+def own_bars(
+    price: Any,  # (T,) of one symbol, NaN where there is no bar
+    at: Any,     # (T,) written: the columns of its bars, in order
+) -> int:        # how many bars there are
+    """Find a symbol's own bars. For use inside compiled functions."""
+    m = 0
+    for t in range(len(price)):
+        if np.isfinite(price[t]):
+            at[m] = t
+            m += 1
+    return m
+
 @njit(nogil=True, error_model="numpy")
 def _legs(price: Any, horizon: int) -> Any:
     "Columns of entry and exit for each bar, -1 where the label is not complete."
@@ -28,11 +43,7 @@ def _legs(price: Any, horizon: int) -> Any:
     entry, leave = np.full((rows, cols), -1), np.full((rows, cols), -1)
     at = np.empty(cols, np.int64)
     for i in range(rows):
-        m = 0
-        for t in range(cols):
-            if np.isfinite(price[i, t]):
-                at[m] = t
-                m += 1
+        m = own_bars(price[i], at)
         for k in range(m - 1 - horizon):
             entry[i, at[k]], leave[i, at[k]] = at[k + 1], at[k + 1 + horizon]
     return entry, leave
@@ -54,8 +65,21 @@ def horizon_sigma(
         raise ParameterError("labels.horizon_bars", f"{horizon_bars} is not a horizon", "use 1 or more bars")
     if vol_bars < 2:
         raise ParameterError("labels.vol_bars", f"{vol_bars} returns have no standard deviation", "use 2 or more")
-    sigma = roll_std(change(panel["close"], 1), vol_bars) * np.sqrt(horizon_bars)
+    sigma = value(panel, roll_std(change(CLOSE), vol_bars)) * np.sqrt(horizon_bars)
     return np.where(sigma > LEAST_SIGMA, sigma, np.nan)
+
+# %% ../../nbs/labels/00_horizons.ipynb #548c9ce2
+def label_rows(
+    panel: Panel,
+    start: NDArray[np.int64],   # (N, T) column of the bar in which the decision at a bar is filled
+    end: NDArray[np.int64],     # (N, T) column of the bar by which its label is known, -1 where it is not complete
+    **values: NDArray[Any],     # (N, T) per further column
+) -> pd.DataFrame:              # timestamp, symbol, start, end, then the values; sorted by timestamp and symbol
+    """The table of labels from blocks, one row for each bar whose label is complete."""
+    column, row = np.nonzero((end >= 0).T)
+    index, names = panel.index, np.array(panel.symbols, dtype=object)
+    keys = {"timestamp": index[column], "symbol": pd.array(names[row], dtype="str"), "start": index[start[row, column]], "end": index[end[row, column]]}
+    return pd.DataFrame(keys | {name: block[row, column] for name, block in values.items()})
 
 def label_frame(
     panel: Panel,
@@ -70,46 +94,12 @@ def label_frame(
 
     Known at: `sigma` at `timestamp`; `ret` and `ret_voladj` at `end`, and only for training and scoring."""
     sigma, price = horizon_sigma(panel, horizon_bars, vol_bars), np.ascontiguousarray(fill_price(panel, fill))
-    entry, leave = _legs(price, horizon_bars)
-    column, row = np.nonzero(((entry >= 0) & ~np.isnan(sigma)).T)
-    start, end, s = entry[row, column], leave[row, column], sigma[row, column]
-    ret = price[row, end] / price[row, start] - 1.0
-    return pd.DataFrame({
-        "timestamp": panel.index[column], "symbol": pd.array(np.array(panel.symbols, dtype=object)[row], dtype="str"), "horizon_bars": np.full(len(row), horizon_bars, np.int64),
-        "start": panel.index[start], "end": panel.index[end], "ret": ret, "sigma": s, "ret_voladj": ret / s,
-    })
-
-# %% ../../nbs/labels/00_horizons.ipynb #8824173d
-@njit(nogil=True, error_model="numpy")
-def _uniqueness(first: Any, last: Any, bars: int) -> Any:
-    "Mean of 1 / concurrency over bars first+1..last of each label."
-    open_labels = np.zeros(bars + 1, np.int64)
-    for a, b in zip(first, last):  # noqa: B905
-        open_labels[a + 1] += 1
-        if b + 1 <= bars:
-            open_labels[b + 1] -= 1
-    count, out = np.cumsum(open_labels), np.empty(len(first))
-    for k in range(len(first)):
-        total = 0.0
-        for j in range(first[k] + 1, last[k] + 1):
-            total += 1.0 / count[j]
-        out[k] = total / (last[k] - first[k])
-    return out
-
-def weights(
-    labels: pd.DataFrame,      # rows of `label_frame`: symbol, start, end
-) -> NDArray[np.float64]:      # (n,) in (0, 1], in the order of the rows
-    """The average uniqueness of each label among the labels of its symbol.
-
-    Bars at which none of the symbol's labels begins or ends are not counted: give the labels of consecutive bars.
-
-    Known at: the latest `end` of the rows that were given. Compute it on the training rows alone."""
-    out = np.ones(len(labels))
-    for rows in labels.groupby("symbol", sort=True).indices.values():
-        start, end = (labels[c].to_numpy("datetime64[us]")[rows] for c in ("start", "end"))
-        stamps = np.unique(np.concatenate([start, end]))
-        out[rows] = _uniqueness(np.searchsorted(stamps, start), np.searchsorted(stamps, end), len(stamps))
-    return out
+    start, end = _legs(price, horizon_bars)
+    end[np.isnan(sigma)] = -1
+    ret = np.take_along_axis(price, end, 1) / np.take_along_axis(price, start, 1) - 1.0
+    labels = label_rows(panel, start, end, ret=ret, sigma=sigma, ret_voladj=ret / sigma)
+    labels.insert(2, "horizon_bars", np.full(len(labels), horizon_bars, np.int64))
+    return labels
 
 # %% ../../nbs/labels/00_horizons.ipynb #7e54a783
 class LabelParams(BaseModel):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..core.errors import DataError
 from ..features.redundancy import SelectionParams, select_features, selection_stability
-from ..labels.horizons import weights
+from ..labels.weights import uniqueness
 from .base import Factory
 from ..validation.metrics import forecast_quality
 from ..validation.splits import Fold
@@ -41,19 +41,23 @@ class Rows:
         return self.keys["timestamp"].to_numpy("datetime64[us]")
 
 def rows(
-    features: pd.DataFrame,   # long: timestamp, symbol, sigma, then the features
+    features: pd.DataFrame,   # long: timestamp, symbol, then the features
+    sigma: pd.DataFrame,      # long: timestamp, symbol, sigma, of the same rows
     labels: pd.DataFrame,     # long, from `label_frame`
     benchmark: str | None,    # a symbol that is not traded
 ) -> Rows:
     """Features joined with labels. Rows without a volatility are left out: nothing can be sized on them.
 
-    Raises `DataError` where no row is left."""
-    table = features[(features["symbol"] != (benchmark or "")) & features["sigma"].notna()]
-    table = table.merge(labels[["timestamp", "symbol", "start", "end", "ret", "ret_voladj"]], on=["timestamp", "symbol"], how="left", validate="one_to_one")
-    if table.empty:
+    Raises `DataError` where no row is left, and where features and volatilities are not of the same rows."""
+    keys = features[["timestamp", "symbol"]]
+    if not keys.equals(sigma[["timestamp", "symbol"]]):
+        raise DataError("features", "their rows are not those of the volatilities", "make both from one panel")
+    kept = ((keys["symbol"] != (benchmark or "")) & sigma["sigma"].notna()).to_numpy()
+    if not kept.any():
         raise DataError("features", "no row has a volatility", "use a longer history or a shorter `labels.vol_bars`")
-    names = [c for c in features.columns if c not in ("timestamp", "symbol", "sigma")]
-    return Rows(table[["timestamp", "symbol"]], table[names], table[["symbol", "start", "end", "ret", "ret_voladj"]], table["sigma"].to_numpy(np.float64))
+    keys = keys[kept].reset_index(drop=True)
+    learned = keys.merge(labels[["timestamp", "symbol", "start", "end", "ret", "ret_voladj"]], on=["timestamp", "symbol"], how="left", validate="one_to_one")
+    return Rows(keys, features.loc[kept, features.columns[2:]].reset_index(drop=True), learned.drop(columns="timestamp"), sigma["sigma"].to_numpy(np.float64)[kept])
 
 # %% ../../nbs/systems/10_walk.ipynb #6de323c3
 RECENT = 20  # instants
@@ -83,7 +87,7 @@ class _Lesson:
 def _lesson(data: Rows, fold: Fold, target: str, selection: SelectionParams | None) -> _Lesson:
     "A fold's training rows, with the features that are learned from."
     learned, X, times = data.labels.iloc[fold.train], data.features.iloc[fold.train][living(data, fold)], data.times[fold.train]
-    y, weight = learned[target].to_numpy(np.float64), weights(learned)
+    y, weight = learned[target].to_numpy(np.float64), uniqueness(learned)
     if selection is None:
         chosen = pd.DataFrame({"rank": np.arange(1, X.shape[1] + 1), "feature": X.columns, "members": 1, "ic": np.nan, "same_sign": np.nan, "score": np.nan})
     else:
