@@ -44,9 +44,9 @@ from mltrading.features.windows import (
 __all__ = ['vol', 'vol_ratio', 'vol_change', 'riskmetrics', 'riskmetrics_ratio', 'garman_klass_variance',
            'rogers_satchell_variance', 'parkinson', 'garman_klass', 'rogers_satchell', 'yang_zhang', 'atr_pct',
            'atr_ratio', 'true_range_ratio', 'range_place', 'range_variation', 'har', 'har_ratio', 'range_vol_ratio',
-           'overnight_share', 'night_day_corr', 'bipower', 'median_of_three', 'downside_vol', 'downside_share',
-           'jump_share', 'jump_share_median', 'jump_score', 'large_move_share', 'vol_of_vol', 'vol_rank', 'vol_z',
-           'clustering', 'clustering_5', 'leverage', 'range_ret_corr', 'vol_ret_corr']
+           'overnight_share', 'bipower', 'median_of_three', 'downside_vol', 'downside_share', 'jump_share',
+           'jump_share_median', 'jump_score', 'large_move_share', 'vol_of_vol', 'vol_rank', 'vol_z', 'clustering',
+           'clustering_5', 'leverage', 'range_ret_corr', 'vol_ret_corr']
 
 # %% ../../nbs/features/30_volatility.ipynb #71d517a5
 _RETURN = change(CLOSE)
@@ -64,8 +64,8 @@ def vol_ratio(n: int, m: int) -> Expr:
 def vol_change(n: int) -> Expr:
     return delta(log(vol(20)), n)
 
-# %% ../../nbs/features/30_volatility.ipynb #4b295ac3
-_DECAY = {"day": (0.94, 74), "month": (0.97, 151)}  # lambda, and the bars after which 1 % of the weight is left
+# %% ../../nbs/features/30_volatility.ipynb #ec8b7a01
+_DECAY = {"day": (0.94, 74), "month": (0.97, 151)}  # lambda, and the bars after which about 1 % of the weight is left
 
 @feature("riskmetrics_{horizon}", family="volatility", unit="fraction per bar", about="exponential volatility with the decay for a {horizon}", source="RiskMetrics Technical Document (1996)", grid={"horizon": tuple(_DECAY)})
 def riskmetrics(horizon: str) -> Expr:
@@ -143,7 +143,7 @@ def har(n: int) -> Expr:
 def har_ratio(n: int, m: int) -> Expr:
     return har(n) / har(m)
 
-@feature("range_vol_ratio_{n}", family="volatility", unit="1", about="volatility from highs and lows over that from closes, {n} bars: low where bars trend or jump overnight", source="Parkinson (1980), section 5", grid={"n": (20, 60)})
+@feature("range_vol_ratio_{n}", family="volatility", unit="1", about="volatility from highs and lows over that from closes, {n} bars: low where bars trend or jump overnight", source="Parkinson (1980)", grid={"n": (20, 60)})
 def range_vol_ratio(n: int) -> Expr:
     return parkinson(n) / vol(n)
 
@@ -151,10 +151,6 @@ def range_vol_ratio(n: int) -> Expr:
 def overnight_share(n: int) -> Expr:
     night = roll_sum(square(_NIGHT), n)
     return night / (night + roll_sum(square(given(_DAY, _NIGHT)), n))
-
-@feature("night_day_corr_{n}", family="volatility", unit="-1 to 1", about="correlation over {n} bars of the move overnight and that of the day after it", source="Lou, Polk and Skouras (2019), Journal of Financial Economics 134(1)", grid={"n": (20, 60)})
-def night_day_corr(n: int) -> Expr:
-    return roll_corr(_NIGHT, _DAY, n)
 
 # %% ../../nbs/features/30_volatility.ipynb #89630e0d
 @composed
@@ -188,7 +184,7 @@ def jump_share_median(n: int) -> Expr:
     smooth = math.pi / (6.0 - 4.0 * math.sqrt(3.0) + math.pi) * roll_mean(square(median_of_three(x, lag(x), lag(x, 2))), n)
     return 1.0 - smooth / roll_mean(square(x), n)
 
-@feature("jump_score_{n}", family="volatility", unit="1", about="log return over the volatility without jumps of the {n} bars before it", source="Lee and Mykland (2008)", grid={"n": (20, 60)})
+@feature("jump_score_{n}", family="volatility", unit="1", about="log return over the volatility without jumps of the {n} bars before it", source="Lee and Mykland (2008)", grid={"n": (20,)})
 def jump_score(n: int) -> Expr:
     return _LOG_RETURN / lag(sqrt(bipower(_LOG_RETURN, n)))
 
