@@ -35,7 +35,6 @@ from mltrading.features.windows import (
     roll_slope,
     roll_std,
     roll_sum,
-    roll_var,
 )
 
 # %% auto #0
