@@ -105,10 +105,9 @@ def _refresh(_: argparse.Namespace) -> None:
 # %% ../nbs/90_cli.ipynb #42d2ca5a
 def _features(given: argparse.Namespace) -> None:
     from mltrading.features.registry import catalogue
+    from mltrading.reports.catalogue import search
 
-    table = catalogue()
-    text = table.astype("str").agg(" ".join, axis=1).str.lower()
-    found = table[[all(w.lower() in row for w in given.words) for row in text]]
+    found = search(catalogue(), given.words)
     for f in found.itertuples():
         print(f"{f.name:<24} {f.unit:<18} {f.warmup:>4}  {f.formula}")
     print(f"{len(found)} features: name, unit, own bars before the first value, formula")

@@ -5,6 +5,8 @@
 # %% ../../nbs/reports/37_catalogue.ipynb #35e0d873
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from html import escape
 from typing import Any
 
@@ -13,7 +15,7 @@ import pandas as pd
 from .tables import Table
 
 # %% auto #0
-__all__ = ['families_table', 'Catalogue']
+__all__ = ['families_table', 'Catalogue', 'search']
 
 # %% ../../nbs/reports/37_catalogue.ipynb #df99858b
 def families_table(
@@ -44,13 +46,14 @@ _SCRIPT = """
 (() => {
   const bar = document.querySelector(".find"), box = bar.querySelector("input"), told = bar.querySelector("output");
   const families = [...document.querySelectorAll(".family")].map(part => [part, [...part.querySelectorAll("tbody tr")].map(row => [row, (part.dataset.name + " " + row.textContent).toLowerCase()])]);
+  const has = (text, word) => /^\\d+$/.test(word) ? text.split(/\\D+/).includes(word) : text.includes(word);
   const all = families.reduce((sum, [, rows]) => sum + rows.length, 0);
   const show = () => {
     const words = box.value.toLowerCase().split(/\\s+/).filter(Boolean);
     let shown = 0;
     for (const [part, rows] of families) {
       let here = 0;
-      for (const [row, text] of rows) here += !(row.hidden = !words.every(w => text.includes(w)));
+      for (const [row, text] of rows) here += !(row.hidden = !words.every(w => has(text, w)));
       part.hidden = !here;
       shown += here;
     }
@@ -88,5 +91,16 @@ class Catalogue:
         for family, some in self.frame.groupby("family"):
             name, rows = escape(str(family)), "".join(map(_row, some.itertuples(index=False)))
             parts.append(f'<section class="family cards wide" data-name="{name}"><h2 id="{name}">{name}</h2><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></section>')
-        field = '<div class="find" hidden><input type="search" placeholder="momentum, rsi 14, needs: volume …" aria-label="Search features" autocomplete="off" spellcheck="false"><output aria-live="polite"></output></div>'
+        field = '<div class="find" hidden><input type="search" placeholder="for example: volume correlation" aria-label="Search features" autocomplete="off" spellcheck="false"><output aria-live="polite"></output></div>'
         return f"<style>{_STYLE}</style>{field}{''.join(parts)}<script>{_SCRIPT}</script>"
+
+# %% ../../nbs/reports/37_catalogue.ipynb #6465f9e5
+def search(
+    catalogue: pd.DataFrame,  # as of `features.registry.catalogue`
+    words: Iterable[str],
+) -> pd.DataFrame:            # some of its rows
+    """The features whose row holds all the words, in whatever case; numbers as whole numbers."""
+    def holds(row: str, word: str) -> bool:
+        return word in re.split(r"\D+", row) if word.isdigit() else word in row
+    text = catalogue.astype("str").agg(" ".join, axis=1).str.lower()
+    return catalogue[[all(holds(row, w.lower()) for w in words) for row in text]]
