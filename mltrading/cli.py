@@ -107,6 +107,16 @@ def _refresh(_: argparse.Namespace) -> None:
     with atomic(root() / "README.md") as part:
         part.write_text(readme(), encoding="utf-8")
 
+# %% ../nbs/90_cli.ipynb #42d2ca5a
+def _features(given: argparse.Namespace) -> None:
+    from mltrading.features.registry import catalogue
+    from mltrading.reports.catalogue import search
+
+    found = search(catalogue(), given.words)
+    for f in found.itertuples():
+        print(f"{f.name:<24} {f.unit:<18} {f.warmup:>4}  {f.formula}")
+    print(f"{len(found)} features: name, unit, own bars before the first value, formula")
+
 # %% ../nbs/90_cli.ipynb #100cff53
 def parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
@@ -128,6 +138,7 @@ def parser() -> argparse.ArgumentParser:
     stage.add_argument("--profile", default="", help="the profile of params.yaml unless told")
     _data_options(command("data", "make a snapshot of market data and lock it", _data))
     command("archives", "fetch the pinned files that the embedded snapshot is rebuilt from", _archives)
+    command("features", "list the features whose row in the catalogue holds all the words", _features).add_argument("words", nargs="*")
     audit = command("audit", "prove for every feature that it does not look ahead", _audit)
     audit.add_argument("--bars", default="", help="a set of bars of the snapshot; the largest of daily bars unless told")
     audit.add_argument("--cuts", type=int, default=8, help="instants at which the data are cut")

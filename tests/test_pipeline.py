@@ -76,7 +76,7 @@ def test_parameters_are_known(root: Path) -> None:
 
 
 def test_stages_run_in_order(root: Path) -> None:
-    assert [s for s, _ in stages(root)] == ["panel", "features", "train", "backtest", "report", "quality", "compare"]
+    assert [s for s, _ in stages(root)] == ["panel", "features", "train", "backtest", "report", "quality", "catalogue", "compare"]
 
 
 def test_front_page_tells_the_numbers_that_stand_in_git(root: Path) -> None:
