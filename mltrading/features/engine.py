@@ -18,7 +18,7 @@ from .expressions import Expr
 
 # %% auto #0
 __all__ = ['POINT', 'ADD', 'SUB', 'MUL', 'DIV', 'MIN', 'MAX', 'GT', 'GE', 'EQ', 'WHERE', 'ABS', 'SIGN', 'LOG', 'EXP', 'SQRT',
-           'ATAN', 'FILL', 'KNOWN', 'GIVEN', 'AVG', 'COM', 'LIN', 'HUGE', 'MEMORY', 'LAG', 'EWM', 'ADAPTIVE',
+           'ATAN', 'FILL', 'KNOWN', 'GIVEN', 'AVG', 'COM', 'LIN', 'HUGE', 'MEMORY', 'PAST', 'LAG', 'EWM', 'ADAPTIVE',
            'CUMULATE', 'CUMMAX', 'HOLD', 'SINCE', 'STREAK', 'WINDOW', 'RANK', 'QUANTILE', 'MAD', 'RESCALED', 'STOP',
            'PARABOLIC', 'TRAILING', 'INOUT', 'FIELD', 'ROW', 'BLOCK', 'KEEP', 'OUT', 'OPCODE', 'run', 'Program',
            'plain', 'assemble']
@@ -31,128 +31,153 @@ HUGE = 1e300
 _helper = njit(nogil=True, error_model="numpy")
 
 @_helper
-def _arithmetic(op: Any, o: Any, a: Any, b: Any, R: Any, m: Any) -> None:
+def _arithmetic(op: Any, o: Any, h: Any, a: Any, x: Any, b: Any, y: Any, R: Any, m: Any) -> None:
     "Arithmetic and comparisons of two registers."
     if op == ADD:
         for k in range(m):
-            R[o, k] = R[a, k] + R[b, k]
+            R[o, h + k] = R[a, x + k] + R[b, y + k]
     elif op == SUB:
         for k in range(m):
-            R[o, k] = R[a, k] - R[b, k]
+            R[o, h + k] = R[a, x + k] - R[b, y + k]
     elif op == MUL:
         for k in range(m):
-            R[o, k] = R[a, k] * R[b, k]
+            R[o, h + k] = R[a, x + k] * R[b, y + k]
     elif op == DIV:
         for k in range(m):
-            v = R[a, k] / R[b, k]
-            R[o, k] = v if abs(v) < HUGE else np.nan
+            v = R[a, x + k] / R[b, y + k]
+            R[o, h + k] = v if abs(v) < HUGE else np.nan
     elif op == MIN:
         for k in range(m):
-            R[o, k] = (R[a, k] if R[a, k] < R[b, k] else R[b, k]) if R[a, k] == R[a, k] else R[a, k]
+            v, w = R[a, x + k], R[b, y + k]
+            R[o, h + k] = (v if v < w else w) if v == v else v
     elif op == MAX:
         for k in range(m):
-            R[o, k] = (R[a, k] if R[a, k] > R[b, k] else R[b, k]) if R[a, k] == R[a, k] else R[a, k]
+            v, w = R[a, x + k], R[b, y + k]
+            R[o, h + k] = (v if v > w else w) if v == v else v
     elif op == GT:
         for k in range(m):
-            R[o, k] = (1.0 if R[a, k] > R[b, k] else 0.0) if R[a, k] - R[b, k] == R[a, k] - R[b, k] else np.nan
+            v, w = R[a, x + k], R[b, y + k]
+            R[o, h + k] = (1.0 if v > w else 0.0) if v - w == v - w else np.nan
     elif op == GE:
         for k in range(m):
-            R[o, k] = (1.0 if R[a, k] >= R[b, k] else 0.0) if R[a, k] - R[b, k] == R[a, k] - R[b, k] else np.nan
+            v, w = R[a, x + k], R[b, y + k]
+            R[o, h + k] = (1.0 if v >= w else 0.0) if v - w == v - w else np.nan
     elif op == EQ:
         for k in range(m):
-            R[o, k] = (1.0 if R[a, k] == R[b, k] else 0.0) if R[a, k] - R[b, k] == R[a, k] - R[b, k] else np.nan
+            v, w = R[a, x + k], R[b, y + k]
+            R[o, h + k] = (1.0 if v == w else 0.0) if v - w == v - w else np.nan
 
 # %% ../../nbs/features/05_engine.ipynb #db20c2eb
 @_helper
-def _function(op: Any, o: Any, a: Any, b: Any, c: Any, R: Any, m: Any) -> None:
+def _function(op: Any, o: Any, h: Any, a: Any, x: Any, b: Any, y: Any, c: Any, z: Any, R: Any, m: Any) -> None:
     "Functions, and what deals with unknown values."
     if op == WHERE:
         for k in range(m):
-            R[o, k] = (R[b, k] if R[a, k] != 0.0 else R[c, k]) if R[a, k] == R[a, k] else R[a, k]
+            v = R[a, x + k]
+            R[o, h + k] = (R[b, y + k] if v != 0.0 else R[c, z + k]) if v == v else v
     elif op == ABS:
         for k in range(m):
-            R[o, k] = abs(R[a, k])
+            R[o, h + k] = abs(R[a, x + k])
     elif op == SIGN:
         for k in range(m):
-            R[o, k] = (1.0 if R[a, k] > 0.0 else (-1.0 if R[a, k] < 0.0 else 0.0)) if R[a, k] == R[a, k] else R[a, k]
+            v = R[a, x + k]
+            R[o, h + k] = (1.0 if v > 0.0 else (-1.0 if v < 0.0 else 0.0)) if v == v else v
     elif op == LOG:
         for k in range(m):
-            R[o, k] = np.log(R[a, k]) if R[a, k] > 0.0 else np.nan
+            R[o, h + k] = np.log(R[a, x + k]) if R[a, x + k] > 0.0 else np.nan
     elif op == EXP:
         for k in range(m):
-            R[o, k] = np.exp(R[a, k]) if R[a, k] < 690.0 else np.nan
+            R[o, h + k] = np.exp(R[a, x + k]) if R[a, x + k] < 690.0 else np.nan
     elif op == SQRT:
         for k in range(m):
-            R[o, k] = np.sqrt(R[a, k])
+            R[o, h + k] = np.sqrt(R[a, x + k])
     elif op == ATAN:
         for k in range(m):
-            R[o, k] = np.arctan(R[a, k])
+            R[o, h + k] = np.arctan(R[a, x + k])
     elif op == FILL:
         for k in range(m):
-            R[o, k] = R[a, k] if R[a, k] == R[a, k] else R[b, k]
+            v = R[a, x + k]
+            R[o, h + k] = v if v == v else R[b, y + k]
     elif op == KNOWN:
         for k in range(m):
-            R[o, k] = 1.0 if R[a, k] == R[a, k] else 0.0
+            R[o, h + k] = 1.0 if R[a, x + k] == R[a, x + k] else 0.0
     elif op == GIVEN:
         for k in range(m):
-            R[o, k] = R[a, k] if R[b, k] == R[b, k] else R[b, k]
+            w = R[b, y + k]
+            R[o, h + k] = R[a, x + k] if w == w else w
 
 # %% ../../nbs/features/05_engine.ipynb #e55b363d
 @_helper
-def _merge(op: Any, o: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, p: Any, R: Any, m: Any) -> None:
-    "Means, co-moments and lines of two halves."
+def _merge(op: Any, o: Any, h: Any, r: Any, x: Any, p: Any, R: Any, m: Any) -> None:
+    "Means, co-moments and lines of two halves. `r`, `x`: six registers and the columns at which they begin."
+    a, b, c, d, e, f = r
+    xa, xb, xc, xd, xe, xf = x
     if op == AVG:
         for k in range(m):
-            R[o, k] = R[a, k] + p * (R[b, k] - R[a, k])
+            v = R[a, xa + k]
+            R[o, h + k] = v + p * (R[b, xb + k] - v)
     elif op == COM:
         for k in range(m):
-            R[o, k] = R[a, k] + R[b, k] + p * ((R[c, k] - R[d, k]) * (R[e, k] - R[f, k]))
+            R[o, h + k] = R[a, xa + k] + R[b, xb + k] + p * ((R[c, xc + k] - R[d, xd + k]) * (R[e, xe + k] - R[f, xf + k]))
     elif op == LIN:
         for k in range(m):
-            R[o, k] = R[a, k] + R[b, k] + p * (R[c, k] - R[d, k])
+            R[o, h + k] = R[a, xa + k] + R[b, xb + k] + p * (R[c, xc + k] - R[d, xd + k])
 
-# %% ../../nbs/features/05_engine.ipynb #e7694cc2
-MEMORY = ("lag", "ewm", "adaptive", "cumulate", "cummax", "hold", "since", "streak")
-LAG, EWM, ADAPTIVE, CUMULATE, CUMMAX, HOLD, SINCE, STREAK = range(100, 100 + len(MEMORY))
+# %% ../../nbs/features/05_engine.ipynb #f88d2287
+MEMORY = ("past", "lag", "ewm", "adaptive", "cumulate", "cummax", "hold", "since", "streak")
+PAST, LAG, EWM, ADAPTIVE, CUMULATE, CUMMAX, HOLD, SINCE, STREAK = range(100, 100 + len(MEMORY))
 
 @_helper
-def _lag(o: Any, a: Any, n: Any, R: Any, m: Any, S: Any, s: Any) -> None:
-    "State: place of the oldest value, and n values, NaN where there was none yet."
-    first = 0
-    while first < m and R[a, first] != R[a, first]:
-        R[o, first] = np.nan
+def _push(S: Any, s: Any, size: Any, v: Any) -> None:
+    "Put a value in a ring. State: the place of the next, and the values, NaN where there was none yet."
+    place = int(S[s])
+    S[s + 1 + place] = v
+    S[s] = place + 1 if place + 1 < size else 0
+
+@_helper
+def _past(a: Any, h: Any, n: Any, R: Any, m: Any, S: Any, s: Any) -> Any:
+    "Lay out the last n values before a register's first column, and keep the newest. Whether its lags are the register begun earlier."
+    size, place = n + 1, int(S[s])
+    before, now = R[a, h - np.uint64(n) : h], R[a, h : h + m]
+    for j in range(n):  # the oldest that is needed stands one after the next to be written
+        at = place + 1 + j
+        before[j] = S[s + 1 + (at if at < size else at - size)]
+    first, gaps, count = 0, 0, len(now)
+    while first < count and now[first] != now[first]:
         first += 1
-    known, gaps, place = R[a, first:m], 0, int(S[s])
+    known = now[first:]
     for k in range(len(known)):
         gaps += known[k] != known[k]
-    if gaps == 0 and len(known) >= n:
-        to, body = R[o, first:m], known[: len(known) - n]
-        for k in range(n - place):
-            to[k] = S[s + 1 + place + k]
-        for k in range(place):
-            to[n - place + k] = S[s + 1 + k]
-        rest = to[n:]
-        for k in range(len(body)):
-            rest[k] = body[k]
-        for k in range(n):
-            S[s + 1 + k] = known[len(known) - n + k]
-        place = 0
+    if gaps == 0 and len(known) >= size:
+        newest = known[len(known) - size :]
+        for j in range(size):
+            S[s + 1 + j] = newest[j]
+        S[s] = 0.0
     else:
-        for k in range(first, m):
-            R[o, k] = R[a, k]
-            if R[a, k] == R[a, k]:
-                R[o, k], S[s + 1 + place] = S[s + 1 + place], R[a, k]
-                place = place + 1 if place + 1 < n else 0
-    S[s] = place
+        for k in range(len(known)):
+            if known[k] == known[k]:
+                _push(S, s, size, known[k])
+    return gaps == 0 and (first == 0 or before[n - 1] != before[n - 1])
+
+@_helper
+def _lag(o: Any, h: Any, a: Any, n: Any, R: Any, m: Any, at: Any) -> None:
+    "The value n known ones ago, where some are unknown."
+    seen = 0
+    for k in range(m):
+        R[o, h + k] = R[a, h + k]
+        if R[a, h + k] == R[a, h + k]:
+            at[seen] = k
+            R[o, h + k] = R[a, h + at[seen - n]] if seen >= n else R[a, h - np.uint64(n - seen)]
+            seen += 1
 
 # %% ../../nbs/features/05_engine.ipynb #409c7641
 @_helper
-def _ewm(o: Any, a: Any, alpha: Any, seed: Any, skip: Any, R: Any, m: Any, S: Any, s: Any) -> None:
+def _ewm(o: Any, h: Any, a: Any, x: Any, alpha: Any, seed: Any, skip: Any, R: Any, m: Any, S: Any, s: Any) -> None:
     "State: bars seen, the mean."
     seen, y = S[s], S[s + 1]
     for k in range(m):
-        v = R[a, k]
-        R[o, k] = np.nan
+        v = R[a, x + k]
+        R[o, h + k] = np.nan
         if v == v:
             if seen >= skip + seed:
                 y += alpha * (v - y)
@@ -162,68 +187,69 @@ def _ewm(o: Any, a: Any, alpha: Any, seed: Any, skip: Any, R: Any, m: Any, S: An
                     y /= seed
             seen += 1.0
             if seen >= skip + seed:
-                R[o, k] = y
+                R[o, h + k] = y
     S[s], S[s + 1] = seen, y
 
 @_helper
-def _adaptive(o: Any, a: Any, b: Any, R: Any, m: Any, S: Any, s: Any) -> None:
+def _adaptive(o: Any, h: Any, a: Any, x: Any, b: Any, y: Any, R: Any, m: Any, S: Any, s: Any) -> None:
     "State: the mean, the value of the previous bar."
-    y, before = S[s], S[s + 1]
+    mean, before = S[s], S[s + 1]
     for k in range(m):
-        v, w = R[a, k], R[b, k]
-        R[o, k] = np.nan
+        v, w = R[a, x + k], R[b, y + k]
+        R[o, h + k] = np.nan
         if v == v:
             if w == w:
-                y = y if y == y else (before if before == before else v)
-                y += w * (v - y)
-                R[o, k] = y
+                mean = mean if mean == mean else (before if before == before else v)
+                mean += w * (v - mean)
+                R[o, h + k] = mean
             before = v
-    S[s], S[s + 1] = y, before
+    S[s], S[s + 1] = mean, before
 
 # %% ../../nbs/features/05_engine.ipynb #ce01cfeb
 @_helper
-def _running(op: Any, o: Any, a: Any, b: Any, R: Any, m: Any, S: Any, s: Any) -> None:
+def _running(op: Any, o: Any, h: Any, a: Any, x: Any, b: Any, y: Any, R: Any, m: Any, S: Any, s: Any) -> None:
     "Running totals and maxima that begin anew, and what was held. State: the value."
-    y = S[s]
+    kept = S[s]
     for k in range(m):
-        v, w = R[a, k], R[b, k]
-        R[o, k] = np.nan
+        v, w = R[a, x + k], R[b, y + k]
+        R[o, h + k] = np.nan
         if op == HOLD:
-            y = v if w == w and w != 0.0 else y
-            R[o, k] = y
+            kept = v if w == w and w != 0.0 else kept
+            R[o, h + k] = kept
         else:
             if w == w and w != 0.0:
-                y = 0.0 if op == CUMULATE else np.nan
+                kept = 0.0 if op == CUMULATE else np.nan
             if v == v:
-                y = y + v if op == CUMULATE else (v if not y > v else y)
-                R[o, k] = y
-    S[s] = y
+                kept = kept + v if op == CUMULATE else (v if not kept > v else kept)
+                R[o, h + k] = kept
+    S[s] = kept
 
 @_helper
-def _counting(op: Any, o: Any, a: Any, R: Any, m: Any, S: Any, s: Any) -> None:
+def _counting(op: Any, o: Any, h: Any, a: Any, x: Any, R: Any, m: Any, S: Any, s: Any) -> None:
     "Bars since a condition, and bars in a row with it. State: the count."
-    y = S[s]
+    count = S[s]
     for k in range(m):
-        v = R[a, k]
-        R[o, k] = np.nan
+        v = R[a, x + k]
+        R[o, h + k] = np.nan
         if v == v:
-            y = (0.0 if v != 0.0 else y + 1.0) if op == SINCE else (y + 1.0 if v != 0.0 else 0.0)
-            R[o, k] = y
-    S[s] = y
+            count = (0.0 if v != 0.0 else count + 1.0) if op == SINCE else (count + 1.0 if v != 0.0 else 0.0)
+            R[o, h + k] = count
+    S[s] = count
 
 # %% ../../nbs/features/05_engine.ipynb #17746a25
 WINDOW = ("roll_rank", "roll_quantile", "roll_mad", "rescaled_range")
 RANK, QUANTILE, MAD, RESCALED = range(200, 200 + len(WINDOW))
 
 @_helper
-def _line_up(a: Any, n: Any, R: Any, m: Any, S: Any, s: Any, W: Any, at: Any) -> Any:
+def _line_up(a: Any, x: Any, n: Any, R: Any, m: Any, S: Any, s: Any, W: Any, at: Any) -> Any:
     "Values kept and new ones in a row, and where the new ones stood. State: how many are kept, and these."
     kept, new = int(S[s]), 0
     for j in range(kept):
         W[j] = S[s + 1 + j]
     for k in range(m):
-        if R[a, k] == R[a, k]:
-            W[kept + new], at[new] = R[a, k], k
+        v = R[a, x + k]
+        if v == v:
+            W[kept + new], at[new] = v, k
             new += 1
     total = kept + new
     keep = min(n - 1, total)
@@ -291,7 +317,7 @@ def _remove(sorted_: Any, count: Any, v: Any) -> None:
         sorted_[j] = sorted_[j + 1]
 
 @_helper
-def _quantile(o: Any, n: Any, q: Any, kept: Any, new: Any, R: Any, W: Any, at: Any) -> None:
+def _quantile(o: Any, h: Any, n: Any, q: Any, kept: Any, new: Any, R: Any, W: Any, at: Any) -> None:
     "Quantiles, from an ascending copy of the window that is kept up."
     ascending, count, place = np.empty(n), 0, q * (n - 1)
     low = int(place)
@@ -303,20 +329,20 @@ def _quantile(o: Any, n: Any, q: Any, kept: Any, new: Any, R: Any, W: Any, at: A
         count += 1
         if e >= kept and count == n:
             high = min(low + 1, n - 1)
-            R[o, at[e - kept]] = ascending[low] + (place - low) * (ascending[high] - ascending[low])
+            R[o, h + at[e - kept]] = ascending[low] + (place - low) * (ascending[high] - ascending[low])
 
 @_helper
-def _windows(op: Any, o: Any, a: Any, n: Any, q: Any, R: Any, m: Any, S: Any, s: Any, W: Any, at: Any) -> None:
+def _windows(op: Any, o: Any, h: Any, a: Any, x: Any, n: Any, q: Any, R: Any, m: Any, S: Any, s: Any, W: Any, at: Any) -> None:
     "An instruction that looks at whole windows."
-    kept, new = _line_up(a, n, R, m, S, s, W, at)
+    kept, new = _line_up(a, x, n, R, m, S, s, W, at)
     for k in range(m):
-        R[o, k] = np.nan
+        R[o, h + k] = np.nan
     if op == QUANTILE:
-        _quantile(o, n, q, kept, new, R, W, at)
+        _quantile(o, h, n, q, kept, new, R, W, at)
         return
     for j in range(max(0, n - 1 - kept), new):
         w = W[kept + j - n + 1 : kept + j + 1]
-        R[o, at[j]] = _place(w) if op == RANK else (_deviation(w) if op == MAD else _spread(w))
+        R[o, h + at[j]] = _place(w) if op == RANK else (_deviation(w) if op == MAD else _spread(w))
 
 # %% ../../nbs/features/05_engine.ipynb #3dce4902
 STOP = ("parabolic_stop", "trailing_stop")
@@ -335,11 +361,11 @@ def _turn(up: Any, stop: Any, extreme: Any, speed: Any, step: Any, limit: Any, l
     return up, stop, following, extreme, speed
 
 @_helper
-def _parabolic(o: Any, a: Any, b: Any, step: Any, limit: Any, R: Any, m: Any, S: Any, s: Any) -> None:
+def _parabolic(o: Any, h: Any, a: Any, x: Any, b: Any, y: Any, step: Any, limit: Any, R: Any, m: Any, S: Any, s: Any) -> None:
     "State: bars seen, direction, stop, extreme, speed, high and low of the previous bar."
     for k in range(m):
-        high, low = R[a, k], R[b, k]
-        R[o, k] = np.nan
+        high, low = R[a, x + k], R[b, y + k]
+        R[o, h + k] = np.nan
         if high == high and low == low:
             before_high, before_low = S[s + 5], S[s + 6]
             if S[s] == 1.0:
@@ -352,18 +378,18 @@ def _parabolic(o: Any, a: Any, b: Any, step: Any, limit: Any, R: Any, m: Any, S:
                 rises = up > 0.0
                 lo, hi, lo_before, hi_before = (low, high, before_low, before_high) if rises else (-high, -low, -before_high, -before_low)
                 now, shown, following, extreme, speed = _turn(up, up * S[s + 2], up * S[s + 3], S[s + 4], step, limit, lo, hi, lo_before, hi_before)
-                R[o, k] = up * shown
+                R[o, h + k] = up * shown
                 S[s + 1], S[s + 2], S[s + 3], S[s + 4] = now, up * following, up * extreme, speed
             S[s] += 1.0
             S[s + 5], S[s + 6] = high, low
 
 # %% ../../nbs/features/05_engine.ipynb #0d692535
 @_helper
-def _trailing(o: Any, a: Any, b: Any, c: Any, R: Any, m: Any, S: Any, s: Any) -> None:
+def _trailing(o: Any, h: Any, a: Any, x: Any, b: Any, y: Any, c: Any, z: Any, R: Any, m: Any, S: Any, s: Any) -> None:
     "State: direction, the stop above, the stop below, the previous close; all NaN before the first bar."
     for k in range(m):
-        upper, lower, close = R[a, k], R[b, k], R[c, k]
-        R[o, k] = np.nan
+        upper, lower, close = R[a, x + k], R[b, y + k], R[c, z + k]
+        R[o, h + k] = np.nan
         if upper == upper and lower == lower and close == close:
             if S[s] != S[s]:
                 S[s], S[s + 1], S[s + 2] = 1.0, upper, lower
@@ -374,7 +400,7 @@ def _trailing(o: Any, a: Any, b: Any, c: Any, R: Any, m: Any, S: Any, s: Any) ->
                 S[s] = -1.0
             elif S[s] < 0.0 and close > S[s + 1]:
                 S[s] = 1.0
-            R[o, k] = S[s + 2] if S[s] > 0.0 else S[s + 1]
+            R[o, h + k] = S[s + 2] if S[s] > 0.0 else S[s + 1]
             S[s + 3] = close
 
 # %% ../../nbs/features/05_engine.ipynb #2947c9d0
@@ -383,48 +409,63 @@ FIELD, ROW, BLOCK, KEEP, OUT = range(400, 400 + len(INOUT))
 OPCODE = {name: start + k for start, names in ((0, POINT), (100, MEMORY), (200, WINDOW), (300, STOP), (400, INOUT)) for k, name in enumerate(names)}
 
 @_helper
-def _remember(op: Any, o: Any, a: Any, b: Any, c: Any, n: Any, skip: Any, s: Any, p: Any, q: Any, R: Any, m: Any, S: Any, W: Any, at: Any) -> None:
-    "An instruction with state."
-    if op == LAG:
-        _lag(o, a, n, R, m, S, s)
-    elif op == EWM:
-        _ewm(o, a, p, n, skip, R, m, S, s)
+def _remember(op: Any, o: Any, h: Any, r: Any, x: Any, n: Any, skip: Any, s: Any, p: Any, q: Any, R: Any, m: Any, S: Any, W: Any, at: Any) -> None:
+    "An instruction with state of its own."
+    if op == EWM:
+        _ewm(o, h, r[0], x[0], p, n, skip, R, m, S, s)
     elif op == ADAPTIVE:
-        _adaptive(o, a, b, R, m, S, s)
+        _adaptive(o, h, r[0], x[0], r[1], x[1], R, m, S, s)
     elif op < SINCE:
-        _running(op, o, a, b, R, m, S, s)
+        _running(op, o, h, r[0], x[0], r[1], x[1], R, m, S, s)
     elif op <= STREAK:
-        _counting(op, o, a, R, m, S, s)
+        _counting(op, o, h, r[0], x[0], R, m, S, s)
     elif op < PARABOLIC:
-        _windows(op, o, a, n, p, R, m, S, s, W, at)
+        _windows(op, o, h, r[0], x[0], n, p, R, m, S, s, W, at)
     elif op == PARABOLIC:
-        _parabolic(o, a, b, p, q, R, m, S, s)
+        _parabolic(o, h, r[0], x[0], r[1], x[1], p, q, R, m, S, s)
     else:
-        _trailing(o, a, b, c, R, m, S, s)
+        _trailing(o, h, r[0], x[0], r[1], x[1], r[2], x[2], R, m, S, s)
 
 @_helper
-def _take(op: Any, o: Any, a: Any, i: Any, first: Any, cols: Any, m: Any, fields: Any, rows: Any, blocks: Any, R: Any) -> None:
+def _lagged(op: Any, o: Any, a: Any, n: Any, longest: Any, s: Any, h: Any, R: Any, m: Any, S: Any, at: Any, row: Any, begin: Any, whole: Any) -> None:
+    "A register's past, and a lag of it."
+    if h == 0:  # a single bar
+        known = m > 0 and R[a, 0] == R[a, 0]
+        if op == PAST:
+            if known:
+                _push(S, s, n + 1, R[a, 0])
+        else:
+            place = int(S[s]) - 1 - n
+            R[o, 0] = S[s + 1 + (place if place >= 0 else place + longest + 1)] if known else np.nan
+    elif op == PAST:
+        whole[a] = _past(a, h, n, R, m, S, s)
+    elif whole[a]:
+        row[o], begin[o] = a, h - np.uint64(n)
+    else:
+        _lag(o, h, a, n, R, m, at)
+
+@_helper
+def _take(op: Any, o: Any, h: Any, a: Any, i: Any, first: Any, cols: Any, m: Any, fields: Any, rows: Any, blocks: Any, R: Any) -> None:
     "Bring an input to a register."
     for k in range(m):
         v = fields[a, i, first + cols[k]] if op == FIELD else (rows[a, cols[k]] if op == ROW else blocks[a, i, cols[k]])
-        R[o, k] = v if abs(v) < HUGE else np.nan
+        R[o, h + k] = v if abs(v) < HUGE else np.nan
 
 @_helper
-def _give(a: Any, b: Any, i: Any, base: Any, width: Any, cols: Any, m: Any, R: Any, out: Any, single: Any, limit: Any) -> None:
+def _give(a: Any, x: Any, b: Any, i: Any, base: Any, width: Any, cols: Any, m: Any, R: Any, out: Any, single: Any, limit: Any) -> None:
     "Write a register to where the bars stood, in single precision where `limit` is that type's largest number."
     if limit < HUGE:
+        short = single[b, i, base : base + int(width)]
         for k in range(width):
-            single[b, i, base + k] = np.nan
-        for k in range(m):
-            single[b, i, base + cols[k]] = R[a, k] if abs(R[a, k]) <= limit else np.nan
-    elif m == width:
-        for k in range(m):
-            out[b, i, base + k] = R[a, k] if abs(R[a, k]) < HUGE else np.nan
+            short[k] = R[a, x + k] if m == width and abs(R[a, x + k]) <= limit else np.nan
+        for k in range(m if m < width else np.uint64(0)):
+            short[cols[k]] = R[a, x + k] if abs(R[a, x + k]) <= limit else np.nan
     else:
+        to = out[b, i, base : base + int(width)]
         for k in range(width):
-            out[b, i, base + k] = np.nan
-        for k in range(m):
-            out[b, i, base + cols[k]] = R[a, k] if abs(R[a, k]) < HUGE else np.nan
+            to[k] = R[a, x + k] if m == width and abs(R[a, x + k]) < HUGE else np.nan
+        for k in range(m if m < width else np.uint64(0)):
+            to[cols[k]] = R[a, x + k] if abs(R[a, x + k]) < HUGE else np.nan
 
 # %% ../../nbs/features/05_engine.ipynb #57092add
 _BLOCKS, _SINGLE = types.float64[:, :, ::1], types.float32[:, :, ::1]
@@ -433,31 +474,46 @@ _RUN = types.void(types.int64[:, ::1], types.float64[:, ::1], types.float64[:, :
 
 @njit(nogil=True, error_model="numpy", signature=_RUN)
 def run(code: Any, par: Any, state: Any, fields: Any, rows: Any, blocks: Any, span: Any, R: Any, W: Any, places: Any, out: Any, single: Any, limit: Any) -> None:
-    "Carry out a program on some symbols and some instants. `span`: first and last symbol, first instant, number of instants, first column of the results."
-    cols, at = places[0], places[1]
+    "Carry out a program on some symbols and some instants. `span`: first and last symbol, first instant, number of instants, first column of the results, columns before a register's first."
+    cols, row, whole = places[0], places[1], places[2]
+    at, begin = places[3].view(np.uint64), places[4].view(np.uint64)
+    h = np.uint64(span[5])
     for i in range(span[0], span[1]):
-        m = 0
+        S, m = state[i], np.uint64(0)
         for t in range(span[3]):
             if abs(fields[0, i, span[2] + t]) < HUGE:
                 cols[m] = t
-                m += 1
-        S = state[i]
+                m += np.uint64(1)
+        row[:] = np.arange(len(row))
+        begin[:] = h
         for k in range(code.shape[0]):
-            op, o, a, b, c = code[k, 0], code[k, 1], code[k, 2], code[k, 3], code[k, 4]
-            if op < WHERE:
-                _arithmetic(op, o, a, b, R, m)
-            elif op < AVG:
-                _function(op, o, a, b, c, R, m)
-            elif op < LAG:
-                _merge(op, o, a, b, c, code[k, 5], code[k, 6], code[k, 7], par[k, 0], R, m)
+            op, o, c = code[k, 0], code[k, 1], code[k]
+            if op < FIELD:
+                row[o], begin[o] = o, h
+            if op == PAST or op == LAG:
+                _lagged(op, o, c[2], c[8], c[9], c[10], h, R, m, S, at, row, begin, whole)
+                continue
+            a, x = row[c[2]], begin[c[2]]
+            if op < AVG:
+                b, y, d, z = row[c[3]], begin[c[3]], row[c[4]], begin[c[4]]
+                if op < WHERE:
+                    _arithmetic(op, o, h, a, x, b, y, R, m)
+                else:
+                    _function(op, o, h, a, x, b, y, d, z, R, m)
             elif op < FIELD:
-                _remember(op, o, a, b, c, code[k, 8], code[k, 9], code[k, 10], par[k, 0], par[k, 1], R, m, S, W, at)
+                r = (a, row[c[3]], row[c[4]], row[c[5]], row[c[6]], row[c[7]])
+                v = (x, begin[c[3]], begin[c[4]], begin[c[5]], begin[c[6]], begin[c[7]])
+                if op < PAST:
+                    _merge(op, o, h, r, v, par[k, 0], R, m)
+                else:
+                    _remember(op, o, h, r, v, c[8], c[9], c[10], par[k, 0], par[k, 1], R, m, S, W, at)
             elif op < KEEP:
-                _take(op, o, a, i, span[2], cols, m, fields, rows, blocks, R)
+                row[o], begin[o] = o, h
+                _take(op, o, h, c[2], i, span[2], cols, m, fields, rows, blocks, R)
             elif op == KEEP:
-                _give(a, b, i, 0, span[3], cols, m, R, blocks, single, np.inf)
+                _give(a, x, c[3], i, 0, np.uint64(span[3]), cols, m, R, blocks, single, np.inf)
             else:
-                _give(a, b, i, span[4], span[3], cols, m, R, out, single, limit)
+                _give(a, x, c[3], i, span[4], np.uint64(span[3]), cols, m, R, out, single, limit)
 
 # %% ../../nbs/features/05_engine.ipynb #fd72dff1
 @dataclass(frozen=True, eq=False)
@@ -470,12 +526,13 @@ class Program:
     constants: NDArray[np.float64]  # (C,) values of the first registers
     registers: int
     longest: int                    # bars in the longest window that is looked at as a whole
+    past: int                       # columns before a register's first: the longest lag
 
 def _state(op: str, n: int) -> list[float]:
     "State of an operation before the first bar."
     nan = float("nan")
-    if op == "lag":
-        return [0.0] + [nan] * n
+    if op == "past":
+        return [0.0] + [nan] * (n + 1)
     if op in WINDOW:
         return [0.0] * n
     known = {"ewm": [0.0, 0.0], "adaptive": [nan, nan], "cumulate": [0.0], "cummax": [nan], "hold": [nan], "since": [nan], "streak": [0.0], "parabolic_stop": [0.0] * 7, "trailing_stop": [nan] * 4}
@@ -507,20 +564,7 @@ def plain(e: Expr, given: Mapping[Expr, Any]) -> Expr:
         e = e.meaning
     return e
 
-# %% ../../nbs/features/05_engine.ipynb #808d582f
-class _Registers:
-    "Hands out registers and takes them back."
-
-    def __init__(self, first: int) -> None:
-        self.free: list[int] = []
-        self.count = first
-
-    def take(self) -> int:
-        if self.free:
-            return self.free.pop()
-        self.count += 1
-        return self.count - 1
-
+# %% ../../nbs/features/05_engine.ipynb #18e8af32
 def _numbers(e: Expr) -> tuple[int, int, float, float]:
     "Bars, bars left out and two numbers of an instruction."
     p = e.params
@@ -530,44 +574,79 @@ def _numbers(e: Expr) -> tuple[int, int, float, float]:
         return int(p[1]), int(p[2]), float(p[0]), 0.0
     return 0, 0, float(p[0]) if p else 0.0, float(p[1]) if len(p) > 1 else 0.0
 
+class _Assembler:
+    "Registers, instructions and state, as they are handed out."
+
+    def __init__(self, order: Sequence[Expr], operands: Mapping[Expr, tuple[Expr, ...]], given: Mapping[Expr, tuple[str, int]]) -> None:
+        self.operands, self.given = operands, given
+        self.constants = {e: k for k, e in enumerate(e for e in order if e.op == "constant")}
+        self.where, self.free, self.registers = dict(self.constants), list[int](), len(self.constants)
+        self.code, self.numbers, self.start = list[list[int]](), list[tuple[float, float]](), list[float]()
+        self.readers = dict.fromkeys(order, 0)
+        for e in order:
+            for a in set(operands[e]):
+                self.readers[a] += 1
+        lags = [(operands[e][0], int(e.params[0])) for e in order if e.op == "lag" and e not in given]
+        self.longest = {a: max(n for b, n in lags if b is a) for a, _ in lags}
+        self.past: dict[Expr, int] = {}  # where the state of what is lagged stands
+
+    def add(self, row: list[int], numbers: tuple[float, float] = (0.0, 0.0), state: Sequence[float] = ()) -> None:
+        "An instruction, and the state that it needs."
+        self.code.append(row)
+        self.numbers.append(numbers)
+        self.start += state
+
+    def compute(self, e: Expr) -> None:
+        "A node into a register of its own; then its past, if it is lagged."
+        if e in self.constants:
+            return
+        if not self.free:
+            self.free.append(self.registers)
+            self.registers += 1
+        self.where[e] = o = self.free.pop()
+        read = [self.where[a] for a in self.operands[e]]
+        if e in self.given:
+            kind, at = self.given[e]
+            self.add([OPCODE[kind], o, at, *[0] * 8])
+        elif e.op == "lag":
+            source = self.operands[e][0]
+            self.add([LAG, o, read[0], *[0] * 5, int(e.params[0]), self.longest[source], self.past[source]])
+        else:
+            n, skip, p, q = _numbers(e)
+            self.add([OPCODE[e.op], o, *read, *[0] * (6 - len(read)), n, skip, len(self.start)], (p, q), _state(e.op, n))
+        if e in self.longest:
+            self.past[e] = len(self.start)
+            self.add([PAST, o, o, *[0] * 5, self.longest[e], 0, len(self.start)], state=_state("past", self.longest[e]))
+
+    def done(self, e: Expr) -> None:
+        "Give back the register of a node that nobody reads any more. A lag may be its source's register, so it keeps that until then."
+        if self.readers[e] == 0 and e not in self.constants:
+            self.free.append(self.where[e])
+            self.read(e, lagged=True)
+
+    def read(self, e: Expr, lagged: bool) -> None:
+        "Note that a node has read its operands."
+        if (e.op == "lag") == lagged:
+            for a in set(self.operands[e]):
+                self.readers[a] -= 1
+                self.done(a)
+
 def assemble(
     outputs: Sequence[tuple[Expr, str, int]],  # formula, "out" or "keep", and its place there; the same formula may have several
     given: Mapping[Expr, tuple[str, int]],     # node -> "field", "row" or "block", and its place there
 ) -> Program:
     """Instructions that compute some formulas. Every leaf and every operation across symbols has to be among `given`."""
     order, operands = _order([e for e, _, _ in outputs], given)
-    constants = {e: k for k, e in enumerate(dict.fromkeys(e for e in order if e.op == "constant"))}
     wanted: dict[Expr, list[tuple[str, int]]] = {}
     for e, kind, at in outputs:
         wanted.setdefault(plain(e, given), []).append((kind, at))
-    readers = dict.fromkeys(order, 0)
+    made = _Assembler(order, operands, given)
     for e in order:
-        for a in set(operands[e]):
-            readers[a] += 1
-    where, registers, code, numbers = dict(constants), _Registers(len(constants)), [], []
-    start: list[float] = []
-    for e in order:
-        if e not in constants:
-            where[e] = registers.take()
-            code.append(_instruction(e, where, operands[e], given, len(start)))
-            numbers.append(_numbers(e)[2:] if e not in given else (0.0, 0.0))
-            start += _state(e.op, _numbers(e)[0]) if e not in given else []
+        made.compute(e)
         for kind, at in wanted.get(e, []):
-            code.append([OPCODE[kind], 0, where[e], at, *[0] * 7])
-            numbers.append((0.0, 0.0))
-        for a in set(operands[e]):
-            readers[a] -= 1
-            if readers[a] == 0 and a not in constants:
-                registers.free.append(where[a])
-        if readers[e] == 0 and e not in constants:
-            registers.free.append(where[e])
-    longest = max((_numbers(e)[0] for e in order if e.op in WINDOW), default=1)
-    return Program(np.array(code, np.int64).reshape(-1, 11), np.array(numbers, np.float64).reshape(-1, 2), np.array(start), np.array([c.params[0] for c in constants], np.float64), registers.count, longest)
-
-def _instruction(e: Expr, where: Mapping[Expr, int], operands: Sequence[Expr], given: Mapping[Expr, tuple[str, int]], state: int) -> list[int]:
-    "One row of the code."
-    if e in given:
-        kind, at = given[e]
-        return [OPCODE[kind], where[e], at, *[0] * 8]
-    read = [where[a] for a in operands]
-    return [OPCODE[e.op], where[e], *read, *[0] * (6 - len(read)), *_numbers(e)[:2], state]
+            made.add([OPCODE[kind], 0, made.where[e], at, *[0] * 7])
+        made.read(e, lagged=False)
+        made.done(e)
+    windows = [_numbers(e)[0] for e in order if e.op in WINDOW]
+    return Program(np.array(made.code, np.int64).reshape(-1, 11), np.array(made.numbers, np.float64).reshape(-1, 2), np.array(made.start), np.array([c.params[0] for c in made.constants], np.float64),
+                   made.registers, max(windows, default=1), max(made.longest.values(), default=0))

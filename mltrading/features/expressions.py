@@ -213,8 +213,10 @@ def lag(
     x: Expr,
     n: int = 1,  # bars, >= 0
 ) -> Expr:
-    """The value `n` own bars ago."""
-    return node("lag", x, params=(n,)) if _count("lag", n, 0) else x
+    """The value `n` own bars ago. A constant always was what it is; a lag of a lag is one lag."""
+    if _count("lag", n, 0) == 0 or x.op == "constant":
+        return x
+    return lag(x.args[0], n + int(x.params[0])) if x.op == "lag" else node("lag", x, params=(n,))
 
 def ewm(
     x: Expr,

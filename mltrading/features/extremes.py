@@ -131,11 +131,11 @@ def bear_share(n: int) -> Expr:
 # %% ../../nbs/features/36_extremes.ipynb #95b9d875
 @feature("new_high_share_{m}_{n}", family="extremes", unit="0 to 1", about="share of {n} bars that closed at a high of {m}", source="definition", grid={"m": (20, 252), "n": (20, 60)})
 def new_high_share(m: int, n: int) -> Expr:
-    return roll_mean(CLOSE >= roll_max(CLOSE, m), n)
+    return roll_mean(roll_max(CLOSE, m) <= CLOSE, n)
 
 @feature("new_low_share_{m}_{n}", family="extremes", unit="0 to 1", about="share of {n} bars that closed at a low of {m}", source="definition", grid={"m": (20, 252), "n": (20, 60)})
 def new_low_share(m: int, n: int) -> Expr:
-    return roll_mean(CLOSE <= roll_min(CLOSE, m), n)
+    return roll_mean(roll_min(CLOSE, m) >= CLOSE, n)
 
 @feature("high_step_{n}", family="extremes", unit="fraction", about="highest high of {n} bars over that of the {n} before, less one", source="Rhea (1932)", grid={"n": (5, 20, 60)})
 def high_step(n: int) -> Expr:
@@ -185,7 +185,7 @@ def breach_share(n: int) -> Expr:
 
 @feature("breakout_share_{n}", family="extremes", unit="0 to 1", about="share of {n} returns above the 95 % quantile of the 120 before each", source="Kupiec (1995)", grid={"n": (60,)})
 def breakout_share(n: int) -> Expr:
-    return roll_mean(_RETURN > lag(roll_quantile(_RETURN, 120, 0.95)), n)
+    return roll_mean(lag(roll_quantile(_RETURN, 120, 0.95)) < _RETURN, n)
 
 @feature("shortfall_{n}", family="extremes", unit="1", about="mean return of the breaches among {n} bars, relative to the 5 % quantile of the 120 before each", source="Rockafellar and Uryasev (2000), with forecasts", grid={"n": (252,)})
 def shortfall(n: int) -> Expr:

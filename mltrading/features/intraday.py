@@ -20,7 +20,6 @@ from mltrading.features.expressions import (
     VOLUME,
     Expr,
     absolute,
-    change,
     composed,
     constant,
     cumulate,
@@ -99,7 +98,7 @@ def session_ret() -> Expr:
 def overnight_gap() -> Expr:
     return _GAP
 
-@feature("gap_z_{n}", family="intraday", unit="1", about="gap over the standard deviation of the gaps of the {n} sessions before", source="definition", grid={"n": (20,)})
+@feature("session_gap_z_{n}", family="intraday", unit="1", about="gap over the standard deviation of the gaps of the {n} sessions before", source="definition", grid={"n": (20,)})
 def gap_z(n: int) -> Expr:
     return _GAP / in_session(hold(lag(roll_std(given(_GAP, _ONCE), n)), FIRST))
 

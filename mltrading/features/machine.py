@@ -134,13 +134,16 @@ def _carry(
 
 # %% ../../nbs/features/08_machine.ipynb #80d3f5a6
 class _Worker:
-    "Room for one thread to work in. Registers are a line longer than a chunk: rows whose addresses differ by a power of two would fight for the same lines of the cache."
+    "Room for one thread to work in: before a register's first column, as many as the longest lag. For a single instant there is none, and registers lie side by side."
 
     def __init__(self, programs: Sequence[Program], width: int) -> None:
-        room = width + 8 if width > 1 else 1
-        self.registers = [np.repeat(np.concatenate([p.constants, np.zeros(p.registers - len(p.constants))])[:, None], room, axis=1) for p in programs]
+        self.registers = []
+        for p in programs:
+            room = np.zeros((p.registers, p.past + width + 8 if width > 1 else 1))  # a line more: rows a power of two apart would fight for the same lines of the cache
+            room[: len(p.constants)] = p.constants[:, None]
+            self.registers.append(room)
         self.window = np.empty(max((p.longest for p in programs), default=1) + width)
-        self.places = np.empty((2, width), np.int64)
+        self.places = np.empty((5, max(width, *(p.registers for p in programs), 1)), np.int64)
 
 _NONE, _NO_ROWS, _NO_SINGLE = np.empty((0, 0, 0)), np.empty((0, 0)), np.empty((0, 0, 0), np.float32)
 
@@ -162,7 +165,7 @@ class Machine:
         self.narrow = _Worker(plan.layers, 1)  # for one instant: registers side by side
         self.pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
         market = plan.benchmark
-        self.market = _Worker([market], width) if market is not None else None
+        self.market = {n: _Worker([market], n) for n in (1, width)} if market is not None else {}
         self.market_state = np.tile(market.start, (1, 1)) if market is not None else _NO_ROWS
         self.carried = np.full(sum(e.op == "market" for e in plan.rows), np.nan)
 
@@ -192,9 +195,10 @@ class Machine:
         for k, e in enumerate(self.plan.rows[:shared]):
             rows[k] = self.context.row(e, times)
         program, i = self.plan.benchmark, self.context.benchmark
-        if self.market is not None and program is not None and i is not None:
+        if program is not None and i is not None:
+            room, past = self.market[1 if w == 1 else self.width], program.past if w > 1 else 0
             own, read = np.ascontiguousarray(fields[:, i : i + 1, first : first + w]), np.empty((len(self.carried), 1, w))
-            run(program.code, program.numbers, self.market_state, own, _NO_ROWS, _NONE, np.array([0, 1, 0, w, 0]), self.market.registers[0], self.market.window, self.market.places, read, _NO_SINGLE, np.inf)
+            run(program.code, program.numbers, self.market_state, own, _NO_ROWS, _NONE, np.array([0, 1, 0, w, 0, past]), room.registers[0], room.window, room.places, read, _NO_SINGLE, np.inf)
             for k in range(len(self.carried)):
                 rows[shared + k] = _carry(read[k, 0], self.carried[k])
                 self.carried[k] = rows[shared + k, -1] if w else self.carried[k]
@@ -207,7 +211,7 @@ class Machine:
         first, w, base = span
 
         def some(worker: _Worker, begin: int, end: int) -> None:
-            run(program.code, program.numbers, self.states[level], fields, rows, blocks, np.array([begin, end, first, w, base]), worker.registers[level], worker.window, worker.places, *target)
+            run(program.code, program.numbers, self.states[level], fields, rows, blocks, np.array([begin, end, first, w, base, program.past if w > 1 else 0]), worker.registers[level], worker.window, worker.places, *target)
         if self.pool is None or w == 1:
             some(self.narrow if w == 1 else self.workers[0], 0, self.symbols)
             return

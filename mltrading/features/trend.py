@@ -173,7 +173,7 @@ def cross_age(p: tuple[int, int]) -> Expr:
 
 @feature("sma_above_{n}", family="trend", unit="0 to 1", about="share of the last {n} closes above their mean of {n} bars", source="definition", grid={"n": (20, 50, 100)})
 def sma_above(n: int) -> Expr:
-    return roll_mean(CLOSE > roll_mean(CLOSE, n), n)
+    return roll_mean(roll_mean(CLOSE, n) < CLOSE, n)
 
 _LADDER = [roll_mean(CLOSE, n) for n in (5, 10, 20, 50, 100, 200)]
 

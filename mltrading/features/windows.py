@@ -34,12 +34,18 @@ def _window(name: str, n: int, least: int) -> None:
     if isinstance(n, bool) or not isinstance(n, int) or n < least:
         raise ParameterError(name, f"`{n!r}` bars are no window", f"use a whole number, {least} or more")
 
+def _newer(n: int) -> int:
+    "How many of n values, more than one, are in the newer part of a window."
+    if n in (2, 4) or (n % 5 == 0 and n > 5 and (n // 5).bit_count() == 1):
+        return n // 2
+    return max(m for m in (1, 2, 4, *(5 << k for k in range(n.bit_length()))) if m < n)
+
 @functools.cache
 def _sum(x: Expr, n: int) -> Expr:
     "Sum of n values."
     if n == 1:
         return x
-    newer = n // 2 if n % 2 == 0 else n - 1
+    newer = _newer(n)
     return _sum(x, newer) + lag(_sum(x, n - newer), newer)
 
 @functools.cache
@@ -47,7 +53,7 @@ def _mean(x: Expr, n: int) -> Expr:
     "Mean of n values: what is newer, moved towards what is older by its share."
     if n == 1:
         return x
-    newer = n // 2 if n % 2 == 0 else n - 1
+    newer = _newer(n)
     return node("avg", _mean(x, newer), lag(_mean(x, n - newer), newer), params=((n - newer) / n,))
 
 @composed
@@ -74,11 +80,10 @@ def _comoment(x: Expr, y: Expr, n: int) -> Expr:
     "Sum over n values of the products of deviations from the means."
     if n == 1:
         return constant(0.0)
-    newer = n // 2 if n % 2 == 0 else n - 1
+    newer = _newer(n)
     a, b = _comoment(x, y, newer), _comoment(x, y, n - newer)
-    older = b if n - newer == 1 else lag(b, newer)
     means = [m for z in (x, y) for m in (_mean(z, newer), lag(_mean(z, n - newer), newer))]
-    return node("com", a, older, *means, params=(newer * (n - newer) / n,))
+    return node("com", a, lag(b, newer), *means, params=(newer * (n - newer) / n,))
 
 def _pair(x: Expr, y: Expr) -> tuple[Expr, Expr]:
     "Two series where both have a value."
@@ -140,25 +145,21 @@ def _third(x: Expr, n: int) -> Expr:
     "Sum over n values of the cubes of deviations from their mean."
     if n == 1:
         return constant(0.0)
-    a, b = (n // 2, n // 2) if n % 2 == 0 else (n - 1, 1)
+    a, b = _newer(n), n - _newer(n)
     d = lag(_mean(x, b), a) - _mean(x, a)
-    both = 3.0 * d * (_older(_comoment(x, x, b), a) * (a / n) - _comoment(x, x, a) * (b / n))
-    return _third(x, a) + _older(_third(x, b), a) + both + d * square(d) * (a * b * (a - b) / n**2)
+    both = 3.0 * d * (lag(_comoment(x, x, b), a) * (a / n) - _comoment(x, x, a) * (b / n))
+    return _third(x, a) + lag(_third(x, b), a) + both + d * square(d) * (a * b * (a - b) / n**2)
 
 @functools.cache
 def _fourth(x: Expr, n: int) -> Expr:
     "Sum over n values of the fourth powers of deviations from their mean."
     if n == 1:
         return constant(0.0)
-    a, b = (n // 2, n // 2) if n % 2 == 0 else (n - 1, 1)
+    a, b = _newer(n), n - _newer(n)
     d = lag(_mean(x, b), a) - _mean(x, a)
-    squares = 6.0 * square(d) * (_older(_comoment(x, x, b), a) * (a * a / n**2) + _comoment(x, x, a) * (b * b / n**2))
-    cubes = 4.0 * d * (_older(_third(x, b), a) * (a / n) - _third(x, a) * (b / n))
-    return _fourth(x, a) + _older(_fourth(x, b), a) + squares + cubes + square(square(d)) * (a * b * (a * a - a * b + b * b) / n**3)
-
-def _older(e: Expr, n: int) -> Expr:
-    "What stood n bars ago; a constant always stood there."
-    return e if e.op == "constant" else lag(e, n)
+    squares = 6.0 * square(d) * (lag(_comoment(x, x, b), a) * (a * a / n**2) + _comoment(x, x, a) * (b * b / n**2))
+    cubes = 4.0 * d * (lag(_third(x, b), a) * (a / n) - _third(x, a) * (b / n))
+    return _fourth(x, a) + lag(_fourth(x, b), a) + squares + cubes + square(square(d)) * (a * b * (a * a - a * b + b * b) / n**3)
 
 @composed
 def roll_skew(
@@ -186,8 +187,8 @@ def _linear(x: Expr, n: int) -> Expr:
     "Sum over n values of the products of deviations of the value and of its place."
     if n == 1:
         return constant(0.0)
-    newer = n // 2 if n % 2 == 0 else n - 1
-    older = _older(_linear(x, n - newer), newer)
+    newer = _newer(n)
+    older = lag(_linear(x, n - newer), newer)
     return node("lin", _linear(x, newer), older, _mean(x, newer), lag(_mean(x, n - newer), newer), params=(newer * (n - newer) / 2,))
 
 @composed
@@ -236,7 +237,7 @@ def _highest(x: Expr, n: int) -> tuple[Expr, Expr]:
     half = 1 << ((n - 1).bit_length() - 1)
     (top, at), offset = _highest(x, half), n - half
     before = lag(top, offset)
-    return maximum(top, before), where(top >= before, at, _older(at, offset) + float(offset))
+    return maximum(top, before), where(top >= before, at, lag(at, offset) + float(offset))
 
 @composed
 def roll_max(
