@@ -31,7 +31,6 @@ from .trend import age, macd, mid_price
 from mltrading.features.windows import (
     ema,
     roll_corr,
-    roll_line,
     roll_mad,
     roll_max,
     roll_mean,
@@ -47,9 +46,9 @@ from mltrading.features.windows import (
 # %% auto #0
 __all__ = ['gain_share', 'rsi', 'rsi_close', 'rsi_change', 'rsi_corr', 'cmo', 'rmi', 'imi', 'demarker', 'vol_index', 'laguerre',
            'laguerre_rsi', 'place', 'stoch_k', 'stoch_d', 'stoch_slow', 'stoch_of', 'stoch_rsi', 'stoch_rsi_d', 'smi',
-           'close_rank', 'cci', 'pgo', 'trix', 'tsi', 'know_sure_thing', 'kst', 'kst_hist', 'coppock', 'awesome',
-           'accelerator', 'dpo', 'squeeze_mom', 'bop', 'bop_mean', 'four_bars', 'vigor', 'vigor_hist', 'ultimate',
-           'up_streak', 'connors_rsi', 'fisher', 'schaff']
+           'close_rank', 'cci', 'pgo', 'trix', 'tsi', 'kst', 'kst_hist', 'coppock', 'awesome', 'accelerator', 'dpo',
+           'bop', 'bop_mean', 'four_bars', 'vigor', 'vigor_hist', 'ultimate', 'up_streak', 'connors_rsi', 'fisher',
+           'schaff']
 
 # %% ../../nbs/features/24_momentum.ipynb #89630e0d
 @composed
@@ -75,7 +74,7 @@ def rsi_change(n: int, m: int) -> Expr:
 def rsi_corr(n: int, m: int) -> Expr:
     return roll_corr(CLOSE, rsi(CLOSE, n), m)
 
-@feature("cmo_{n}", family="oscillator", unit="-100 to 100", about="change over {n} bars in per cent of the way", source="Chande and Kroll (1994)", grid={"n": (10, 20, 60, 120)})
+@feature("cmo_{n}", family="oscillator", unit="-100 to 100", about="change over {n} bars in per cent of the way", source="Chande and Kroll (1994)", grid={"n": (10, 40, 120)})
 def cmo(n: int) -> Expr:
     return 100.0 * delta(CLOSE, n) / roll_sum(absolute(delta(CLOSE)), n)
 
@@ -161,7 +160,7 @@ def close_rank(n: int) -> Expr:
 def cci(n: int) -> Expr:
     return (TYPICAL - roll_mean(TYPICAL, n)) / (0.015 * roll_mad(TYPICAL, n))
 
-@feature("pgo_{n}", family="oscillator", unit="average true ranges", about="close less its mean of {n} bars, over the exponential mean of the true range with that span", source="Katsanos (2008)", grid={"n": (14, 60)})
+@feature("pgo_{n}", family="oscillator", unit="average true ranges", about="close less its mean of {n} bars, over the exponential mean of the true range with that span", source="Katsanos (2008)", grid={"n": (14,)})
 def pgo(n: int) -> Expr:
     return (CLOSE - roll_mean(CLOSE, n)) / ema(true_range(HIGH, LOW, CLOSE), n)
 
@@ -170,24 +169,20 @@ def pgo(n: int) -> Expr:
 def trix(n: int) -> Expr:
     return 100.0 * change(ema(ema(ema(CLOSE, n), n), n))
 
-@feature("tsi_{p[0]}_{p[1]}", family="oscillator", unit="-100 to 100", about="change over absolute change, both smoothed with spans {p[0]} and {p[1]}", source="Blau (1995)", grid={"p": ((25, 13), (13, 7))})
-def tsi(p: tuple[int, int]) -> Expr:
-    moved = delta(CLOSE)
-    return 100.0 * ema(ema(moved, p[0]), p[1]) / ema(ema(absolute(moved), p[0]), p[1])
+@feature("tsi_{n}_{m}", family="oscillator", unit="-100 to 100", about="change over absolute change, both smoothed with spans {n} and {m}", source="Blau (1995)", grid={"n": (25,), "m": (13,)})
+def tsi(n: int, m: int) -> Expr:
+    return 100.0 * ema(ema(delta(CLOSE), n), m) / ema(ema(absolute(delta(CLOSE)), n), m)
 
+@feature("kst", family="oscillator", unit="%", about="smoothed rates of change over 10, 15, 20 and 30 bars, weighted 1 to 4", source="Pring (1992)")
 @composed
-def know_sure_thing() -> Expr:
-    """Rates of change over 10, 15, 20 and 30 bars, each smoothed and weighted 1 to 4, in per cent. Source: Pring (1992)."""
+def kst() -> Expr:
+    """Pring's know sure thing."""
     parts = [k * roll_mean(change(CLOSE, n), m) for k, n, m in ((1.0, 10, 10), (2.0, 15, 10), (3.0, 20, 10), (4.0, 30, 15))]
     return 100.0 * sum(parts[1:], parts[0])
 
-@feature("kst", family="oscillator", unit="%", about="smoothed rates of change over 10, 15, 20 and 30 bars, weighted 1 to 4", source="Pring (1992)")
-def kst() -> Expr:
-    return know_sure_thing()
-
 @feature("kst_hist", family="oscillator", unit="%", about="kst less its mean of 9 bars", source="Pring (1992)")
 def kst_hist() -> Expr:
-    return know_sure_thing() - roll_mean(know_sure_thing(), 9)
+    return kst() - roll_mean(kst(), 9)
 
 @feature("coppock", family="oscillator", unit="%", about="linearly weighted mean of 10 bars of the rates of change over 11 and 14 bars", source="Coppock (1962)")
 def coppock() -> Expr:
@@ -206,10 +201,6 @@ def accelerator() -> Expr:
 @feature("dpo_{n}", family="oscillator", unit="fraction", about="close over its mean of {n} bars as it was {n} / 2 + 1 bars ago", source="Achelis (2000)", grid={"n": (20,)})
 def dpo(n: int) -> Expr:
     return CLOSE / lag(roll_mean(CLOSE, n), n // 2 + 1) - 1.0
-
-@feature("squeeze_mom_{n}", family="oscillator", unit="fraction", about="end of a line through the close less the mean of its middle and its average, {n} bars, over the close", source="Carter (2005)", grid={"n": (20,)})
-def squeeze_mom(n: int) -> Expr:
-    return roll_line(CLOSE - (mid_price(n) + roll_mean(CLOSE, n)) / 2.0, n) / CLOSE
 
 # %% ../../nbs/features/24_momentum.ipynb #62248169
 @feature("bop", family="oscillator", unit="-1 to 1", about="body of the bar over its range", source="Livshin (2001)")

@@ -75,8 +75,8 @@ def months_up() -> Expr:
     half = quarter + lag(quarter, 63)
     return (half + lag(half, 126)) / 12.0
 
-# %% ../../nbs/features/20_returns.ipynb #88a83bd1
-@feature("ret_vol_{n}d", family="returns", unit="1", about="mean over standard deviation of the last {n} returns", source="Sharpe (1966)", grid={"n": (10, 20, 60, 120, 252)})
+# %% ../../nbs/features/20_returns.ipynb #f4ef1663
+@feature("ret_vol_{n}d", family="returns", unit="1", about="mean over standard deviation of the last {n} returns", source="Sharpe (1966)", grid={"n": (20, 60, 252)})
 def ret_vol(n: int) -> Expr:
     return roll_mean(change(CLOSE), n) / roll_std(change(CLOSE), n)
 
