@@ -47,8 +47,7 @@ from mltrading.features.windows import (
 __all__ = ['gain_share', 'rsi', 'rsi_close', 'rsi_change', 'rsi_corr', 'cmo', 'rmi', 'imi', 'demarker', 'vol_index', 'laguerre',
            'laguerre_rsi', 'place', 'stoch_k', 'stoch_d', 'stoch_slow', 'stoch_of', 'stoch_rsi', 'stoch_rsi_d', 'smi',
            'close_rank', 'cci', 'pgo', 'trix', 'tsi', 'kst', 'kst_hist', 'coppock', 'awesome', 'accelerator', 'dpo',
-           'bop', 'bop_mean', 'four_bars', 'vigor', 'vigor_hist', 'ultimate', 'up_streak', 'connors_rsi', 'fisher',
-           'schaff']
+           'bop', 'bop_mean', 'four_bars', 'vigor', 'vigor_hist', 'ultimate', 'connors_rsi', 'fisher', 'schaff']
 
 # %% ../../nbs/features/24_momentum.ipynb #89630e0d
 @composed
@@ -232,14 +231,10 @@ def ultimate(p: tuple[int, int, int]) -> Expr:
     short, middle, long = (roll_sum(below, n) / roll_sum(ranged, n) for n in p)
     return (4.0 * short + 2.0 * middle + long) * (100.0 / 7.0)
 
-# %% ../../nbs/features/24_momentum.ipynb #373d835f
-@feature("streak", family="oscillator", unit="bars", about="bars in a row that rose, negative: that fell", source="Connors and Alvarez (2012)")
-def up_streak() -> Expr:
-    return age(delta(CLOSE))
-
+# %% ../../nbs/features/24_momentum.ipynb #bbd3babe
 @feature("connors_rsi", family="oscillator", unit="0 to 100", about="mean of RSI of 3 bars, RSI of the streak over 2 and the rank of the return among 100 before", source="Connors and Alvarez (2012)")
 def connors_rsi() -> Expr:
-    return (rsi(CLOSE, 3) + rsi(up_streak(), 2) + 100.0 * roll_rank(change(CLOSE), 101)) / 3.0
+    return (rsi(CLOSE, 3) + rsi(age(delta(CLOSE)), 2) + 100.0 * roll_rank(change(CLOSE), 101)) / 3.0
 
 @feature("fisher_{n}", family="oscillator", unit="1", about="Fisher transform of the smoothed place of the middle price in its range of {n} bars", source="Ehlers (2002)", grid={"n": (10,)})
 def fisher(n: int) -> Expr:

@@ -26,7 +26,7 @@ from .windows import roll_corr, roll_max, roll_mean, roll_min, roll_std, roll_su
 # %% auto #0
 __all__ = ['ret', 'high_ret', 'low_ret', 'past_change', 'momentum', 'ret_skip', 'momentum_weighted', 'ret_season', 'months_up',
            'ret_vol', 'momentum_vol', 'ret_z', 'ret_accel', 'max_ret', 'min_ret', 'discreteness', 'overnight',
-           'intraday', 'gap_z', 'gap_follow', 'gap_beyond', 'gap_fill']
+           'intraday', 'overnight_z', 'gap_follow', 'gap_beyond', 'gap_fill']
 
 # %% ../../nbs/features/20_returns.ipynb #aef686a0
 @feature("ret_{n}d", family="returns", unit="fraction", about="return over {n} bars", source="definition", grid={"n": (1, 2, 3, 4, 5, 10, 15, 20, 40, 60, 120, 180, 252)})
@@ -118,8 +118,8 @@ def intraday(n: int) -> Expr:
     """The returns from open to close of the last `n` own bars, compounded."""
     return CLOSE / OPEN - 1.0 if n == 1 else exp(roll_sum(log(CLOSE / OPEN), n)) - 1.0
 
-@feature("gap_z_{n}", family="returns", unit="standard deviations", about="gap at the open in standard deviations of the last {n} gaps", source="definition", grid={"n": (20,)})
-def gap_z(n: int) -> Expr:
+@feature("overnight_z_{n}", family="returns", unit="standard deviations", about="gap at the open in standard deviations of the last {n} gaps", source="definition", grid={"n": (20,)})
+def overnight_z(n: int) -> Expr:
     return overnight(1) / roll_std(overnight(1), n)
 
 @feature("gap_follow_{n}", family="returns", unit="-1 to 1", about="correlation of the gap with the move from open to close over {n} bars", source="Cliff, Cooper and Gulen (2008)", grid={"n": (20, 60)})

@@ -397,7 +397,8 @@ def vortex(n: int) -> Expr:
 
 @feature("chop_{n}", family="trend", unit="0 to 100", about="logarithm of the true ranges of {n} bars over their whole range, 100 sideways", source="Dreiss (1993)", grid={"n": (14, 60)})
 def chop(n: int) -> Expr:
-    return log(roll_sum(true_range(HIGH, LOW, CLOSE), n) / (roll_max(HIGH, n) - roll_min(LOW, n))) * (100.0 / math.log(n))
+    highest, lowest = roll_max(maximum(HIGH, lag(CLOSE)), n), roll_min(minimum(LOW, lag(CLOSE)), n)
+    return log(roll_sum(true_range(HIGH, LOW, CLOSE), n) / (highest - lowest)) * (100.0 / math.log(n))
 
 @feature("vhf_{n}", family="trend", unit="0 to 1", about="range of {n} closes over the sum of as many absolute changes", source="White (1991)", grid={"n": (28,)})
 def vhf(n: int) -> Expr:
