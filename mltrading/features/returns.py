@@ -18,8 +18,6 @@ from mltrading.features.expressions import (
     log,
     minimum,
     sign,
-    sqrt,
-    square,
     where,
 )
 from .registry import feature
@@ -27,11 +25,11 @@ from .windows import roll_corr, roll_max, roll_mean, roll_min, roll_std, roll_su
 
 # %% auto #0
 __all__ = ['ret', 'high_ret', 'low_ret', 'past_change', 'momentum', 'ret_skip', 'momentum_weighted', 'ret_season', 'months_up',
-           'ret_vol', 'ret_downside', 'momentum_vol', 'ret_z', 'ret_accel', 'max_ret', 'min_ret', 'discreteness',
-           'overnight', 'intraday', 'gap_z', 'gap_follow', 'gap_beyond', 'gap_fill']
+           'ret_vol', 'momentum_vol', 'ret_z', 'ret_accel', 'max_ret', 'min_ret', 'discreteness', 'overnight',
+           'intraday', 'overnight_z', 'gap_follow', 'gap_beyond', 'gap_fill']
 
-# %% ../../nbs/features/20_returns.ipynb #72dc2d82
-@feature("ret_{n}d", family="returns", unit="fraction", about="return over {n} bars", source="definition", grid={"n": (1, 2, 3, 4, 5, 10, 15, 20, 40, 60, 90, 120, 180, 252)})
+# %% ../../nbs/features/20_returns.ipynb #aef686a0
+@feature("ret_{n}d", family="returns", unit="fraction", about="return over {n} bars", source="definition", grid={"n": (1, 2, 3, 4, 5, 10, 15, 20, 40, 60, 120, 180, 252)})
 def ret(n: int) -> Expr:
     return change(CLOSE, n)
 
@@ -77,20 +75,16 @@ def months_up() -> Expr:
     half = quarter + lag(quarter, 63)
     return (half + lag(half, 126)) / 12.0
 
-# %% ../../nbs/features/20_returns.ipynb #88a83bd1
-@feature("ret_vol_{n}d", family="returns", unit="1", about="mean over standard deviation of the last {n} returns", source="Sharpe (1966)", grid={"n": (10, 20, 60, 120, 252)})
+# %% ../../nbs/features/20_returns.ipynb #f4ef1663
+@feature("ret_vol_{n}d", family="returns", unit="1", about="mean over standard deviation of the last {n} returns", source="Sharpe (1966)", grid={"n": (20, 60, 252)})
 def ret_vol(n: int) -> Expr:
     return roll_mean(change(CLOSE), n) / roll_std(change(CLOSE), n)
-
-@feature("ret_downside_{n}d", family="returns", unit="1", about="mean of the last {n} returns over the root of their mean squared loss", source="Sortino and Price (1994)", grid={"n": (60, 252)})
-def ret_downside(n: int) -> Expr:
-    return roll_mean(change(CLOSE), n) / sqrt(roll_mean(square(minimum(change(CLOSE), 0.0)), n))
 
 @feature("mom_vol_{m[0]}_{m[1]}", family="returns", unit="standard deviations", about="mom_{m[0]}_{m[1]} over the standard deviation of as many returns", source="Moskowitz, Ooi and Pedersen (2012)", grid={"m": ((6, 1), (12, 1))})
 def momentum_vol(m: tuple[int, int]) -> Expr:
     return momentum(m) / (roll_std(change(CLOSE), 21 * m[0]) * (21.0 * (m[0] - m[1])) ** 0.5)
 
-@feature("ret_z_{n}", family="returns", unit="standard deviations", about="log return over {n} bars in standard deviations of the last 60 returns", source="Lim, Zohren and Roberts (2019)", grid={"n": (1, 5, 20, 120, 252)})
+@feature("ret_z_{n}", family="returns", unit="standard deviations", about="log return over {n} bars in standard deviations of the last 60 returns", source="Lim, Zohren and Roberts (2019)", grid={"n": (1, 5)})
 def ret_z(n: int) -> Expr:
     return log(CLOSE / lag(CLOSE, n)) / (roll_std(change(CLOSE), 60) * n**0.5)
 
@@ -124,8 +118,8 @@ def intraday(n: int) -> Expr:
     """The returns from open to close of the last `n` own bars, compounded."""
     return CLOSE / OPEN - 1.0 if n == 1 else exp(roll_sum(log(CLOSE / OPEN), n)) - 1.0
 
-@feature("gap_z_{n}", family="returns", unit="standard deviations", about="gap at the open in standard deviations of the last {n} gaps", source="definition", grid={"n": (20, 60)})
-def gap_z(n: int) -> Expr:
+@feature("overnight_z_{n}", family="returns", unit="standard deviations", about="gap at the open in standard deviations of the last {n} gaps", source="definition", grid={"n": (20,)})
+def overnight_z(n: int) -> Expr:
     return overnight(1) / roll_std(overnight(1), n)
 
 @feature("gap_follow_{n}", family="returns", unit="-1 to 1", about="correlation of the gap with the move from open to close over {n} bars", source="Cliff, Cooper and Gulen (2008)", grid={"n": (20, 60)})

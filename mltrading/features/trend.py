@@ -54,13 +54,13 @@ from mltrading.features.windows import (
 )
 
 # %% auto #0
-__all__ = ['dema', 'tema', 't3', 'trima', 'hma', 'efficiency', 'kama', 'vidya', 'sma_dist', 'ema_dist', 'wma_dist', 'dema_dist',
-           'tema_dist', 't3_dist', 'trima_dist', 'hma_dist', 'kama_dist', 'vidya_dist', 'age', 'sma_slope', 'sma_cross',
-           'cross_age', 'sma_above', 'ma_order', 'ma_spread', 'macd', 'macd_line', 'macd_hist', 'macd_z', 'ppo', 'atr',
-           'slope', 'trend_r2', 'slope_t', 'slope_accel', 'line_dist', 'line_z', 'line_angle', 'forecast_osc',
-           'donchian_high', 'donchian_low', 'donchian_width', 'midpoint_dist', 'keltner', 'population_std', 'boll',
-           'boll_width', 'boll_calm', 'squeeze', 'mid_price', 'midprice_dist', 'ichimoku_cross', 'cloud_dist',
-           'cloud_ahead', 'supertrend', 'sar_dist', 'sar_age', 'supertrend_dist', 'supertrend_age', 'chandelier_long',
+__all__ = ['dema', 'tema', 't3', 'trima', 'hma', 'efficiency', 'kama', 'sma_dist', 'ema_dist', 'dema_dist', 'tema_dist',
+           't3_dist', 'trima_dist', 'hma_dist', 'kama_dist', 'age', 'sma_slope', 'sma_cross', 'cross_age', 'sma_above',
+           'ma_order', 'ma_spread', 'macd', 'macd_line', 'macd_hist', 'macd_z', 'ppo', 'atr', 'slope', 'trend_r2',
+           'slope_t', 'slope_accel', 'line_dist', 'line_z', 'line_angle', 'forecast_osc', 'donchian_high',
+           'donchian_low', 'donchian_width', 'midpoint_dist', 'keltner', 'population_std', 'boll', 'boll_width',
+           'boll_calm', 'squeeze', 'mid_price', 'midprice_dist', 'ichimoku_cross', 'cloud_dist', 'cloud_ahead',
+           'supertrend', 'sar_dist', 'sar_age', 'supertrend_dist', 'supertrend_age', 'chandelier_long',
            'chandelier_short', 'directional', 'di_plus', 'di_diff', 'dx', 'adx', 'adxr', 'aroon', 'aroon_up', 'vortex',
            'chop', 'vhf', 'swing', 'mass', 'qstick', 'bull_power', 'bear_power', 'alligator_teeth', 'alligator_lips']
 
@@ -106,23 +106,14 @@ def kama(x: Expr, n: int) -> Expr:
     weight = efficiency(x, n) * (2 / 3 - 2 / 31) + 2 / 31
     return adaptive(x, weight * weight)
 
-@composed
-def vidya(x: Expr, n: int) -> Expr:
-    """Chande's variable index dynamic average. Source: Chande (1992)."""
-    return adaptive(x, efficiency(x, 9) * (2.0 / (n + 1.0)))
-
 # %% ../../nbs/features/22_trend.ipynb #f28dcc59
 @feature("sma_dist_{n}", family="trend", unit="fraction", about="close over its mean of {n} bars", source="definition", grid={"n": (5, 10, 20, 50, 100, 200)})
 def sma_dist(n: int) -> Expr:
     return CLOSE / roll_mean(CLOSE, n) - 1.0
 
-@feature("ema_dist_{n}", family="trend", unit="fraction", about="close over its exponential mean with span {n}", source="definition; TA-Lib's start", grid={"n": (12, 26, 50, 200)})
+@feature("ema_dist_{n}", family="trend", unit="fraction", about="close over its exponential mean with span {n}", source="definition; TA-Lib's start", grid={"n": (12, 26, 50)})
 def ema_dist(n: int) -> Expr:
     return CLOSE / ema(CLOSE, n) - 1.0
-
-@feature("wma_dist_{n}", family="trend", unit="fraction", about="close over its linearly weighted mean of {n} bars", source="definition", grid={"n": (20,)})
-def wma_dist(n: int) -> Expr:
-    return CLOSE / roll_wma(CLOSE, n) - 1.0
 
 @feature("dema_dist_{n}", family="trend", unit="fraction", about="close over its double exponential mean with span {n}", source="Mulloy (1994)", grid={"n": (20, 50)})
 def dema_dist(n: int) -> Expr:
@@ -132,7 +123,7 @@ def dema_dist(n: int) -> Expr:
 def tema_dist(n: int) -> Expr:
     return CLOSE / tema(CLOSE, n) - 1.0
 
-@feature("t3_dist_{n}", family="trend", unit="fraction", about="close over its T3 mean with span {n}", source="Tillson (1998)", grid={"n": (5, 20)})
+@feature("t3_dist_{n}", family="trend", unit="fraction", about="close over its T3 mean with span {n}", source="Tillson (1998)", grid={"n": (20,)})
 def t3_dist(n: int) -> Expr:
     return CLOSE / t3(CLOSE, n) - 1.0
 
@@ -149,17 +140,13 @@ def hma_dist(n: int) -> Expr:
 def kama_dist(n: int) -> Expr:
     return CLOSE / kama(CLOSE, n) - 1.0
 
-@feature("vidya_dist_{n}", family="trend", unit="fraction", about="close over Chande's variable mean with span {n}", source="Chande (1992)", grid={"n": (20,)})
-def vidya_dist(n: int) -> Expr:
-    return CLOSE / vidya(CLOSE, n) - 1.0
-
 # %% ../../nbs/features/22_trend.ipynb #5146fa27
 @composed
 def age(x: Expr) -> Expr:
     """How many bars in a row `x` has been above zero; negative: below."""
     return streak(x > 0.0) - streak(x < 0.0)
 
-@feature("sma_slope_{n}", family="trend", unit="fraction per bar", about="change of the mean of {n} bars, per bar over a tenth of them", source="definition", grid={"n": (20, 50, 200)})
+@feature("sma_slope_{n}", family="trend", unit="fraction per bar", about="change of the mean of {n} bars, per bar over a tenth of them", source="definition", grid={"n": (50, 200)})
 def sma_slope(n: int) -> Expr:
     return change(roll_mean(CLOSE, n), n // 10) / (n // 10)
 
@@ -171,9 +158,9 @@ def sma_cross(p: tuple[int, int]) -> Expr:
 def cross_age(p: tuple[int, int]) -> Expr:
     return age(sma_cross(p))
 
-@feature("sma_above_{n}", family="trend", unit="0 to 1", about="share of the last {n} closes above their mean of {n} bars", source="definition", grid={"n": (20, 50, 100)})
+@feature("sma_above_{n}", family="trend", unit="-1 to 1", about="share of the last {n} closes above their mean of {n} bars less that below", source="definition", grid={"n": (20, 100)})
 def sma_above(n: int) -> Expr:
-    return roll_mean(roll_mean(CLOSE, n) < CLOSE, n)
+    return roll_mean(sign(CLOSE - roll_mean(CLOSE, n)), n)
 
 _LADDER = [roll_mean(CLOSE, n) for n in (5, 10, 20, 50, 100, 200)]
 
@@ -195,7 +182,7 @@ def macd(x: Expr, fast: int, slow: int) -> Expr:
     """The difference of two exponential means, in the unit of `x`. Source: Appel (2005), with TA-Lib's start."""
     return ema(x, fast, slow - fast) - ema(x, slow)
 
-@feature("macd_{p[0]}_{p[1]}", family="trend", unit="fraction", about="exponential mean with span {p[0]} less that with {p[1]}, over the close", source="Appel (2005); TA-Lib's start", grid={"p": ((12, 26), (5, 35), (24, 52))})
+@feature("macd_{p[0]}_{p[1]}", family="trend", unit="fraction", about="exponential mean with span {p[0]} less that with {p[1]}, over the close", source="Appel (2005); TA-Lib's start", grid={"p": ((12, 26),)})
 def macd_line(p: tuple[int, int]) -> Expr:
     return macd(CLOSE, *p) / CLOSE
 
@@ -221,7 +208,7 @@ def atr(n: int) -> Expr:
     """The average true range, in the unit of the price. Source: Wilder (1978), with TA-Lib's start."""
     return wilder(true_range(HIGH, LOW, CLOSE), n)
 
-@feature("slope_{n}", family="trend", unit="fraction per bar", about="slope of a line through the last {n} log closes", source="definition", grid={"n": (5, 10, 20, 60, 120, 252)})
+@feature("slope_{n}", family="trend", unit="fraction per bar", about="slope of a line through the last {n} log closes", source="definition", grid={"n": (10, 20, 60, 252)})
 def slope(n: int) -> Expr:
     return roll_slope(_LOG, n)
 
@@ -238,7 +225,7 @@ def slope_t(n: int) -> Expr:
 def slope_accel(n: int) -> Expr:
     return roll_slope(_LOG, n // 2) - lag(roll_slope(_LOG, n // 2), n // 2)
 
-@feature("line_dist_{n}", family="trend", unit="fraction", about="log close less the end of a line through the last {n}", source="definition", grid={"n": (10, 20, 60, 120)})
+@feature("line_dist_{n}", family="trend", unit="fraction", about="log close less the end of a line through the last {n}", source="definition", grid={"n": (10, 120)})
 def line_dist(n: int) -> Expr:
     return _LOG - roll_line(_LOG, n)
 
@@ -246,7 +233,7 @@ def line_dist(n: int) -> Expr:
 def line_z(n: int) -> Expr:
     return (_LOG - roll_line(_LOG, n)) / sqrt(roll_var(_LOG, n) * (1.0 - roll_r2(_LOG, n)) * ((n - 1.0) / (n - 2.0)))
 
-@feature("line_angle_{n}", family="trend", unit="-90 to 90", about="angle in degrees of a line through the last {n} closes, one average true range of 14 bars per bar being 45", source="Wilder (1978)", grid={"n": (5, 14)})
+@feature("line_angle_{n}", family="trend", unit="-90 to 90", about="angle in degrees of a line through the last {n} closes, one average true range of 14 bars per bar being 45", source="Wilder (1978)", grid={"n": (14,)})
 def line_angle(n: int) -> Expr:
     return arctan(roll_slope(CLOSE, n) / atr(14)) * (180.0 / math.pi)
 
@@ -267,7 +254,7 @@ def donchian_low(n: int) -> Expr:
 def donchian_width(n: int) -> Expr:
     return (roll_max(HIGH, n) - roll_min(LOW, n)) / CLOSE
 
-@feature("midpoint_dist_{n}", family="trend", unit="fraction", about="close over the middle between highest and lowest close of {n} bars", source="TA-Lib", grid={"n": (14, 60)})
+@feature("midpoint_dist_{n}", family="trend", unit="fraction", about="close over the middle between highest and lowest close of {n} bars", source="TA-Lib", grid={"n": (60,)})
 def midpoint_dist(n: int) -> Expr:
     return CLOSE / ((roll_max(CLOSE, n) + roll_min(CLOSE, n)) / 2.0) - 1.0
 
@@ -373,7 +360,7 @@ def directional(n: int, up: int) -> Expr:
 def di_plus(n: int) -> Expr:
     return directional(n, 1)
 
-@feature("di_diff_{n}", family="trend", unit="-100 to 100", about="DI+ less DI- of {n} bars", source="Wilder (1978); TA-Lib's start", grid={"n": (7, 14, 28)})
+@feature("di_diff_{n}", family="trend", unit="-100 to 100", about="DI+ less DI- of {n} bars", source="Wilder (1978); TA-Lib's start", grid={"n": (14, 28)})
 def di_diff(n: int) -> Expr:
     return directional(n, 1) - directional(n, 0)
 
@@ -384,7 +371,7 @@ def dx(n: int) -> Expr:
     up, down = directional(n, 1), directional(n, 0)
     return 100.0 * absolute(up - down) / (up + down)
 
-@feature("adx_{n}", family="trend", unit="0 to 100", about="Wilder mean of the directional movement index, {n} bars", source="Wilder (1978); TA-Lib's start", grid={"n": (7, 14, 28)})
+@feature("adx_{n}", family="trend", unit="0 to 100", about="Wilder mean of the directional movement index, {n} bars", source="Wilder (1978); TA-Lib's start", grid={"n": (14, 28)})
 @composed
 def adx(n: int) -> Expr:
     """Wilder's average directional movement index."""
@@ -394,8 +381,8 @@ def adx(n: int) -> Expr:
 def adxr(n: int) -> Expr:
     return (adx(n) + lag(adx(n), n - 1)) / 2.0
 
-# %% ../../nbs/features/22_trend.ipynb #b819758b
-@feature("aroon_{n}", family="trend", unit="-100 to 100", about="bars since the low less bars since the high of {n} + 1 bars, in per cent", source="Chande (1995)", grid={"n": (14, 25, 60)})
+# %% ../../nbs/features/22_trend.ipynb #b1b2c441
+@feature("aroon_{n}", family="trend", unit="-100 to 100", about="bars since the low less bars since the high of {n} + 1 bars, in per cent", source="Chande (1995)", grid={"n": (25, 60)})
 def aroon(n: int) -> Expr:
     return 100.0 * (since_min(LOW, n + 1) - since_max(HIGH, n + 1)) / n
 
@@ -410,9 +397,10 @@ def vortex(n: int) -> Expr:
 
 @feature("chop_{n}", family="trend", unit="0 to 100", about="logarithm of the true ranges of {n} bars over their whole range, 100 sideways", source="Dreiss (1993)", grid={"n": (14, 60)})
 def chop(n: int) -> Expr:
-    return log(roll_sum(true_range(HIGH, LOW, CLOSE), n) / (roll_max(HIGH, n) - roll_min(LOW, n))) * (100.0 / math.log(n))
+    highest, lowest = roll_max(maximum(HIGH, lag(CLOSE)), n), roll_min(minimum(LOW, lag(CLOSE)), n)
+    return log(roll_sum(true_range(HIGH, LOW, CLOSE), n) / (highest - lowest)) * (100.0 / math.log(n))
 
-@feature("vhf_{n}", family="trend", unit="0 to 1", about="range of {n} closes over the sum of as many absolute changes", source="White (1991)", grid={"n": (28, 60)})
+@feature("vhf_{n}", family="trend", unit="0 to 1", about="range of {n} closes over the sum of as many absolute changes", source="White (1991)", grid={"n": (28,)})
 def vhf(n: int) -> Expr:
     return (roll_max(CLOSE, n) - roll_min(CLOSE, n)) / roll_sum(absolute(delta(CLOSE)), n)
 
@@ -427,7 +415,7 @@ def mass(n: int) -> Expr:
     smooth = ema(HIGH - LOW, 9)
     return roll_sum(smooth / ema(smooth, 9), n)
 
-@feature("qstick_{n}", family="trend", unit="-1 to 1", about="mean of close less open over mean of high less low, {n} bars", source="Chande and Kroll (1994)", grid={"n": (8, 20)})
+@feature("qstick_{n}", family="trend", unit="-1 to 1", about="mean of close less open over mean of high less low, {n} bars", source="Chande and Kroll (1994)", grid={"n": (8,)})
 def qstick(n: int) -> Expr:
     return roll_mean(CLOSE - OPEN, n) / roll_mean(HIGH - LOW, n)
 
