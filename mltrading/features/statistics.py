@@ -48,11 +48,11 @@ from mltrading.features.windows import (
 )
 
 # %% auto #0
-__all__ = ['skew', 'kurt', 'tail_balance', 'quantile_spread', 'geary', 'up_share', 'gain_loss', 'ret_shock', 'autocorr',
-           'autocorr_lag', 'autocorr_steps', 'coskew_lag', 'time_asymmetry', 'reversion', 'adf_t', 'variance_ratio',
-           'scaling_exponent', 'variance_ratios', 'hurst', 'hurst_rs', 'wave_share', 'fractional_difference',
-           'frac_diff', 'permutation_entropy', 'permutation_entropies', 'word_entropy', 'run_length', 'longest_run',
-           'runs_z', 'turning_share', 'crossing_share', 'shift_total', 'cusum_up', 'cusum_down', 'fractal_dimension']
+__all__ = ['skew', 'kurt', 'tail_balance', 'quantile_spread', 'geary', 'up_share', 'gain_loss', 'autocorr', 'autocorr_lag',
+           'autocorr_steps', 'coskew_lag', 'time_asymmetry', 'reversion', 'adf_t', 'variance_ratio', 'scaling_exponent',
+           'variance_ratios', 'hurst', 'hurst_rs', 'wave_share', 'fractional_difference', 'frac_diff',
+           'permutation_entropy', 'permutation_entropies', 'word_entropy', 'run_length', 'longest_run', 'runs_z',
+           'turning_share', 'crossing_share', 'shift_total', 'cusum_up', 'cusum_down', 'fractal_dimension']
 
 # %% ../../nbs/features/34_statistics.ipynb #71d517a5
 _RETURN = change(CLOSE)
@@ -88,10 +88,6 @@ def up_share(n: int) -> Expr:
 def gain_loss(n: int) -> Expr:
     gain = roll_sum(maximum(_RETURN, 0.0), n) / roll_sum(_RETURN > 0.0, n)
     return gain / (roll_sum(maximum(-_RETURN, 0.0), n) / roll_sum(_RETURN < 0.0, n))
-
-@feature("ret_shock_{n}", family="statistics", unit="1", about="standard deviations of the last return above the mean of {n}, itself included", source="definition", grid={"n": (252,)})
-def ret_shock(n: int) -> Expr:
-    return (_RETURN - roll_mean(_RETURN, n)) / roll_std(_RETURN, n)
 
 # %% ../../nbs/features/34_statistics.ipynb #b66c7df8
 @feature("autocorr_{n}", family="statistics", unit="-1 to 1", about="correlation over {n} bars of returns with those of the bar before", source="definition", grid={"n": (20, 60, 120, 252)})
@@ -256,7 +252,7 @@ def cusum_up() -> Expr:
 def cusum_down() -> Expr:
     return shift_total(-_RETURN / lag(roll_std(_RETURN, 60)), 0.1)
 
-@feature("fractal_dimension_{n}", family="statistics", unit="1 to 2", about="roughness of the path of highs and lows over {n} bars", source="Ehlers (2005)", grid={"n": (20, 60)})
+@feature("fractal_dimension_{n}", family="statistics", unit="1", about="roughness of the path of highs and lows over {n} bars", source="Ehlers (2005)", grid={"n": (20, 60)})
 def fractal_dimension(n: int) -> Expr:
     half = n // 2
     near = roll_max(HIGH, half) - roll_min(LOW, half)

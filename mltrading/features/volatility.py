@@ -91,7 +91,7 @@ def rogers_satchell_variance(opened: Expr, high: Expr, low: Expr, close: Expr) -
     """The variance of a bar, by Rogers and Satchell."""
     return log(high / opened) * log(high / close) + log(low / opened) * log(low / close)
 
-@feature("parkinson_{n}", family="volatility", unit="fraction per bar", about="volatility from highs and lows over {n} bars", source="Parkinson (1980)", grid={"n": (5, 20, 60)})
+@feature("parkinson_{n}", family="volatility", unit="fraction per bar", about="volatility from highs and lows over {n} bars", source="Parkinson (1980)", grid={"n": (20, 60)})
 def parkinson(n: int) -> Expr:
     return sqrt(roll_mean(square(_RANGE), n) / (4.0 * math.log(2.0)))
 
