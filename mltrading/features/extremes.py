@@ -146,7 +146,7 @@ def high_step(n: int) -> Expr:
 def low_step(n: int) -> Expr:
     return change(roll_min(LOW, n), n)
 
-@feature("range_growth_{n}", family="extremes", unit="1", about="range of {n} bars over the root of the sum of their squared ranges", source="Mandelbrot (1972)", grid={"n": (5, 20, 60)})
+@feature("range_growth_{n}", family="extremes", unit="1", about="range of {n} bars over the root of the sum of their squared ranges", source="Mandelbrot (1972)", grid={"n": (5, 20, 252)})
 def range_growth(n: int) -> Expr:
     return log(roll_max(HIGH, n) / roll_min(LOW, n)) / sqrt(n * roll_mean(square(log(HIGH / LOW)), n))
 

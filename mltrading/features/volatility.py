@@ -45,7 +45,7 @@ __all__ = ['vol', 'vol_ratio', 'vol_change', 'riskmetrics', 'riskmetrics_ratio',
            'rogers_satchell_variance', 'parkinson', 'garman_klass', 'rogers_satchell', 'yang_zhang', 'atr_pct',
            'atr_ratio', 'true_range_ratio', 'range_place', 'range_variation', 'har', 'har_ratio', 'range_vol_ratio',
            'overnight_share', 'bipower', 'median_of_three', 'downside_vol', 'downside_share', 'jump_share',
-           'jump_share_median', 'jump_score', 'large_move_share', 'lagged_corr', 'vol_of_vol', 'vol_rank', 'vol_z',
+           'jump_share_median', 'jump_max', 'large_move_share', 'lagged_corr', 'vol_of_vol', 'vol_rank', 'vol_z',
            'clustering', 'clustering_5', 'leverage', 'range_ret_corr', 'vol_ret_corr']
 
 # %% ../../nbs/features/30_volatility.ipynb #71d517a5
@@ -184,9 +184,9 @@ def jump_share_median(n: int) -> Expr:
     smooth = math.pi / (6.0 - 4.0 * math.sqrt(3.0) + math.pi) * roll_mean(square(median_of_three(x, lag(x), lag(x, 2))), n)
     return 1.0 - smooth / roll_mean(square(x), n)
 
-@feature("jump_score_{n}", family="volatility", unit="1", about="log return over the volatility without jumps of the {n} bars before it", source="Lee and Mykland (2008)", grid={"n": (20,)})
-def jump_score(n: int) -> Expr:
-    return _LOG_RETURN / lag(sqrt(bipower(_LOG_RETURN, n)))
+@feature("jump_max_{n}", family="volatility", unit="1", about="largest size of {n} log returns over the volatility without jumps of the 20 bars before each", source="Lee and Mykland (2008)", grid={"n": (20, 60)})
+def jump_max(n: int) -> Expr:
+    return roll_max(absolute(_LOG_RETURN) / lag(sqrt(bipower(_LOG_RETURN, 20))), n)
 
 @feature("large_move_share_{n}", family="volatility", unit="0 to 1", about="share of {n} returns beyond 3 standard deviations of the 60 before each", source="definition", grid={"n": (60, 252)})
 def large_move_share(n: int) -> Expr:
