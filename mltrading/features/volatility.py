@@ -83,12 +83,12 @@ _RANGE = log(HIGH / LOW)
 
 @composed
 def garman_klass_variance(opened: Expr, high: Expr, low: Expr, close: Expr) -> Expr:
-    """The variance of a bar, by Garman and Klass."""
+    """The variance of a bar, by Garman and Klass: without gap and drift, 0 or more. Source: Garman and Klass (1980)."""
     return 0.5 * square(log(high / low)) - (2.0 * math.log(2.0) - 1.0) * square(log(close / opened))
 
 @composed
 def rogers_satchell_variance(opened: Expr, high: Expr, low: Expr, close: Expr) -> Expr:
-    """The variance of a bar, by Rogers and Satchell."""
+    """The variance of a bar, by Rogers and Satchell: without gap, whatever the drift, 0 or more. Source: Rogers and Satchell (1991)."""
     return log(high / opened) * log(high / close) + log(low / opened) * log(low / close)
 
 @feature("parkinson_{n}", family="volatility", unit="fraction per bar", about="volatility from highs and lows over {n} bars", source="Parkinson (1980)", grid={"n": (20, 60)})
