@@ -16,6 +16,7 @@ from mltrading.features.expressions import (
     composed,
     cumulative_max,
     delta,
+    equal,
     lag,
     log,
     sqrt,
@@ -120,7 +121,7 @@ def ulcer(n: int) -> Expr:
 def pain_ratio(n: int) -> Expr:
     return change(CLOSE, n) / -roll_mean(drawdown(CLOSE, n), n)
 
-@feature("calmar_{n}", family="extremes", unit="1", about="return over {n} bars relative to its deepest drawdown", source="Young (1991)", grid={"n": (60, 252)})
+@feature("calmar_{n}", family="extremes", unit="1", about="return over {n} bars relative to its deepest drawdown", source="Young (1991)", grid={"n": (252,)})
 def calmar(n: int) -> Expr:
     return change(CLOSE, n) / -deepest(CLOSE, n)
 
@@ -128,14 +129,14 @@ def calmar(n: int) -> Expr:
 def bear_share(n: int) -> Expr:
     return roll_mean(drawdown(CLOSE, 252) < -0.2, n)
 
-# %% ../../nbs/features/36_extremes.ipynb #95b9d875
-@feature("new_high_share_{m}_{n}", family="extremes", unit="0 to 1", about="share of {n} bars that closed at a high of {m}", source="definition", grid={"m": (20, 252), "n": (20, 60)})
+# %% ../../nbs/features/36_extremes.ipynb #915e5cf7
+@feature("new_high_share_{m}_{n}", family="extremes", unit="0 to 1", about="share of {n} bars that closed at a high of {m}", source="definition", grid={"m": (20, 252), "n": (60,)})
 def new_high_share(m: int, n: int) -> Expr:
-    return roll_mean(roll_max(CLOSE, m) <= CLOSE, n)
+    return roll_mean(equal(CLOSE, roll_max(CLOSE, m)), n)
 
-@feature("new_low_share_{m}_{n}", family="extremes", unit="0 to 1", about="share of {n} bars that closed at a low of {m}", source="definition", grid={"m": (20, 252), "n": (20, 60)})
+@feature("new_low_share_{m}_{n}", family="extremes", unit="0 to 1", about="share of {n} bars that closed at a low of {m}", source="definition", grid={"m": (20, 252), "n": (60,)})
 def new_low_share(m: int, n: int) -> Expr:
-    return roll_mean(roll_min(CLOSE, m) >= CLOSE, n)
+    return roll_mean(equal(CLOSE, roll_min(CLOSE, m)), n)
 
 @feature("high_step_{n}", family="extremes", unit="fraction", about="highest high of {n} bars over that of the {n} before, less one", source="Rhea (1932)", grid={"n": (5, 20, 60)})
 def high_step(n: int) -> Expr:
@@ -145,9 +146,9 @@ def high_step(n: int) -> Expr:
 def low_step(n: int) -> Expr:
     return change(roll_min(LOW, n), n)
 
-@feature("range_growth_{n}", family="extremes", unit="1", about="range of {n} bars over the root of the sum of their squared ranges", source="Mandelbrot (1972)", grid={"n": (5, 20, 60, 252)})
+@feature("range_growth_{n}", family="extremes", unit="1", about="range of {n} bars over the root of the sum of their squared ranges", source="Mandelbrot (1972)", grid={"n": (5, 20, 252)})
 def range_growth(n: int) -> Expr:
-    return log(roll_max(HIGH, n) / roll_min(LOW, n)) / sqrt(roll_sum(square(log(HIGH / LOW)), n))
+    return log(roll_max(HIGH, n) / roll_min(LOW, n)) / sqrt(n * roll_mean(square(log(HIGH / LOW)), n))
 
 # %% ../../nbs/features/36_extremes.ipynb #15a96e83
 @feature("max_ret_z_{n}", family="extremes", unit="1", about="largest return of {n} bars in their standard deviations above their mean", source="Bali, Cakici and Whitelaw (2011); Grubbs (1969)", grid={"n": (20, 60, 252)})
@@ -163,11 +164,11 @@ def extreme_balance(n: int) -> Expr:
     best, worst = roll_max(_RETURN, n), roll_min(_RETURN, n)
     return (best + worst) / (best - worst)
 
-@feature("since_best_{n}", family="extremes", unit="0 to 1", about="bars since the largest return of {n}, as a share of them", source="definition", grid={"n": (60, 252)})
+@feature("since_best_{n}", family="extremes", unit="0 to 1", about="bars since the largest return of {n}, as a share of them", source="definition", grid={"n": (60,)})
 def since_best(n: int) -> Expr:
     return since_max(_RETURN, n) / (n - 1.0)
 
-@feature("since_worst_{n}", family="extremes", unit="0 to 1", about="bars since the smallest return of {n}, as a share of them", source="definition", grid={"n": (60, 252)})
+@feature("since_worst_{n}", family="extremes", unit="0 to 1", about="bars since the smallest return of {n}, as a share of them", source="definition", grid={"n": (60,)})
 def since_worst(n: int) -> Expr:
     return since_min(_RETURN, n) / (n - 1.0)
 
@@ -200,6 +201,6 @@ def bent_quantile(
     """A quantile in standard deviations from the mean, bent by skewness and kurtosis. Source: Cornish and Fisher (1938)."""
     return z + (z**2 - 1.0) / 6.0 * skew + (z**3 - 3.0 * z) / 24.0 * kurt - (2.0 * z**3 - 5.0 * z) / 36.0 * square(skew)
 
-@feature("modified_quantile_{n}", family="extremes", unit="1", about="5 % quantile of {n} returns by skewness and kurtosis, in standard deviations from their mean", source="Favre and Galeano (2002)", grid={"n": (60, 252)})
+@feature("modified_quantile_{n}", family="extremes", unit="1", about="5 % quantile of {n} returns by skewness and kurtosis, in standard deviations from their mean", source="Favre and Galeano (2002)", grid={"n": (252,)})
 def modified_quantile(n: int) -> Expr:
     return bent_quantile(roll_skew(_RETURN, n), roll_kurt(_RETURN, n), -1.6448536269514722)

@@ -31,6 +31,7 @@ from mltrading.features.expressions import (
     where,
 )
 from .registry import feature
+from .volatility import lagged_corr
 from mltrading.features.windows import (
     rescaled_range,
     roll_beta,
@@ -47,18 +48,18 @@ from mltrading.features.windows import (
 )
 
 # %% auto #0
-__all__ = ['skew', 'kurt', 'tail_balance', 'quantile_spread', 'geary', 'up_share', 'gain_loss', 'ret_shock', 'autocorr',
-           'autocorr_lag', 'autocorr_steps', 'coskew_lag', 'time_asymmetry', 'reversion', 'adf_t', 'variance_ratio',
-           'scaling_exponent', 'variance_ratios', 'hurst', 'hurst_rs', 'wave_share', 'fractional_difference',
-           'frac_diff', 'permutation_entropy', 'permutation_entropies', 'word_entropy', 'run_length', 'longest_run',
-           'runs_z', 'turning_share', 'crossing_share', 'shift_total', 'cusum_up', 'cusum_down', 'fractal_dimension']
+__all__ = ['skew', 'kurt', 'tail_balance', 'quantile_spread', 'geary', 'up_share', 'gain_loss', 'autocorr', 'autocorr_lag',
+           'autocorr_steps', 'coskew_lag', 'time_asymmetry', 'reversion', 'adf_t', 'variance_ratio', 'scaling_exponent',
+           'variance_ratios', 'hurst', 'hurst_rs', 'wave_share', 'fractional_difference', 'frac_diff',
+           'permutation_entropy', 'permutation_entropies', 'word_entropy', 'run_length', 'longest_run', 'runs_z',
+           'turning_share', 'crossing_share', 'shift_total', 'cusum_up', 'cusum_down', 'fractal_dimension']
 
 # %% ../../nbs/features/34_statistics.ipynb #71d517a5
 _RETURN = change(CLOSE)
 _LOG_CLOSE = log(CLOSE)
 _LOG_RETURN = delta(_LOG_CLOSE)
 
-@feature("skew_{n}", family="statistics", unit="1", about="adjusted skewness of the last {n} returns", source="definition", grid={"n": (20, 60, 120, 252)})
+@feature("skew_{n}", family="statistics", unit="1", about="adjusted skewness of the last {n} returns", source="definition", grid={"n": (60, 120, 252)})
 def skew(n: int) -> Expr:
     return roll_skew(_RETURN, n)
 
@@ -83,31 +84,27 @@ def geary(n: int) -> Expr:
 def up_share(n: int) -> Expr:
     return roll_mean(0.5 + 0.5 * sign(_RETURN), n)
 
-@feature("gain_loss_{n}", family="statistics", unit="1", about="mean gain over mean loss of {n} returns", source="definition", grid={"n": (20, 60, 252)})
+@feature("gain_loss_{n}", family="statistics", unit="1", about="mean gain over mean loss of {n} returns", source="definition", grid={"n": (60, 252)})
 def gain_loss(n: int) -> Expr:
     gain = roll_sum(maximum(_RETURN, 0.0), n) / roll_sum(_RETURN > 0.0, n)
     return gain / (roll_sum(maximum(-_RETURN, 0.0), n) / roll_sum(_RETURN < 0.0, n))
 
-@feature("ret_shock_{n}", family="statistics", unit="1", about="standard deviations of the last return above the mean of {n}, itself included", source="definition", grid={"n": (20, 252)})
-def ret_shock(n: int) -> Expr:
-    return (_RETURN - roll_mean(_RETURN, n)) / roll_std(_RETURN, n)
-
 # %% ../../nbs/features/34_statistics.ipynb #b66c7df8
 @feature("autocorr_{n}", family="statistics", unit="-1 to 1", about="correlation over {n} bars of returns with those of the bar before", source="definition", grid={"n": (20, 60, 120, 252)})
 def autocorr(n: int) -> Expr:
-    return roll_corr(_RETURN, lag(_RETURN), n)
+    return lagged_corr(_RETURN, _RETURN, 1, n)
 
 @feature("autocorr_lag{k}_{n}", family="statistics", unit="-1 to 1", about="correlation over {n} bars of returns with those of {k} bars before", source="definition", grid={"k": (2, 5, 10), "n": (120,)})
 def autocorr_lag(k: int, n: int) -> Expr:
-    return roll_corr(_RETURN, lag(_RETURN, k), n)
+    return lagged_corr(_RETURN, _RETURN, k, n)
 
 @feature("autocorr_{k}d_{n}", family="statistics", unit="-1 to 1", about="correlation over {n} bars of returns over {k} bars with those of the {k} before", source="Lo and MacKinlay (1990)", grid={"k": (5, 20), "n": (252,)})
 def autocorr_steps(k: int, n: int) -> Expr:
-    return roll_corr(change(CLOSE, k), lag(change(CLOSE, k), k), n)
+    return lagged_corr(change(CLOSE, k), change(CLOSE, k), k, n)
 
 @feature("coskew_lag_{n}", family="statistics", unit="-1 to 1", about="correlation over {n} bars of returns with the square of the one before", source="definition", grid={"n": (60, 252)})
 def coskew_lag(n: int) -> Expr:
-    return roll_corr(_RETURN, lag(square(_RETURN)), n)
+    return lagged_corr(_RETURN, square(_RETURN), 1, n)
 
 @feature("time_asymmetry_{n}", family="statistics", unit="1", about="mixed third moment of neighbouring log returns that reversing time would negate, {n} bars", source="Ramsey and Rothman (1996)", grid={"n": (60, 252)})
 def time_asymmetry(n: int) -> Expr:
@@ -115,8 +112,8 @@ def time_asymmetry(n: int) -> Expr:
     s = roll_std(x, n)
     return roll_mean(x * before * (x - before), n) / (s * square(s))
 
-# %% ../../nbs/features/34_statistics.ipynb #6eefdc48
-@feature("reversion_{n}", family="statistics", unit="halvings per bar", about="speed at which deviations of the log price from its mean are halved, by an AR(1) over {n} bars", source="Uhlenbeck and Ornstein (1930)", grid={"n": (60, 252)})
+# %% ../../nbs/features/34_statistics.ipynb #e20b23d0
+@feature("reversion_{n}", family="statistics", unit="halvings per bar", about="speed at which deviations of the log price from its mean are halved, by an AR(1) over {n} bars", source="Uhlenbeck and Ornstein (1930)", grid={"n": (60,)})
 def reversion(n: int) -> Expr:
     return -log(1.0 + roll_beta(_LOG_RETURN, lag(_LOG_CLOSE), n)) / math.log(2.0)
 
@@ -146,11 +143,11 @@ def scaling_exponent(
     one, two, eight, sixteen = (roll_var(delta(x, q), n) for q in (1, 2, 8, 16))
     return (2.0 * log(sixteen / one) + log(eight / two)) / (20.0 * math.log(2.0))
 
-@feature("variance_ratio_{q}_{n}", family="statistics", unit="1", about="variance of returns over {q} bars relative to {q} times that of one, {n} bars", source="Lo and MacKinlay (1988)", grid={"q": (2, 5, 10), "n": (60, 252)})
+@feature("variance_ratio_{q}_{n}", family="statistics", unit="1", about="variance of returns over {q} bars relative to {q} times that of one, {n} bars", source="Lo and MacKinlay (1988)", grid={"q": (5, 10), "n": (60, 252)})
 def variance_ratios(q: int, n: int) -> Expr:
     return variance_ratio(_LOG_CLOSE, q, n)
 
-@feature("hurst_{n}", family="statistics", unit="1", about="growth exponent of the standard deviation of moves over 1 to 16 bars, {n} bars", source="Hurst (1951), by the scaling of variance", grid={"n": (120, 252)})
+@feature("hurst_{n}", family="statistics", unit="1", about="growth exponent of the standard deviation of moves over 1 to 16 bars, {n} bars", source="Hurst (1951), by the scaling of variance", grid={"n": (252,)})
 def hurst(n: int) -> Expr:
     return scaling_exponent(_LOG_CLOSE, n)
 
@@ -183,7 +180,7 @@ def fractional_difference(
     step, weights = delta(x), _weights(order - 1.0, n)
     return sum((w * lag(step, k) for k, w in enumerate(weights[1:], 1)), step)
 
-@feature("frac_diff_d{tenths}_{n}", family="statistics", unit="1", about="difference of order 0.{tenths} of the log price, cut after {n} bars", source="Hosking (1981)", grid={"tenths": (2, 4, 6, 8), "n": (50,)})
+@feature("frac_diff_d{tenths}_{n}", family="statistics", unit="1", about="difference of order 0.{tenths} of the log price, cut after {n} bars", source="Hosking (1981)", grid={"tenths": (3, 5, 7), "n": (50,)})
 def frac_diff(tenths: int, n: int) -> Expr:
     return fractional_difference(_LOG_CLOSE, tenths / 10.0, n)
 
@@ -203,7 +200,7 @@ def permutation_entropy(
     first, second, across = lag(x) > lag(x, 2), x > lag(x), x > lag(x, 2)
     return _evenness([first & second, first & ~second & across, first & ~second & ~across, ~first & second & across, ~first & second & ~across, ~first & ~second], n)
 
-@feature("permutation_entropy_{n}", family="statistics", unit="0 to 1", about="evenness of the orders of three neighbouring closes over {n} bars", source="Bandt and Pompe (2002)", grid={"n": (60, 252)})
+@feature("permutation_entropy_{n}", family="statistics", unit="0 to 1", about="evenness of the orders of three neighbouring closes over {n} bars", source="Bandt and Pompe (2002)", grid={"n": (120,)})
 def permutation_entropies(n: int) -> Expr:
     return permutation_entropy(CLOSE, n)
 
@@ -255,7 +252,7 @@ def cusum_up() -> Expr:
 def cusum_down() -> Expr:
     return shift_total(-_RETURN / lag(roll_std(_RETURN, 60)), 0.1)
 
-@feature("fractal_dimension_{n}", family="statistics", unit="1 to 2", about="roughness of the path of highs and lows over {n} bars", source="Ehlers (2005)", grid={"n": (20, 60)})
+@feature("fractal_dimension_{n}", family="statistics", unit="1", about="roughness of the path of highs and lows over {n} bars", source="Ehlers (2005)", grid={"n": (20, 60)})
 def fractal_dimension(n: int) -> Expr:
     half = n // 2
     near = roll_max(HIGH, half) - roll_min(LOW, half)

@@ -45,8 +45,8 @@ __all__ = ['vol', 'vol_ratio', 'vol_change', 'riskmetrics', 'riskmetrics_ratio',
            'rogers_satchell_variance', 'parkinson', 'garman_klass', 'rogers_satchell', 'yang_zhang', 'atr_pct',
            'atr_ratio', 'true_range_ratio', 'range_place', 'range_variation', 'har', 'har_ratio', 'range_vol_ratio',
            'overnight_share', 'bipower', 'median_of_three', 'downside_vol', 'downside_share', 'jump_share',
-           'jump_share_median', 'jump_score', 'large_move_share', 'vol_of_vol', 'vol_rank', 'vol_z', 'clustering',
-           'clustering_5', 'leverage', 'range_ret_corr', 'vol_ret_corr']
+           'jump_share_median', 'jump_max', 'large_move_share', 'lagged_corr', 'vol_of_vol', 'vol_rank', 'vol_z',
+           'clustering', 'clustering_5', 'leverage', 'range_ret_corr', 'vol_ret_corr']
 
 # %% ../../nbs/features/30_volatility.ipynb #71d517a5
 _RETURN = change(CLOSE)
@@ -83,23 +83,23 @@ _RANGE = log(HIGH / LOW)
 
 @composed
 def garman_klass_variance(opened: Expr, high: Expr, low: Expr, close: Expr) -> Expr:
-    """The variance of a bar, by Garman and Klass."""
+    """The variance of a bar, by Garman and Klass: without gap and drift, 0 or more. Source: Garman and Klass (1980)."""
     return 0.5 * square(log(high / low)) - (2.0 * math.log(2.0) - 1.0) * square(log(close / opened))
 
 @composed
 def rogers_satchell_variance(opened: Expr, high: Expr, low: Expr, close: Expr) -> Expr:
-    """The variance of a bar, by Rogers and Satchell."""
+    """The variance of a bar, by Rogers and Satchell: without gap, whatever the drift, 0 or more. Source: Rogers and Satchell (1991)."""
     return log(high / opened) * log(high / close) + log(low / opened) * log(low / close)
 
-@feature("parkinson_{n}", family="volatility", unit="fraction per bar", about="volatility from highs and lows over {n} bars", source="Parkinson (1980)", grid={"n": (5, 20, 60)})
+@feature("parkinson_{n}", family="volatility", unit="fraction per bar", about="volatility from highs and lows over {n} bars", source="Parkinson (1980)", grid={"n": (20, 60)})
 def parkinson(n: int) -> Expr:
     return sqrt(roll_mean(square(_RANGE), n) / (4.0 * math.log(2.0)))
 
-@feature("garman_klass_{n}", family="volatility", unit="fraction per bar", about="volatility from opens, highs, lows and closes over {n} bars", source="Garman and Klass (1980)", grid={"n": (20, 60)})
+@feature("garman_klass_{n}", family="volatility", unit="fraction per bar", about="volatility from opens, highs, lows and closes over {n} bars", source="Garman and Klass (1980)", grid={"n": (20,)})
 def garman_klass(n: int) -> Expr:
     return sqrt(roll_mean(garman_klass_variance(OPEN, HIGH, LOW, CLOSE), n))
 
-@feature("rogers_satchell_{n}", family="volatility", unit="fraction per bar", about="volatility from opens, highs, lows and closes over {n} bars, whatever the drift", source="Rogers and Satchell (1991)", grid={"n": (20, 60)})
+@feature("rogers_satchell_{n}", family="volatility", unit="fraction per bar", about="volatility from opens, highs, lows and closes over {n} bars, whatever the drift", source="Rogers and Satchell (1991)", grid={"n": (20,)})
 def rogers_satchell(n: int) -> Expr:
     return sqrt(roll_mean(rogers_satchell_variance(OPEN, HIGH, LOW, CLOSE), n))
 
@@ -147,7 +147,7 @@ def har_ratio(n: int, m: int) -> Expr:
 def range_vol_ratio(n: int) -> Expr:
     return parkinson(n) / vol(n)
 
-@feature("overnight_share_{n}", family="volatility", unit="0 to 1", about="share of the squared moves of {n} bars that fell between the close and the next open", source="definition", grid={"n": (20, 60, 252)})
+@feature("overnight_share_{n}", family="volatility", unit="0 to 1", about="share of the squared moves of {n} bars that fell between the close and the next open", source="definition", grid={"n": (20, 60)})
 def overnight_share(n: int) -> Expr:
     night = roll_sum(square(_NIGHT), n)
     return night / (night + roll_sum(square(given(_DAY, _NIGHT)), n))
@@ -172,7 +172,7 @@ def downside_vol(n: int) -> Expr:
 
 @feature("downside_share_{n}", family="volatility", unit="0 to 1", about="share of falls in the squares of {n} returns", source="Barndorff-Nielsen, Kinnebrock and Shephard (2010)", grid={"n": (20, 60, 252)})
 def downside_share(n: int) -> Expr:
-    return roll_sum(square(minimum(_RETURN, 0.0)), n) / roll_sum(square(_RETURN), n)
+    return roll_mean(square(minimum(_RETURN, 0.0)), n) / roll_mean(square(_RETURN), n)
 
 @feature("jump_share_{n}", family="volatility", unit="1", about="share of jumps in the squares of {n} log returns, by bipower variation", source="Barndorff-Nielsen and Shephard (2004)", grid={"n": (20, 60, 252)})
 def jump_share(n: int) -> Expr:
@@ -184,15 +184,26 @@ def jump_share_median(n: int) -> Expr:
     smooth = math.pi / (6.0 - 4.0 * math.sqrt(3.0) + math.pi) * roll_mean(square(median_of_three(x, lag(x), lag(x, 2))), n)
     return 1.0 - smooth / roll_mean(square(x), n)
 
-@feature("jump_score_{n}", family="volatility", unit="1", about="log return over the volatility without jumps of the {n} bars before it", source="Lee and Mykland (2008)", grid={"n": (20,)})
-def jump_score(n: int) -> Expr:
-    return _LOG_RETURN / lag(sqrt(bipower(_LOG_RETURN, n)))
+@feature("jump_max_{n}", family="volatility", unit="1", about="largest size of {n} log returns over the volatility without jumps of the 20 bars before each", source="Lee and Mykland (2008)", grid={"n": (20, 60)})
+def jump_max(n: int) -> Expr:
+    return roll_max(absolute(_LOG_RETURN) / lag(sqrt(bipower(_LOG_RETURN, 20))), n)
 
 @feature("large_move_share_{n}", family="volatility", unit="0 to 1", about="share of {n} returns beyond 3 standard deviations of the 60 before each", source="definition", grid={"n": (60, 252)})
 def large_move_share(n: int) -> Expr:
     return roll_mean(absolute(_RETURN) > 3.0 * lag(vol(60)), n)
 
-# %% ../../nbs/features/30_volatility.ipynb #653706e9
+# %% ../../nbs/features/30_volatility.ipynb #5146fa27
+@composed
+def lagged_corr(
+    x: Expr,  # with a value on every bar from its first on
+    y: Expr,  # likewise, and no earlier than `x`
+    k: int,   # own bars by which `y` comes before `x`, >= 0
+    n: int,   # own bars in the window, >= 2
+) -> Expr:
+    """The correlation of `x` with `y` some bars before, -1 to 1; unknown where one of them is constant."""
+    together = roll_mean(x * lag(y, k), n) - roll_mean(x, n) * lag(roll_mean(y, n), k)
+    return maximum(-1.0, minimum(1.0, n / (n - 1.0) * together / (roll_std(x, n) * lag(roll_std(y, n), k))))
+
 @feature("vol_of_vol_{n}", family="volatility", unit="1", about="standard deviation over mean of the volatility of 10 returns, {n} bars", source="definition", grid={"n": (60, 252)})
 def vol_of_vol(n: int) -> Expr:
     return roll_std(vol(10), n) / roll_mean(vol(10), n)
@@ -201,27 +212,27 @@ def vol_of_vol(n: int) -> Expr:
 def vol_rank(n: int) -> Expr:
     return roll_rank(vol(20), n)
 
-@feature("vol_z_{n}", family="volatility", unit="1", about="standard deviations of the logarithm of the volatility of 20 returns above its mean over {n} bars", source="definition", grid={"n": (60, 252)})
+@feature("vol_z_{n}", family="volatility", unit="1", about="standard deviations of the logarithm of the volatility of 20 returns above its mean over {n} bars", source="definition", grid={"n": (60,)})
 def vol_z(n: int) -> Expr:
     x = log(vol(20))
     return (x - roll_mean(x, n)) / roll_std(x, n)
 
 @feature("clustering_{n}", family="volatility", unit="-1 to 1", about="correlation over {n} bars of absolute returns with those of the bar before", source="Ding, Granger and Engle (1993)", grid={"n": (60, 252)})
 def clustering(n: int) -> Expr:
-    return roll_corr(absolute(_RETURN), lag(absolute(_RETURN)), n)
+    return lagged_corr(absolute(_RETURN), absolute(_RETURN), 1, n)
 
 @feature("clustering_5_{n}", family="volatility", unit="-1 to 1", about="correlation over {n} bars of absolute returns with those of five bars before", source="Ding, Granger and Engle (1993)", grid={"n": (252,)})
 def clustering_5(n: int) -> Expr:
-    return roll_corr(absolute(_RETURN), lag(absolute(_RETURN), 5), n)
+    return lagged_corr(absolute(_RETURN), absolute(_RETURN), 5, n)
 
 @feature("leverage_{n}", family="volatility", unit="-1 to 1", about="correlation over {n} bars of returns with the square of the next", source="Black (1976)", grid={"n": (60, 252)})
 def leverage(n: int) -> Expr:
-    return roll_corr(lag(_RETURN), square(_RETURN), n)
+    return lagged_corr(square(_RETURN), _RETURN, 1, n)
 
-@feature("range_ret_corr_{n}", family="volatility", unit="-1 to 1", about="correlation over {n} bars of ranges and returns", source="Black (1976)", grid={"n": (20, 60, 252)})
+@feature("range_ret_corr_{n}", family="volatility", unit="-1 to 1", about="correlation over {n} bars of ranges and returns", source="Black (1976)", grid={"n": (20, 60)})
 def range_ret_corr(n: int) -> Expr:
     return roll_corr(_RANGE, _RETURN, n)
 
 @feature("vol_ret_corr_{n}", family="volatility", unit="-1 to 1", about="correlation over {n} bars of returns and changes of the exponential volatility", source="Black (1976)", grid={"n": (60, 252)})
 def vol_ret_corr(n: int) -> Expr:
-    return roll_corr(delta(riskmetrics("day")), _RETURN, n)
+    return lagged_corr(delta(riskmetrics("day")), _RETURN, 0, n)
