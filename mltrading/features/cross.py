@@ -5,7 +5,13 @@
 # %% ../../nbs/features/54_cross.ipynb #35e0d873
 from __future__ import annotations
 
-from .across import demean_across, mean_across, rank_across, std_across, zscore_across
+from mltrading.features.across import (
+    demean_across,
+    mean_across,
+    rank_across,
+    std_across,
+    zscore_across,
+)
 from mltrading.features.expressions import (
     CLOSE,
     HIGH,
@@ -21,7 +27,18 @@ from mltrading.features.expressions import (
     square,
 )
 from .registry import feature
-from .windows import ema, roll_beta, roll_corr, roll_max, roll_mean, roll_min, roll_skew, roll_std, roll_sum, roll_var
+from mltrading.features.windows import (
+    ema,
+    roll_beta,
+    roll_corr,
+    roll_max,
+    roll_mean,
+    roll_min,
+    roll_skew,
+    roll_std,
+    roll_sum,
+    roll_var,
+)
 
 # %% auto #0
 __all__ = ['rank_ret', 'rank_mom', 'rank_vol', 'rank_ret_vol', 'rank_max_ret', 'rank_skew', 'rank_high', 'rank_sma_dist',
@@ -153,23 +170,23 @@ def _breadth(name: str, unit: str, about: str, *lengths: int, source: str = "def
 
 @_breadth("breadth_above_{n}", "0 to 1", "share of symbols above their mean of {n} bars", 20, 50, 200)
 def breadth_above(n: int) -> Expr:
-    return mean_across(CLOSE > roll_mean(CLOSE, n))
+    return mean_across(roll_mean(CLOSE, n) < CLOSE)
 
 @_breadth("breadth_up_{n}d", "0 to 1", "share of symbols above their close {n} bars ago", 20)
 def breadth_up(n: int) -> Expr:
-    return mean_across(CLOSE > lag(CLOSE, n))
+    return mean_across(lag(CLOSE, n) < CLOSE)
 
 @_breadth("breadth_high_{n}", "0 to 1", "share of symbols at their highest close of {n} bars", 252)
 def breadth_high(n: int) -> Expr:
-    return mean_across(CLOSE >= roll_max(CLOSE, n))
+    return mean_across(roll_max(CLOSE, n) <= CLOSE)
 
 @_breadth("breadth_low_{n}", "0 to 1", "share of symbols at their lowest close of {n} bars", 252)
 def breadth_low(n: int) -> Expr:
-    return mean_across(CLOSE <= roll_min(CLOSE, n))
+    return mean_across(roll_min(CLOSE, n) >= CLOSE)
 
 @_breadth("net_highs_{n}", "-1 to 1", "share of symbols at their highest less those at their lowest close of {n} bars", 20)
 def net_highs(n: int) -> Expr:
-    return mean_across((CLOSE >= roll_max(CLOSE, n)) - (CLOSE <= roll_min(CLOSE, n)))
+    return mean_across((roll_max(CLOSE, n) <= CLOSE) - (roll_min(CLOSE, n) >= CLOSE))
 
 @_breadth("advance_decline_{n}", "-1 to 1", "rising less falling symbols, as a share of all, mean of {n} bars", 1, 5)
 def advance_decline(n: int) -> Expr:
