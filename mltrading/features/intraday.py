@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from .across import demean_across, mean_across, rank_across
+from .across import mean_across, rank_across, std_across
 from .clocks import Row, Times, circle, clocked, minutes_in, minutes_left, session
 from mltrading.features.expressions import (
     CLOSE,
@@ -48,11 +48,10 @@ __all__ = ['FIRST', 'SESSION_OPEN', 'SESSION_HIGH', 'SESSION_LOW', 'SESSION_VOLU
            'prev_vwap_dist', 'above_vwap_share', 'vwap_crosses', 'session_pos', 'session_range', 'range_vs',
            'session_high_age', 'session_low_age', 'session_max_fall', 'session_max_rise', 'bar_range_ratio',
            'volume_share', 'volume_share_mean', 'volume_pace', 'volume_burst', 'session_flow', 'prev_high_dist',
-           'prev_low_dist', 'prev_range', 'prev_pos', 'prev_ret', 'prev_last_half_hour_ret', 'pivot_pos',
-           'resistance_pos', 'support_pos', 'session_vol', 'vol_vs', 'signed_variation', 'jump_share', 'session_skew',
-           'session_kurt', 'session_line', 'session_efficiency', 'session_trend', 'up_bar_share', 'day_sin', 'day_cos',
-           'hour_sin', 'hour_cos', 'session_elapsed', 'session_minutes_left', 'rank_session_ret', 'excess_session_ret',
-           'breadth_session', 'rank_volume_share']
+           'prev_low_dist', 'prev_range', 'prev_pos', 'prev_ret', 'prev_last_half_hour_ret', 'pivot_pos', 'session_vol',
+           'vol_vs', 'signed_variation', 'jump_share', 'session_skew', 'session_kurt', 'session_line',
+           'session_efficiency', 'session_trend', 'up_bar_share', 'day_sin', 'day_cos', 'hour_sin', 'hour_cos',
+           'session_minutes_left', 'rank_session_ret', 'dispersion_session', 'breadth_session', 'rank_volume_share']
 
 # %% ../../nbs/features/66_intraday.ipynb #f7031d00
 FIRST = given(fill(session > lag(session), 1.0), session)
@@ -256,14 +255,6 @@ def prev_last_half_hour_ret() -> Expr:
 def pivot_pos() -> Expr:
     return (_P - _PIVOT) / _SPAN
 
-@feature("resistance_pos", family="intraday", unit="1", about="close less the first resistance of the session before, in its ranges", source="Person (2004)")
-def resistance_pos() -> Expr:
-    return (_P - (2.0 * _PIVOT - _PREVIOUS_LOW)) / _SPAN
-
-@feature("support_pos", family="intraday", unit="1", about="close less the first support of the session before, in its ranges", source="Person (2004)")
-def support_pos() -> Expr:
-    return (_P - (2.0 * _PIVOT - _PREVIOUS_HIGH)) / _SPAN
-
 # %% ../../nbs/features/66_intraday.ipynb #2b47159d
 _R = where(FIRST, log(_P / _O), log(_P / lag(_P)))
 _RV = cumulate(square(_R), FIRST)
@@ -338,10 +329,6 @@ def hour_sin() -> Expr:
 def hour_cos() -> Expr:
     return given(day_cos, session)
 
-@feature("session_elapsed", family="intraday", unit="0 to 1", about="share of the session that has passed", source="definition")
-def session_elapsed() -> Expr:
-    return given(minutes_in / (minutes_in + minutes_left), session)
-
 @feature("session_minutes_left", family="intraday", unit="minutes", about="minutes until the session closes", source="definition")
 def session_minutes_left() -> Expr:
     return given(minutes_left, session)
@@ -351,9 +338,9 @@ def session_minutes_left() -> Expr:
 def rank_session_ret() -> Expr:
     return rank_across(_SESSION_RET)
 
-@feature("excess_session_ret", family="intraday", unit="fraction", about="return since the open beyond the mean of the symbols", source="definition")
-def excess_session_ret() -> Expr:
-    return demean_across(_SESSION_RET)
+@feature("dispersion_session", family="intraday", unit="fraction", about="standard deviation over the symbols of the return since the open", source="definition")
+def dispersion_session() -> Expr:
+    return std_across(_SESSION_RET)
 
 @feature("breadth_session", family="intraday", unit="0 to 1", about="share of symbols above their open", source="definition")
 def breadth_session() -> Expr:
