@@ -163,7 +163,7 @@ def alpha(n: int) -> Expr:
 def appraisal(n: int) -> Expr:
     return intercept(n) / residual_spread(n)
 
-@feature("tracking_error_{n}", family="market", unit="fraction per bar", about="standard deviation of the return beyond the benchmark's over {n} bars", source="Grinold and Kahn (1999)", grid={"n": (60, 252)})
+@feature("tracking_error_{n}", family="market", unit="fraction per bar", about="standard deviation of the return beyond the benchmark's over {n} bars", source="Grinold and Kahn (1999)", grid={"n": (60,)})
 def tracking_error(n: int) -> Expr:
     return roll_std(_EXCESS, n)
 
