@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from .across import demean_across, mean_across, rank_across
+from .across import mean_across, rank_across, std_across
 from .clocks import Row, Times, circle, clocked, minutes_in, minutes_left, session
 from mltrading.features.expressions import (
     CLOSE,
@@ -41,23 +41,22 @@ from .registry import feature
 from .windows import roll_mean, roll_std
 
 # %% auto #0
-__all__ = ['FIRST', 'P', 'O', 'H', 'L', 'V', 'TP', 'SESSION_OPEN', 'SESSION_HIGH', 'SESSION_LOW', 'SESSION_VOLUME',
-           'SESSION_VWAP', 'PREVIOUS_CLOSE', 'in_session', 'last_session', 'sessions_ago', 'past_sessions',
-           'session_ret', 'overnight_gap', 'gap_z', 'gap_closed', 'overnight_mean', 'daytime_mean', 'ret_sessions',
-           'opening_range_pos', 'opening_range_width', 'first_half_hour_ret', 'opening_follow', 'opening_volume',
-           'first_bar_ret', 'session_vwap_dist', 'prev_vwap_dist', 'above_vwap_share', 'vwap_crosses', 'session_pos',
-           'session_range', 'range_vs', 'session_high_age', 'session_low_age', 'session_max_fall', 'session_max_rise',
-           'bar_range_ratio', 'volume_share', 'volume_share_mean', 'volume_pace', 'volume_burst', 'session_flow',
-           'prev_high_dist', 'prev_low_dist', 'prev_range', 'prev_pos', 'prev_ret', 'prev_last_half_hour_ret',
-           'pivot_pos', 'resistance_pos', 'support_pos', 'session_vol', 'vol_vs', 'signed_variation', 'jump_share',
-           'session_skew', 'session_kurt', 'session_line', 'session_efficiency', 'session_trend', 'up_bar_share',
-           'day_sin', 'day_cos', 'hour_sin', 'hour_cos', 'session_elapsed', 'session_minutes_left', 'rank_session_ret',
-           'excess_session_ret', 'breadth_session', 'rank_volume_share']
+__all__ = ['FIRST', 'SESSION_OPEN', 'SESSION_HIGH', 'SESSION_LOW', 'SESSION_VOLUME', 'SESSION_VWAP', 'PREVIOUS_CLOSE',
+           'in_session', 'last_session', 'sessions_ago', 'past_sessions', 'session_ret', 'overnight_gap', 'gap_z',
+           'gap_closed', 'overnight_mean', 'daytime_mean', 'ret_sessions', 'opening_range_pos', 'opening_range_width',
+           'first_half_hour_ret', 'opening_follow', 'opening_volume', 'first_bar_ret', 'session_vwap_dist',
+           'prev_vwap_dist', 'above_vwap_share', 'vwap_crosses', 'session_pos', 'session_range', 'range_vs',
+           'session_high_age', 'session_low_age', 'session_max_fall', 'session_max_rise', 'bar_range_ratio',
+           'volume_share', 'volume_share_mean', 'volume_pace', 'volume_burst', 'session_flow', 'prev_high_dist',
+           'prev_low_dist', 'prev_range', 'prev_pos', 'prev_ret', 'prev_last_half_hour_ret', 'pivot_pos', 'session_vol',
+           'vol_vs', 'signed_variation', 'jump_share', 'session_skew', 'session_kurt', 'session_line',
+           'session_efficiency', 'session_trend', 'up_bar_share', 'day_sin', 'day_cos', 'hour_sin', 'hour_cos',
+           'session_minutes_left', 'rank_session_ret', 'dispersion_session', 'breadth_session', 'rank_volume_share']
 
 # %% ../../nbs/features/66_intraday.ipynb #f7031d00
 FIRST = given(fill(session > lag(session), 1.0), session)
 _ONCE = 1.0 / FIRST
-P, O, H, L, V, TP = (given(x, session) for x in (CLOSE, OPEN, HIGH, LOW, VOLUME, TYPICAL))  # noqa: E741
+_P, _O, _H, _L, _V, _TP = (given(x, session) for x in (CLOSE, OPEN, HIGH, LOW, VOLUME, TYPICAL))
 _BARS = cumulate(given(constant(1.0), session), FIRST)
 
 @composed
@@ -80,15 +79,15 @@ def past_sessions(x: Expr, n: int) -> Expr:
     """The mean over the `n` sessions before this one of what `x` was at their last bars."""
     return given(hold(roll_mean(given(lag(x), _ONCE), n), FIRST), session)
 
-SESSION_OPEN = in_session(hold(O, FIRST))
-SESSION_HIGH, SESSION_LOW = cumulative_max(H, FIRST), cumulative_min(L, FIRST)
-SESSION_VOLUME = cumulate(V, FIRST)
-SESSION_VWAP = cumulate(TP * V, FIRST) / SESSION_VOLUME
-PREVIOUS_CLOSE = last_session(P)
+SESSION_OPEN = in_session(hold(_O, FIRST))
+SESSION_HIGH, SESSION_LOW = cumulative_max(_H, FIRST), cumulative_min(_L, FIRST)
+SESSION_VOLUME = cumulate(_V, FIRST)
+SESSION_VWAP = cumulate(_TP * _V, FIRST) / SESSION_VOLUME
+PREVIOUS_CLOSE = last_session(_P)
 
 # %% ../../nbs/features/66_intraday.ipynb #1a31a587
 _GAP = SESSION_OPEN / PREVIOUS_CLOSE - 1.0
-_SESSION_RET = P / SESSION_OPEN - 1.0
+_SESSION_RET = _P / SESSION_OPEN - 1.0
 
 @feature("session_ret", family="intraday", unit="fraction", about="return since the session's open", source="definition")
 def session_ret() -> Expr:
@@ -116,15 +115,15 @@ def daytime_mean(n: int) -> Expr:
 
 @feature("ret_{n}s", family="intraday", unit="fraction", about="close over the last close {n} sessions ago", source="definition", grid={"n": (5, 20)})
 def ret_sessions(n: int) -> Expr:
-    return P / sessions_ago(P, n) - 1.0
+    return _P / sessions_ago(_P, n) - 1.0
 
 # %% ../../nbs/features/66_intraday.ipynb #ba5cb870
 _OPENING = (minutes_in <= 30.0) | FIRST
-_TOP, _BOTTOM, _AT = (in_session(hold(x, _OPENING)) for x in (SESSION_HIGH, SESSION_LOW, P))
+_TOP, _BOTTOM, _AT = (in_session(hold(x, _OPENING)) for x in (SESSION_HIGH, SESSION_LOW, _P))
 
 @feature("opening_range_pos", family="intraday", unit="1", about="place of the close in the range of the first 30 minutes: 0 its low, 1 its high", source="Crabel (1990)")
 def opening_range_pos() -> Expr:
-    return (P - _BOTTOM) / (_TOP - _BOTTOM)
+    return (_P - _BOTTOM) / (_TOP - _BOTTOM)
 
 @feature("opening_range_width", family="intraday", unit="1", about="range of the first 30 minutes over the mean range of the 5 sessions before", source="Crabel (1990)")
 def opening_range_width() -> Expr:
@@ -136,7 +135,7 @@ def first_half_hour_ret() -> Expr:
 
 @feature("opening_follow", family="intraday", unit="fraction", about="return since the first 30 minutes, in the direction that these took from the last close", source="after Gao, Han, Li and Zhou (2018)")
 def opening_follow() -> Expr:
-    return (P / _AT - 1.0) * sign(_AT / PREVIOUS_CLOSE - 1.0)
+    return (_P / _AT - 1.0) * sign(_AT / PREVIOUS_CLOSE - 1.0)
 
 @feature("opening_volume", family="intraday", unit="1", about="volume of the first 30 minutes over its mean in the 5 sessions before", source="definition")
 def opening_volume() -> Expr:
@@ -145,24 +144,24 @@ def opening_volume() -> Expr:
 
 @feature("first_bar_ret", family="intraday", unit="fraction", about="return within the session's first bar", source="definition")
 def first_bar_ret() -> Expr:
-    return in_session(hold(P / O - 1.0, FIRST))
+    return in_session(hold(_P / _O - 1.0, FIRST))
 
 # %% ../../nbs/features/66_intraday.ipynb #7611b877
 @feature("session_vwap_dist", family="intraday", unit="fraction", about="close over the session's volume-weighted mean price so far", source="Berkowitz, Logue and Noser (1988)")
 def session_vwap_dist() -> Expr:
-    return P / SESSION_VWAP - 1.0
+    return _P / SESSION_VWAP - 1.0
 
 @feature("prev_vwap_dist", family="intraday", unit="fraction", about="close over the volume-weighted mean price of the session before", source="Berkowitz, Logue and Noser (1988)")
 def prev_vwap_dist() -> Expr:
-    return P / last_session(SESSION_VWAP) - 1.0
+    return _P / last_session(SESSION_VWAP) - 1.0
 
 @feature("above_vwap_share", family="intraday", unit="0 to 1", about="share of the session's bars that closed above its volume-weighted mean price", source="definition")
 def above_vwap_share() -> Expr:
-    return cumulate(P > SESSION_VWAP, FIRST) / _BARS
+    return cumulate(_P > SESSION_VWAP, FIRST) / _BARS
 
 @feature("vwap_crosses", family="intraday", unit="0 to 1", about="share of the session's bars at which the close crossed its volume-weighted mean price", source="definition")
 def vwap_crosses() -> Expr:
-    above = P > SESSION_VWAP
+    above = _P > SESSION_VWAP
     return cumulate(where(FIRST, 0.0, absolute(above - lag(above))), FIRST) / _BARS
 
 # %% ../../nbs/features/66_intraday.ipynb #2eb2d3dc
@@ -170,7 +169,7 @@ _RANGE = (SESSION_HIGH - SESSION_LOW) / SESSION_OPEN
 
 @feature("session_pos", family="intraday", unit="0 to 1", about="place of the close between the session's low and high so far", source="definition")
 def session_pos() -> Expr:
-    return (P - SESSION_LOW) / (SESSION_HIGH - SESSION_LOW)
+    return (_P - SESSION_LOW) / (SESSION_HIGH - SESSION_LOW)
 
 @feature("session_range", family="intraday", unit="fraction", about="the session's high less its low so far, over its open", source="definition")
 def session_range() -> Expr:
@@ -182,26 +181,26 @@ def range_vs(n: int) -> Expr:
 
 @feature("session_high_age", family="intraday", unit="0 to 1", about="time since the session's high, as a share of the time since the open", source="definition")
 def session_high_age() -> Expr:
-    return 1.0 - hold(minutes_in, H >= SESSION_HIGH) / minutes_in
+    return 1.0 - hold(minutes_in, _H >= SESSION_HIGH) / minutes_in
 
 @feature("session_low_age", family="intraday", unit="0 to 1", about="time since the session's low, as a share of the time since the open", source="definition")
 def session_low_age() -> Expr:
-    return 1.0 - hold(minutes_in, L <= SESSION_LOW) / minutes_in
+    return 1.0 - hold(minutes_in, _L <= SESSION_LOW) / minutes_in
 
 @feature("session_max_fall", family="intraday", unit="fraction", about="lowest close of the session so far over its highest close before", source="definition")
 def session_max_fall() -> Expr:
-    return cumulative_min(P / cumulative_max(P, FIRST) - 1.0, FIRST)
+    return cumulative_min(_P / cumulative_max(_P, FIRST) - 1.0, FIRST)
 
 @feature("session_max_rise", family="intraday", unit="fraction", about="highest close of the session so far over its lowest close before", source="definition")
 def session_max_rise() -> Expr:
-    return cumulative_max(P / cumulative_min(P, FIRST) - 1.0, FIRST)
+    return cumulative_max(_P / cumulative_min(_P, FIRST) - 1.0, FIRST)
 
 @feature("bar_range_ratio", family="intraday", unit="1", about="range of the bar over the mean range of the session's bars so far", source="definition")
 def bar_range_ratio() -> Expr:
-    return (H - L) * _BARS / cumulate(H - L, FIRST)
+    return (_H - _L) * _BARS / cumulate(_H - _L, FIRST)
 
-# %% ../../nbs/features/66_intraday.ipynb #6ca36f79
-_TICK = where(FIRST, P - O, P - lag(P))
+# %% ../../nbs/features/66_intraday.ipynb #55172154
+_TICK = where(FIRST, _P - _O, _P - lag(_P))
 
 @feature("volume_share", family="intraday", unit="1", about="volume so far over that of the whole session before", source="definition")
 def volume_share() -> Expr:
@@ -217,11 +216,11 @@ def volume_pace() -> Expr:
 
 @feature("volume_burst", family="intraday", unit="1", about="volume of the bar over the mean of the session's bars so far", source="definition")
 def volume_burst() -> Expr:
-    return V * _BARS / SESSION_VOLUME
+    return _V * _BARS / SESSION_VOLUME
 
 @feature("session_flow", family="intraday", unit="-1 to 1", about="share of the session's volume in rising bars less that in falling ones", source="definition")
 def session_flow() -> Expr:
-    return cumulate(V * sign(_TICK), FIRST) / SESSION_VOLUME
+    return cumulate(_V * sign(_TICK), FIRST) / SESSION_VOLUME
 
 # %% ../../nbs/features/66_intraday.ipynb #397c20ca
 _PREVIOUS_HIGH, _PREVIOUS_LOW = last_session(SESSION_HIGH), last_session(SESSION_LOW)
@@ -230,11 +229,11 @@ _PIVOT = (_PREVIOUS_HIGH + _PREVIOUS_LOW + PREVIOUS_CLOSE) / 3.0
 
 @feature("prev_high_dist", family="intraday", unit="fraction", about="close over the high of the session before", source="definition")
 def prev_high_dist() -> Expr:
-    return P / _PREVIOUS_HIGH - 1.0
+    return _P / _PREVIOUS_HIGH - 1.0
 
 @feature("prev_low_dist", family="intraday", unit="fraction", about="close over the low of the session before", source="definition")
 def prev_low_dist() -> Expr:
-    return P / _PREVIOUS_LOW - 1.0
+    return _P / _PREVIOUS_LOW - 1.0
 
 @feature("prev_range", family="intraday", unit="fraction", about="range of the session before over its close", source="definition")
 def prev_range() -> Expr:
@@ -250,22 +249,14 @@ def prev_ret() -> Expr:
 
 @feature("prev_last_half_hour_ret", family="intraday", unit="fraction", about="return of the last 30 minutes of the session before", source="Heston, Korajczyk and Sadka (2010)")
 def prev_last_half_hour_ret() -> Expr:
-    return last_session(P / hold(P, minutes_left >= 30.0) - 1.0)
+    return last_session(_P / hold(_P, minutes_left >= 30.0) - 1.0)
 
 @feature("pivot_pos", family="intraday", unit="1", about="close less the pivot of the session before, in its ranges", source="Person (2004)")
 def pivot_pos() -> Expr:
-    return (P - _PIVOT) / _SPAN
+    return (_P - _PIVOT) / _SPAN
 
-@feature("resistance_pos", family="intraday", unit="1", about="close less the first resistance of the session before, in its ranges", source="Person (2004)")
-def resistance_pos() -> Expr:
-    return (P - (2.0 * _PIVOT - _PREVIOUS_LOW)) / _SPAN
-
-@feature("support_pos", family="intraday", unit="1", about="close less the first support of the session before, in its ranges", source="Person (2004)")
-def support_pos() -> Expr:
-    return (P - (2.0 * _PIVOT - _PREVIOUS_HIGH)) / _SPAN
-
-# %% ../../nbs/features/66_intraday.ipynb #b1db15d9
-_R = where(FIRST, log(P / O), log(P / lag(P)))
+# %% ../../nbs/features/66_intraday.ipynb #2b47159d
+_R = where(FIRST, log(_P / _O), log(_P / lag(_P)))
 _RV = cumulate(square(_R), FIRST)
 _PER_MINUTE = sqrt(_RV / minutes_in)
 
@@ -307,11 +298,11 @@ def session_line(y: Expr) -> Expr:
 
 @feature("session_efficiency", family="intraday", unit="-1 to 1", about="log return since the open over the sum of the sizes of the bars' log returns", source="Kaufman (1995), Smarter Trading")
 def session_efficiency() -> Expr:
-    return log(P / SESSION_OPEN) / cumulate(absolute(_R), FIRST)
+    return log(_P / SESSION_OPEN) / cumulate(absolute(_R), FIRST)
 
 @feature("session_trend", family="intraday", unit="-1 to 1", about="share of the variance of the session's log closes that a line explains, with the line's sign", source="definition")
 def session_trend() -> Expr:
-    return session_line(log(P / SESSION_OPEN))
+    return session_line(log(_P / SESSION_OPEN))
 
 @feature("up_bar_share", family="intraday", unit="0 to 1", about="share of the session's bars that rose", source="definition")
 def up_bar_share() -> Expr:
@@ -338,10 +329,6 @@ def hour_sin() -> Expr:
 def hour_cos() -> Expr:
     return given(day_cos, session)
 
-@feature("session_elapsed", family="intraday", unit="0 to 1", about="share of the session that has passed", source="definition")
-def session_elapsed() -> Expr:
-    return given(minutes_in / (minutes_in + minutes_left), session)
-
 @feature("session_minutes_left", family="intraday", unit="minutes", about="minutes until the session closes", source="definition")
 def session_minutes_left() -> Expr:
     return given(minutes_left, session)
@@ -351,9 +338,9 @@ def session_minutes_left() -> Expr:
 def rank_session_ret() -> Expr:
     return rank_across(_SESSION_RET)
 
-@feature("excess_session_ret", family="intraday", unit="fraction", about="return since the open beyond the mean of the symbols", source="definition")
-def excess_session_ret() -> Expr:
-    return demean_across(_SESSION_RET)
+@feature("dispersion_session", family="intraday", unit="fraction", about="standard deviation over the symbols of the return since the open", source="definition")
+def dispersion_session() -> Expr:
+    return std_across(_SESSION_RET)
 
 @feature("breadth_session", family="intraday", unit="0 to 1", about="share of symbols above their open", source="definition")
 def breadth_session() -> Expr:

@@ -79,7 +79,7 @@ def beta_down(n: int) -> Expr:
 def lagged_beta(n: int) -> Expr:
     return roll_beta(RETURN, lag(MARKET_RETURN), n)
 
-@feature("dimson_beta_{n}", family="market", unit="1", about="sum of the betas to the benchmark's return of the bar and of the bar before, over {n} bars", source="Dimson (1979)", grid={"n": (60, 252)})
+@feature("dimson_beta_{n}", family="market", unit="1", about="sum of the betas to the benchmark's return of the bar and of the bar before, over {n} bars", source="Dimson (1979)", grid={"n": (60,)})
 def dimson_beta(n: int) -> Expr:
     return aggregated_beta(RETURN, MARKET_RETURN, n)
 
@@ -125,7 +125,7 @@ def resid_mom() -> Expr:
 def resid_shock(n: int) -> Expr:
     return residual(n) / lag(residual_spread(n))
 
-@feature("resid_skew_{n}", family="market", unit="1", about="skewness of the last {n} residuals", source="Boyer, Mitton and Vorkink (2010)", grid={"n": (60, 252)})
+@feature("resid_skew_{n}", family="market", unit="1", about="skewness of the last {n} residuals", source="Boyer, Mitton and Vorkink (2010)", grid={"n": (60,)})
 def resid_skew(n: int) -> Expr:
     return roll_skew(residual(60), n)
 
@@ -163,7 +163,7 @@ def alpha(n: int) -> Expr:
 def appraisal(n: int) -> Expr:
     return intercept(n) / residual_spread(n)
 
-@feature("tracking_error_{n}", family="market", unit="fraction per bar", about="standard deviation of the return beyond the benchmark's over {n} bars", source="Grinold and Kahn (1999)", grid={"n": (60, 252)})
+@feature("tracking_error_{n}", family="market", unit="fraction per bar", about="standard deviation of the return beyond the benchmark's over {n} bars", source="Grinold and Kahn (1999)", grid={"n": (60,)})
 def tracking_error(n: int) -> Expr:
     return roll_std(_EXCESS, n)
 
