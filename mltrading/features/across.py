@@ -41,38 +41,88 @@ def demean_across(x: Expr) -> Expr:
 
 # %% ../../nbs/features/04_across.ipynb #532bf539
 _BLOCK = types.float64[:, ::1]
+_LOW = np.uint64((1 << 32) - 1)
 
 @njit(nogil=True, error_model="numpy")
-def _ascending(key: Any, who: Any, spare_key: Any, spare_who: Any, count: Any, m: Any) -> None:
-    "Order keys and their owners by eight bits at a time; eight rounds bring the result back to where it began."
-    for shift in range(0, 64, 8):
-        count[:] = 0
+def _ascending(word: Any, spare: Any, count: Any, m: Any) -> None:
+    "Order m words by their upper half: a few by insertion, many by eight bits at a time, in four rounds that bring the result back to where it began."
+    if m <= 32:
+        for k in range(1, m):
+            v, j = word[k], k
+            while j > 0 and word[j - 1] > v:
+                word[j] = word[j - 1]
+                j -= 1
+            word[j] = v
+        return
+    count[:] = 0
+    for k in range(m):
+        for d in range(4):
+            count[d, (word[k] >> np.uint64(32 + 8 * d)) & np.uint64(255)] += 1
+    for d in range(4):
+        total = 0
+        for digit in range(256):
+            total, count[d, digit] = total + count[d, digit], total
         for k in range(m):
-            count[((key[k] >> np.uint64(shift)) & np.uint64(255)) + np.uint64(1)] += 1
-        for d in range(255):
-            count[d + 1] += count[d]
-        for k in range(m):
-            digit = (key[k] >> np.uint64(shift)) & np.uint64(255)
-            spare_key[count[digit]], spare_who[count[digit]] = key[k], who[k]
-            count[digit] += 1
-        key, spare_key, who, spare_who = spare_key, key, spare_who, who
+            digit = (word[k] >> np.uint64(32 + 8 * d)) & np.uint64(255)
+            spare[count[d, digit]] = word[k]
+            count[d, digit] += 1
+        word, spare = spare, word
 
 @njit(nogil=True, error_model="numpy")
-def _places(value: Any, key: Any, who: Any, spare: Any, spare_who: Any, count: Any, m: Any, to: Any) -> None:
-    "Places of m values, scaled to -0.5..0.5; ties share the middle of theirs."
-    bits, top = value.view(np.uint64), np.uint64(1 << 63)
+def _words(value: Any, key: Any, word: Any, m: Any) -> None:
+    "Values as whole numbers in the same order, counted from the lowest; the upper 32 bits that they use, before the number of the value."
+    bits, top, low, high = value.view(np.uint64), np.uint64(1 << 63), ~np.uint64(0), np.uint64(0)
     for k in range(m):
         key[k] = ~bits[k] if bits[k] & top else bits[k] | top
-    _ascending(key, who, spare, spare_who, count, m)
-    a = 0
-    while a < m and m > 1:
-        b = a
-        while b + 1 < m and key[b + 1] == key[a]:
-            b += 1
-        for k in range(a, b + 1):
-            to[who[k]] = 0.5 * (a + b) / (m - 1) - 0.5
-        a = b + 1
+        low, high = min(low, key[k]), max(high, key[k])
+    shift = np.uint64(0)
+    while (high - low) >> shift > _LOW:
+        shift += np.uint64(1)
+    for k in range(m):
+        key[k] -= low
+        word[k] = ((key[k] >> shift) << np.uint64(32)) | np.uint64(k)
 
+# %% ../../nbs/features/04_across.ipynb #0d069f2a
+@njit(nogil=True, error_model="numpy")
+def _settle(word: Any, spare: Any, count: Any, key: Any, a: Any, b: Any) -> None:
+    "Order words that agree in the upper half by the bits that are left."
+    same = True
+    for k in range(a, b):
+        word[k] = (key[word[k] & _LOW] << np.uint64(32)) | (word[k] & _LOW)
+        same &= (word[k] ^ word[a]) <= _LOW
+    if not same:
+        _ascending(word[a:b], spare, count, b - a)
+
+@njit(nogil=True, error_model="numpy")
+def _share(word: Any, who: Any, begin: Any, end: Any, m: Any, to: Any) -> None:
+    "Places of words in order; those that agree in the upper half share the middle of theirs."
+    a = begin
+    while a < end:
+        b = a + 1
+        while b < end and (word[b] ^ word[a]) <= _LOW:
+            b += 1
+        for k in range(a, b):
+            to[who[word[k] & _LOW]] = 0.5 * (a + b - 1) / (m - 1) - 0.5
+        a = b
+
+@njit(nogil=True, error_model="numpy")
+def _places(value: Any, who: Any, key: Any, word: Any, spare: Any, count: Any, m: Any, to: Any) -> None:
+    "Places of m values, scaled to -0.5..0.5; ties share the middle of theirs; NaN for a single one."
+    _words(value, key, word, m)
+    _ascending(word, spare, count, m)
+    a = 0
+    while a < m:
+        b = a + 1
+        while b < m and (word[b] ^ word[a]) <= _LOW:
+            b += 1
+        if b == a + 1:
+            to[who[word[a] & _LOW]] = a / (m - 1) - 0.5
+        else:
+            _settle(word, spare, count, key, a, b)
+            _share(word, who, a, b, m, to)
+        a = b
+
+# %% ../../nbs/features/04_across.ipynb #f1ff61ae
 _LOT = 8  # instants at a time: neighbours share a line of the cache
 
 @njit(nogil=True, error_model="numpy", signature=types.void(_BLOCK, _BLOCK))
@@ -80,8 +130,8 @@ def _rank(x: Any, out: Any) -> None:
     "Ranks at each instant."
     rows, cols = x.shape
     lot, places, value = np.empty((_LOT, rows)), np.empty((_LOT, rows)), np.empty(rows)
-    key, spare = np.empty(rows, np.uint64), np.empty(rows, np.uint64)
-    who, spare_who, count = np.empty(rows, np.int64), np.empty(rows, np.int64), np.empty(257, np.int64)
+    key, word, spare = np.empty(rows, np.uint64), np.empty(rows, np.uint64), np.empty(rows, np.uint64)
+    who, count = np.empty(rows, np.int64), np.empty((4, 256), np.int64)
     for start in range(0, cols, _LOT):
         width = min(_LOT, cols - start)
         for i in range(rows):
@@ -94,7 +144,7 @@ def _rank(x: Any, out: Any) -> None:
                 if lot[c, i] == lot[c, i]:
                     value[m], who[m] = lot[c, i] + 0.0, i  # -0.0 and 0.0 are one value
                     m += 1
-            _places(value, key, who, spare, spare_who, count, m, places[c])
+            _places(value, who, key, word, spare, count, m, places[c])
         for i in range(rows):
             for c in range(width):
                 out[i, start + c] = places[c, i]

@@ -201,7 +201,7 @@ def breadth_thrust(n: int) -> Expr:
     up = mean_across(_R > 0.0)
     return ema(up / (up + mean_across(_R < 0.0)), n)
 
-@_breadth("up_volume_{n}", "0 to 1", "share of close times volume in rising symbols, {n} bars", 5)
+@_breadth("breadth_up_volume_{n}", "0 to 1", "share of close times volume in rising symbols, {n} bars", 5)
 def up_volume(n: int) -> Expr:
     return roll_sum(mean_across(_TURNOVER * (_R > 0.0)), n) / roll_sum(mean_across(_TURNOVER), n)
 

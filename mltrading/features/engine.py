@@ -5,6 +5,7 @@
 # %% ../../nbs/features/05_engine.ipynb #35e0d873
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -258,78 +259,88 @@ def _line_up(a: Any, x: Any, n: Any, R: Any, m: Any, S: Any, s: Any, W: Any, at:
     S[s] = keep
     return kept, new
 
-@_helper
-def _place(w: Any) -> Any:
-    "Rank of the last value."
-    n = len(w)
-    last, below, same = w[n - 1], 0, 0
-    for q in range(n - 1):
-        below += w[q] < last
-        same += w[q] == last
-    return (below + 0.5 * same) / (n - 1)
-
-@_helper
-def _deviation(w: Any) -> Any:
-    "Mean absolute deviation from the mean."
-    mean, total = 0.0, 0.0
-    for q in range(len(w)):
-        mean += w[q] - w[0]
-    mean = w[0] + mean / len(w)
-    for q in range(len(w)):
-        total += abs(w[q] - mean)
-    return total / len(w)
-
 # %% ../../nbs/features/05_engine.ipynb #a6e2f91c
 @_helper
-def _spread(w: Any) -> Any:
-    "Rescaled range."
-    mean, square, total, top, bottom = 0.0, 0.0, 0.0, 0.0, 0.0
-    for q in range(len(w)):
-        mean += w[q] - w[0]
-    mean = w[0] + mean / len(w)
-    for q in range(len(w)):
-        d = w[q] - mean
-        total += d
-        square += d * d
-        top, bottom = max(top, total), min(bottom, total)
-    return (top - bottom) / np.sqrt(square / len(w)) if square > 0.0 else np.nan
+def _place(x: Any, n: Any, to: Any) -> None:
+    "Ranks of the last value of windows that begin at x[0], x[1] …"
+    for j in range(len(to)):
+        w, below, same = x[j : j + n], 0, 0
+        for q in range(n - 1):
+            below += w[q] < w[n - 1]
+            same += w[q] == w[n - 1]
+        to[j] = (below + 0.5 * same) / (n - 1)
 
 @_helper
-def _insert(sorted_: Any, count: Any, v: Any) -> None:
-    "Put a value among `count` ascending ones."
-    j = count
-    while j > 0 and sorted_[j - 1] > v:
-        sorted_[j] = sorted_[j - 1]
-        j -= 1
-    sorted_[j] = v
+def _centre(x: Any, n: Any, to: Any) -> None:
+    "Means of windows that begin at x[0], x[1] …"
+    for j in range(len(to)):
+        to[j] = 0.0
+    for q in range(1, n):
+        for j in range(len(to)):
+            to[j] += x[j + q] - x[j]
+    for j in range(len(to)):
+        to[j] = x[j] + to[j] / n
 
 @_helper
-def _remove(sorted_: Any, count: Any, v: Any) -> None:
-    "Take a value out of `count` ascending ones."
-    lo, hi = 0, count - 1
-    while lo < hi:
-        middle = (lo + hi) // 2
-        if sorted_[middle] < v:
-            lo = middle + 1
-        else:
-            hi = middle
-    for j in range(lo, count - 1):
-        sorted_[j] = sorted_[j + 1]
+def _deviation(x: Any, n: Any, to: Any) -> None:
+    "Mean absolute deviations of windows from their means."
+    mean = np.empty(len(to))
+    _centre(x, n, mean)
+    for j in range(len(to)):
+        to[j] = 0.0
+    for q in range(n):
+        for j in range(len(to)):
+            to[j] += abs(x[j + q] - mean[j])
+    for j in range(len(to)):
+        to[j] /= n
 
 @_helper
-def _quantile(o: Any, h: Any, n: Any, q: Any, kept: Any, new: Any, R: Any, W: Any, at: Any) -> None:
-    "Quantiles, from an ascending copy of the window that is kept up."
-    ascending, count, place = np.empty(n), 0, q * (n - 1)
+def _spread(x: Any, n: Any, to: Any) -> None:
+    "Rescaled ranges of windows."
+    mean, total, square = np.empty(len(to)), np.zeros(len(to)), np.zeros(len(to))
+    top, bottom = np.zeros(len(to)), np.zeros(len(to))
+    _centre(x, n, mean)
+    for q in range(n):
+        for j in range(len(to)):
+            d = x[j + q] - mean[j]
+            square[j] += d * d
+            total[j] += d
+            top[j] = total[j] if total[j] > top[j] else top[j]
+            bottom[j] = total[j] if total[j] < bottom[j] else bottom[j]
+    for j in range(len(to)):
+        to[j] = (top[j] - bottom[j]) / np.sqrt(square[j] / n) if square[j] > 0.0 else np.nan
+
+# %% ../../nbs/features/05_engine.ipynb #0d692535
+@_helper
+def _room(n: Any) -> Any:
+    "Room for n ascending values between -inf and inf, their number rounded up to whole registers of the processor."
+    return n + -n % 4 + 2
+
+@_helper
+def _exchange(old: Any, new: Any, out: Any, v: Any) -> None:
+    "Put v among ascending values in the place of another. They stand between -inf and one inf or more; an inf may leave or come."
+    for k in range(1, len(old) - 1):
+        lower = old[k - 1] if old[k - 1] < out else old[k]
+        upper = old[k] if old[k] < out else old[k + 1]
+        lower = lower if lower > v else v
+        new[k] = upper if upper < lower else lower
+
+@_helper
+def _quantile(x: Any, kept: Any, n: Any, q: Any, ascending: Any, to: Any) -> None:
+    "Quantiles of windows. `ascending` holds the values kept before, and then those to keep."
+    now, then, place = ascending.copy(), ascending.copy(), q * (n - 1)
     low = int(place)
-    for e in range(kept + new):
-        if count == n:
-            _remove(ascending, n, W[e - n])
-            count -= 1
-        _insert(ascending, count, W[e])
-        count += 1
-        if e >= kept and count == n:
-            high = min(low + 1, n - 1)
-            R[o, h + at[e - kept]] = ascending[low] + (place - low) * (ascending[high] - ascending[low])
+    high = min(low + 1, n - 1)
+    for e in range(kept, len(x)):
+        _exchange(now, then, x[e - n] if e >= n else np.inf, x[e] + 0.0)  # -0.0 and 0.0 are one value
+        now, then = then, now
+        if e >= n - 1:
+            to[e - max(kept, n - 1)] = now[low + 1] + (place - low) * (now[high + 1] - now[low + 1])
+    if len(x) >= n:
+        _exchange(now, then, x[len(x) - n], np.inf)
+        now = then
+    for k in range(len(now)):
+        ascending[k] = now[k]
 
 @_helper
 def _windows(op: Any, o: Any, h: Any, a: Any, x: Any, n: Any, q: Any, R: Any, m: Any, S: Any, s: Any, W: Any, at: Any) -> None:
@@ -337,12 +348,19 @@ def _windows(op: Any, o: Any, h: Any, a: Any, x: Any, n: Any, q: Any, R: Any, m:
     kept, new = _line_up(a, x, n, R, m, S, s, W, at)
     for k in range(m):
         R[o, h + k] = np.nan
+    first = max(0, n - 1 - kept)
+    to = np.empty(max(0, new - first))
+    values = W[kept + first - n + 1 : kept + new] if first < new else W[:0]
     if op == QUANTILE:
-        _quantile(o, h, n, q, kept, new, R, W, at)
-        return
-    for j in range(max(0, n - 1 - kept), new):
-        w = W[kept + j - n + 1 : kept + j + 1]
-        R[o, h + at[j]] = _place(w) if op == RANK else (_deviation(w) if op == MAD else _spread(w))
+        _quantile(W[: kept + new], kept, n, q, S[s + n : s + n + _room(n)], to)
+    elif op == RANK:
+        _place(values, n, to)
+    elif op == MAD:
+        _deviation(values, n, to)
+    else:
+        _spread(values, n, to)
+    for j in range(len(to)):
+        R[o, h + at[first + j]] = to[j]
 
 # %% ../../nbs/features/05_engine.ipynb #3dce4902
 STOP = ("parabolic_stop", "trailing_stop")
@@ -383,7 +401,7 @@ def _parabolic(o: Any, h: Any, a: Any, x: Any, b: Any, y: Any, step: Any, limit:
             S[s] += 1.0
             S[s + 5], S[s + 6] = high, low
 
-# %% ../../nbs/features/05_engine.ipynb #0d692535
+# %% ../../nbs/features/05_engine.ipynb #3d0f61a1
 @_helper
 def _trailing(o: Any, h: Any, a: Any, x: Any, b: Any, y: Any, c: Any, z: Any, R: Any, m: Any, S: Any, s: Any) -> None:
     "State: direction, the stop above, the stop below, the previous close; all NaN before the first bar."
@@ -490,7 +508,7 @@ def run(code: Any, par: Any, state: Any, fields: Any, rows: Any, blocks: Any, sp
             op, o, c = code[k, 0], code[k, 1], code[k]
             if op < FIELD:
                 row[o], begin[o] = o, h
-            if op == PAST or op == LAG:
+            if op in (PAST, LAG):
                 _lagged(op, o, c[2], c[8], c[9], c[10], h, R, m, S, at, row, begin, whole)
                 continue
             a, x = row[c[2]], begin[c[2]]
@@ -533,6 +551,8 @@ def _state(op: str, n: int) -> list[float]:
     nan = float("nan")
     if op == "past":
         return [0.0] + [nan] * (n + 1)
+    if op == "roll_quantile":
+        return [0.0] * n + [-math.inf] + [math.inf] * (_room.py_func(n) - 1)
     if op in WINDOW:
         return [0.0] * n
     known = {"ewm": [0.0, 0.0], "adaptive": [nan, nan], "cumulate": [0.0], "cummax": [nan], "hold": [nan], "since": [nan], "streak": [0.0], "parabolic_stop": [0.0] * 7, "trailing_stop": [nan] * 4}
