@@ -43,9 +43,9 @@ from mltrading.features.windows import (
 # %% auto #0
 __all__ = ['rank_ret', 'rank_mom', 'rank_vol', 'rank_ret_vol', 'rank_max_ret', 'rank_skew', 'rank_high', 'rank_sma_dist',
            'rank_volume_shock', 'rank_turnover', 'rank_illiquidity', 'rank_gap', 'rank_range', 'rank_beta',
-           'rank_change', 'z_ret', 'z_vol', 'z_volume_shock', 'excess_ret', 'average_correlation', 'dispersion',
+           'rank_change', 'z_ret', 'z_volume_shock', 'excess_ret', 'average_correlation', 'dispersion',
            'dispersion_shift', 'avg_corr', 'cross_skew', 'breadth_above', 'breadth_up', 'breadth_high', 'breadth_low',
-           'net_highs', 'advance_decline', 'mcclellan', 'breadth_thrust', 'up_volume', 'own_part', 'mean_beta',
+           'net_highs', 'advance_decline', 'mcclellan', 'breadth_thrust', 'breadth_volume', 'own_part', 'mean_beta',
            'mean_corr', 'own_ret', 'own_mom', 'mean_ret', 'mean_vol', 'style_return', 'style_momentum', 'style_week',
            'style_vol']
 
@@ -124,10 +124,6 @@ def rank_change(n: int) -> Expr:
 def z_ret(n: int) -> Expr:
     return zscore_across(change(CLOSE, n))
 
-@feature("z_vol_{n}d", family="cross", unit="1", about="standard deviation of the last {n} returns beyond its mean over the symbols, in their standard deviations", source="definition", grid={"n": (20,)})
-def z_vol(n: int) -> Expr:
-    return zscore_across(roll_std(_R, n))
-
 @feature("z_volume_shock_{n}", family="cross", unit="1", about="mean volume of {n} bars over that of 60, beyond the symbols' mean, in their standard deviations", source="Gervais, Kaniel and Mingelgrin (2001)", grid={"n": (5,)})
 def z_volume_shock(n: int) -> Expr:
     return zscore_across(roll_mean(VOLUME, n) / roll_mean(VOLUME, 60))
@@ -201,8 +197,8 @@ def breadth_thrust(n: int) -> Expr:
     up = mean_across(_R > 0.0)
     return ema(up / (up + mean_across(_R < 0.0)), n)
 
-@_breadth("breadth_up_volume_{n}", "0 to 1", "share of close times volume in rising symbols, {n} bars", 5)
-def up_volume(n: int) -> Expr:
+@_breadth("breadth_volume_{n}", "0 to 1", "share of close times volume in rising symbols, {n} bars", 5)
+def breadth_volume(n: int) -> Expr:
     return roll_sum(mean_across(_TURNOVER * (_R > 0.0)), n) / roll_sum(mean_across(_TURNOVER), n)
 
 # %% ../../nbs/features/54_cross.ipynb #63539a3d
