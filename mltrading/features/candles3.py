@@ -19,7 +19,6 @@ from mltrading.features.candles import (
     NEAR,
     NO_LOWER,
     NO_UPPER,
-    SAME,
     SHORT,
     SMALL,
     SOME_LOWER,
@@ -233,10 +232,10 @@ def mat_hold() -> Expr:
 # %% ../../nbs/features/45_candles3.ipynb #c4ba2d16
 def _trap(sprung: Expr) -> Expr:
     "The sign of a trap where one is set, twice that where it is confirmed within three bars."
-    there, way = absolute(sprung), hold(sprung, sprung)
-    beyond = where(way > 0, C[0] > hold(H[1], there), C[0] < hold(L[1], there)) & (since(there) <= 3) & ~there
-    first = beyond & equal(cumulate(beyond, there), 1.0)
-    return where(there, sprung, 2 * fill(first, 0.0) * fill(way, 0.0))
+    way, age = hold(sprung, sprung), since(sprung)
+    beyond = (C[0] * way > hold(where(sprung > 0, H[1], -L[1]), sprung)) & (age > 0) & (age <= 3)
+    first = beyond & equal(cumulate(beyond, sprung), 1.0)
+    return where(sprung, sprung, 2 * fill(first * way, 0.0))
 
 def _left() -> Expr:
     "1 where an inside bar is left downwards, -1 where upwards: the move that is expected."
