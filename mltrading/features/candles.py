@@ -155,9 +155,10 @@ def long_balance(n: int) -> Expr:
 def pattern(
     name: str,   # TA-Lib's, without CDL, in lower case
     about: str,  # in words
+    unit: str = "-1 to 1",
 ) -> Callable[[Callable[..., Expr]], Callable[..., Expr]]:
     """Register a named pattern of candles."""
-    return feature(f"cdl_{name}", family="patterns", unit="-1 to 1", about=about, source="Nison (1991); TA-Lib's thresholds")
+    return feature(f"cdl_{name}", family="patterns", unit=unit, about=about, source="Nison (1991); TA-Lib's thresholds")
 
 @pattern("doji", "open and close almost the same")
 def doji() -> Expr:

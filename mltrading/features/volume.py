@@ -123,7 +123,7 @@ def volume_entropy(n: int) -> Expr:
     total = roll_sum(VOLUME, n)
     return minimum((log(total) - roll_sum(part, n) / total) / math.log(n), 1.0)
 
-@feature("volume_persistence_{n}", family="volume", unit="-1 to 1", about="correlation of the logarithm of volume with the bar before, {n} bars", source="definition", grid={"n": (60, 252)})
+@feature("volume_persistence_{n}", family="volume", unit="-1 to 1", about="correlation of the logarithm of volume with the bar before, {n} bars", source="definition", grid={"n": (60,)})
 def volume_persistence(n: int) -> Expr:
     return roll_corr(_LOG_VOLUME, lag(_LOG_VOLUME), n)
 
@@ -144,7 +144,7 @@ def ret_volume_corr(n: int) -> Expr:
 def move_volume_corr(n: int) -> Expr:
     return roll_corr(absolute(_RETURN), _LOG_VOLUME, n)
 
-@feature("volume_reversal_{n}", family="volume", unit="-1 to 1", about="correlation of the return with the return before times its shock of volume, {n} bars", source="Campbell, Grossman and Wang (1993)", grid={"n": (60, 252)})
+@feature("volume_reversal_{n}", family="volume", unit="-1 to 1", about="correlation of the return with the return before times its shock of volume, {n} bars", source="Campbell, Grossman and Wang (1993)", grid={"n": (252,)})
 def volume_reversal(n: int) -> Expr:
     return roll_corr(_RETURN, lag(_RETURN * volume_shock(20)), n)
 
