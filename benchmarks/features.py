@@ -98,7 +98,7 @@ def rates(panel: Panel, names: list[str], peer_symbols: int, repeats: int) -> pd
 def written(symbols: int, bars: int) -> None:
     """All features to Parquet by chunks: seconds, and the memory it takes. Run in a process of its own."""
     panel = random_walk(symbols, bars, seed=0, ragged=False)
-    names = [f.name for f in choose(panel, None, None, panel.symbols[0])]
+    names = [f.name for f in choose(panel, benchmark=panel.symbols[0])]
     ours(select(panel, panel.symbols[:2]), names)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with tempfile.TemporaryDirectory() as folder:
@@ -113,7 +113,7 @@ def written(symbols: int, bars: int) -> None:
 def held(symbols: int, bars: int) -> None:
     """All features in memory: the peak beside the result. Run in a process of its own."""
     panel = random_walk(symbols, bars, seed=0, ragged=False)
-    names = [f.name for f in choose(panel, None, None, panel.symbols[0])]
+    names = [f.name for f in choose(panel, benchmark=panel.symbols[0])]
     ours(select(panel, panel.symbols[:2]), names)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     size = ours(panel, names) * 8 / 2**30
@@ -161,7 +161,7 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
     parser.add_argument("--repeats", type=int, default=3)
     a = parser.parse_args(arguments)
     panel = random_walk(a.symbols, a.bars, seed=0, ragged=False)
-    names = [f.name for f in choose(panel, None, None, panel.symbols[0])]
+    names = [f.name for f in choose(panel, benchmark=panel.symbols[0])]
     table = rates(panel, names, min(a.peer_symbols, a.symbols), a.repeats)
     print(f"{a.symbols} symbols x {a.bars} bars (TA-Lib: {min(a.peer_symbols, a.symbols)} symbols), best of {a.repeats}")
     print(table.to_string(index=False))

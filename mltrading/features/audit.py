@@ -424,7 +424,7 @@ PART_BYTES = 1 << 30  # of the features that are computed together
 
 def _parts(panel: Panel, names: Sequence[str] | None, macro: pd.DataFrame | None, benchmark: str | None) -> list[Sequence[str]]:
     "The features that the panel can feed, as many at a time as fit."
-    found = [f.name for f in choose(panel, names, macro, benchmark)]
+    found = [f.name for f in choose(panel, names, macro, benchmark, short=True)]
     size = max(1, PART_BYTES // (8 * max(1, len(panel) * len(panel.symbols))))
     return [found[i : i + size] for i in range(0, len(found), size)]
 

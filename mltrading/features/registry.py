@@ -26,8 +26,8 @@ from .machine import FeatureBlock, chunks, evaluate
 from ..market.panel import Panel
 
 # %% auto #0
-__all__ = ['REGISTRY', 'SETS', 'Feature', 'feature', 'load', 'lookup', 'catalogue', 'is_intraday', 'choose', 'check_warmup',
-           'compute', 'write_features', 'FeatureParams']
+__all__ = ['REGISTRY', 'SETS', 'Feature', 'feature', 'load', 'lookup', 'catalogue', 'is_intraday', 'choose', 'compute',
+           'write_features', 'FeatureParams']
 
 # %% ../../nbs/features/10_registry.ipynb #f2267b21
 @dataclass(frozen=True)
@@ -148,33 +148,27 @@ def _missing(f: Feature, panel: Panel, macro: pd.DataFrame | None, benchmark: st
 
 def choose(
     panel: Panel,
-    names: Sequence[str] | str | None,
-    macro: pd.DataFrame | None,
-    benchmark: str | None,
+    names: Sequence[str] | str | None = None,
+    macro: pd.DataFrame | None = None,
+    benchmark: str | None = None,
+    short: bool = False,  # histories shorter than a warm-up will do
 ) -> list[Feature]:
-    """The features to compute: those that are named, or all that the panel can feed. Errors as of `compute`."""
-    features = lookup(names)
+    """The features to compute: those that are named, or all that the panel can feed and has bars enough for. Errors as of `compute`."""
+    features, bars = lookup(names), int(panel.alive.sum(axis=1).max(initial=0))
     if names is None:
         within = is_intraday(panel)
-        return [f for f in features if not _missing(f, panel, macro, benchmark) and (within or "clock:session" not in f.needs)]
+        return [f for f in features if not _missing(f, panel, macro, benchmark) and (within or "clock:session" not in f.needs) and (short or f.warmup < bars)]
     for f in features:
         for need in _missing(f, panel, macro, benchmark):
             if need == "benchmark":
                 raise ParameterError("features.benchmark", f"`{f.name}` needs a benchmark", "name one of the panel's symbols, or leave the feature out")
             if need.startswith("macro:") and macro is None:
                 raise ParameterError("features.names", f"`{f.name}` needs macro releases", "give a table of them, or leave the feature out")
-    return features
-
-def check_warmup(
-    panel: Panel,
-    features: Sequence[Feature],
-) -> None:
-    """Raises `DataError` where no symbol has enough bars for a feature's first value."""
-    bars = int(panel.alive.sum(axis=1).max(initial=0))
     slow = max(features, key=lambda f: f.warmup, default=None)
-    if slow is not None and bars <= slow.warmup:
+    if slow is not None and bars <= slow.warmup and not short:
         raise DataError("panel", f"fewer bars than a warm-up: `{slow.name}` has its first value after {slow.warmup} bars, and the longest history has {bars}",
                         "give a longer history, or leave the feature out of features.names")
+    return features
 
 # %% ../../nbs/features/10_registry.ipynb #efe7629d
 def compute(
@@ -193,9 +187,7 @@ def compute(
     Raises `ParameterError` on an unknown name, or on one that needs a benchmark or macro releases that were not given; `DataError` on a history shorter than a warm-up.
 
     Known at: each value at the stamp of its bar."""
-    features = choose(panel, names, macro, benchmark)
-    if not short:
-        check_warmup(panel, features)
+    features = choose(panel, names, macro, benchmark, short)
     return evaluate(panel, {f.name: f.expr for f in features}, macro, benchmark, calendar, dtype=dtype, threads=threads)
 
 def write_features(
@@ -208,7 +200,6 @@ def write_features(
 ) -> tuple[str, ...]:                     # the features written
     """Features of a panel as a long table, timestamp, symbol and float32 columns, in the memory of one chunk of instants. Parameters and errors as of `compute`."""
     features = choose(panel, names, macro, benchmark)
-    check_warmup(panel, features)
     parts = chunks(panel, {f.name: f.expr for f in features}, macro, benchmark, calendar, dtype=np.float32)
     write_parts((block.to_frame() for block in parts), path)
     return tuple(f.name for f in features)
