@@ -248,5 +248,5 @@ def hikkake() -> Expr:
 
 @pattern("hikkakemod", "hikkake after another inside bar that closed near its end", "-2 to 2")
 def modified_hikkake() -> Expr:
-    place = where(_left() > 0, C[2] <= L[2] + NEAR[2], C[2] >= H[2] - NEAR[2])
+    place = where(H[0] < H[1], C[2] <= L[2] + NEAR[2], C[2] >= H[2] - NEAR[2])
     return _trap(_left() * ((H[2] < H[3]) & (L[2] > L[3]) & place))

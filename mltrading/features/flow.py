@@ -62,7 +62,7 @@ def obv_slope(n: int) -> Expr:
 def obv_dist(n: int) -> Expr:
     return (obv(CLOSE, VOLUME) - roll_mean(obv(CLOSE, VOLUME), n)) / roll_sum(VOLUME, n)
 
-@feature("vzo_{n}", family="flow", unit="-1 to 1", about="exponential mean of {n} bars of volume with the sign of the close's change, over that of volume", source="Khalil and Steckler (2011)", grid={"n": (14, 60)})
+@feature("vzo_{n}", family="flow", unit="-1 to 1", about="exponential mean of {n} bars of volume with the sign of the close's change, over that of volume", source="Khalil and Steckler (2011)", grid={"n": (14,)})
 def vzo(n: int) -> Expr:
     signed = sign(delta(CLOSE)) * VOLUME
     return ema(signed, n) / ema(given(VOLUME, signed), n)

@@ -5,8 +5,6 @@
 # %% ../../nbs/features/40_volume.ipynb #35e0d873
 from __future__ import annotations
 
-import math
-
 from .across import rank_across
 from mltrading.features.expressions import (
     CLOSE,
@@ -23,8 +21,6 @@ from mltrading.features.expressions import (
     equal,
     exp,
     field,
-    fill,
-    given,
     lag,
     log,
     maximum,
@@ -42,7 +38,6 @@ from mltrading.features.windows import (
     roll_max,
     roll_mean,
     roll_min,
-    roll_rank,
     roll_slope,
     roll_std,
     roll_sum,
@@ -50,17 +45,17 @@ from mltrading.features.windows import (
 )
 
 # %% auto #0
-__all__ = ['rel_volume', 'volume_z', 'volume_shock', 'volume_rank', 'volume_max_age', 'volume_ratio', 'volume_growth',
-           'volume_trend', 'pvo', 'pvo_line', 'pvo_hist', 'volume_vol', 'volume_top_share', 'volume_entropy',
-           'volume_persistence', 'busy_share', 'price_volume_corr', 'ret_volume_corr', 'move_volume_corr',
-           'volume_reversal', 'volume_place', 'breakout_volume', 'money_ratio', 'money_rank', 'rel_volume_rank',
-           'vwap_dist', 'vwap_place', 'trades_z', 'trade_size_ratio', 'amihud', 'impact', 'facilitation', 'roll_spread',
-           'corwin_schultz', 'abdi_ranaldo', 'cs_spread', 'ar_spread', 'zero_ret_share', 'zero_volume_share']
+__all__ = ['rel_volume', 'volume_z', 'volume_shock', 'volume_max_age', 'volume_ratio', 'volume_growth', 'volume_trend', 'pvo',
+           'pvo_line', 'pvo_hist', 'volume_vol', 'volume_top_share', 'volume_persistence', 'busy_share',
+           'price_volume_corr', 'ret_volume_corr', 'move_volume_corr', 'volume_reversal', 'volume_place',
+           'breakout_volume', 'money_ratio', 'money_rank', 'rel_volume_rank', 'vwap_dist', 'vwap_place', 'trades_z',
+           'trade_size_ratio', 'amihud', 'impact', 'facilitation', 'roll_spread', 'corwin_schultz', 'abdi_ranaldo',
+           'cs_spread', 'ar_spread', 'zero_ret_share', 'zero_volume_share']
 
 # %% ../../nbs/features/40_volume.ipynb #110fada3
 _LOG_VOLUME, _MONEY, _RETURN = log(VOLUME), CLOSE * VOLUME, change(CLOSE)
 
-@feature("rel_volume_{n}", family="volume", unit="1", about="volume over its mean of the {n} bars before", source="Gervais, Kaniel and Mingelgrin (2001)", grid={"n": (5, 20, 60, 252)})
+@feature("rel_volume_{n}", family="volume", unit="1", about="volume over its mean of the {n} bars before", source="Gervais, Kaniel and Mingelgrin (2001)", grid={"n": (5, 20, 60)})
 def rel_volume(n: int) -> Expr:
     return VOLUME / lag(roll_mean(VOLUME, n))
 
@@ -68,13 +63,9 @@ def rel_volume(n: int) -> Expr:
 def volume_z(n: int) -> Expr:
     return (VOLUME - roll_mean(VOLUME, n)) / roll_std(VOLUME, n)
 
-@feature("volume_shock_{n}", family="volume", unit="standard deviations", about="logarithm of volume against the {n} bars before", source="definition", grid={"n": (20, 252)})
+@feature("volume_shock_{n}", family="volume", unit="standard deviations", about="logarithm of volume against the {n} bars before", source="definition", grid={"n": (252,)})
 def volume_shock(n: int) -> Expr:
     return (_LOG_VOLUME - lag(roll_mean(_LOG_VOLUME, n))) / lag(roll_std(_LOG_VOLUME, n))
-
-@feature("volume_rank_{n}", family="volume", unit="0 to 1", about="rank of volume among {n} bars", source="definition", grid={"n": (60,)})
-def volume_rank(n: int) -> Expr:
-    return roll_rank(VOLUME, n)
 
 @feature("volume_max_age_{n}", family="volume", unit="0 to 1", about="bars since the highest volume of {n} bars, as a share of them", source="definition", grid={"n": (20, 252)})
 def volume_max_age(n: int) -> Expr:
@@ -116,12 +107,6 @@ def volume_vol(n: int) -> Expr:
 @feature("volume_top_share_{n}", family="volume", unit="0 to 1", about="share of the busiest bar in the volume of {n} bars", source="definition", grid={"n": (20, 60)})
 def volume_top_share(n: int) -> Expr:
     return roll_max(VOLUME, n) / roll_sum(VOLUME, n)
-
-@feature("volume_entropy_{n}", family="volume", unit="0 to 1", about="entropy of the shares of {n} bars in their volume, 1 where all are equal", source="Shannon (1948)", grid={"n": (20, 60)})
-def volume_entropy(n: int) -> Expr:
-    part = given(fill(VOLUME * _LOG_VOLUME, 0.0), VOLUME)
-    total = roll_sum(VOLUME, n)
-    return minimum((log(total) - roll_sum(part, n) / total) / math.log(n), 1.0)
 
 @feature("volume_persistence_{n}", family="volume", unit="-1 to 1", about="correlation of the logarithm of volume with the bar before, {n} bars", source="definition", grid={"n": (60,)})
 def volume_persistence(n: int) -> Expr:
