@@ -73,19 +73,15 @@ def _data(given: argparse.Namespace) -> None:
 
 # %% ../nbs/90_cli.ipynb #6f33fced
 def _audit(given: argparse.Namespace) -> None:
-    from mltrading.features.audit import audit, refuse
-    from mltrading.features.registry import lookup
+    from mltrading.features.audit import refuse
+    from mltrading.features.proof import audit_snapshot
     from mltrading.market.snapshot import read_snapshot
 
-    market, started = read_snapshot(root() / "data"), time.perf_counter()
-    sets = market.manifest["sets"]
-    panel = market.store(given.bars or max(sets, key=lambda name: (sets[name]["frequency"] == "1d", sets[name]["rows"]))).panel()
-    marked = [s for s in panel.symbols if market.manifest["symbols"][s]["role"] == "benchmark"]
-    macro = market.macro
-    table = audit(panel, macro=macro if len(macro) else None, benchmark=marked[0] if marked else None, cuts=given.cuts)
-    print(f"{len(table)} features tried at {table['cuts'].max()} instants on {panel!r} in {time.perf_counter() - started:.1f} s")
-    if without := [f.name for f in lookup() if f.name not in set(table["feature"])]:
-        print(f"{len(without)} not tried, because these data cannot feed them: {', '.join(without[:5])}{' …' if len(without) > 5 else ''}")
+    started = time.perf_counter()
+    table = audit_snapshot(read_snapshot(root() / "data"), given.bars, cuts=given.cuts)
+    for on, part in table.groupby("on", sort=False):
+        print(f"{len(part):5d} features on {on}")
+    print(f"{len(table)} features tried, at up to {table['cuts'].max()} instants, in {time.perf_counter() - started:.1f} s")
     refuse(table)
     print("none looks ahead, all begin when they say")
 

@@ -23,9 +23,9 @@ from mltrading.features.registry import catalogue, compute, lookup
 from mltrading.features.stream import Stream
 from mltrading.market.macro import History, check_macro
 from mltrading.market.panel import Panel, until
-from mltrading.market.simulate import bridge_intraday, random_walk
+from mltrading.market.simulate import bridge_intraday, made_up_fields, made_up_releases, random_walk, regime_market
 
-SHORT = settings(max_examples=25, deadline=None, derandomize=True)
+SHORT = settings(max_examples=10, deadline=None, derandomize=True)
 
 
 def needed() -> tuple[set[str], set[str]]:
@@ -34,23 +34,14 @@ def needed() -> tuple[set[str], set[str]]:
     return {n for n in needs if ":" not in n} - {"benchmark", "others"}, {n.removeprefix("macro:") for n in needs if n.startswith("macro:")}
 
 
-def with_all_fields(panel: Panel, seed: int = 0) -> Panel:
+def with_all_fields(panel: Panel) -> Panel:
     """The panel with every further field that a feature reads."""
-    rng, fields = np.random.default_rng(seed), dict(panel.fields)
-    for name in sorted(needed()[0] - set(fields)):
-        like = fields.get(name.removeprefix("pred_"), panel["close"]) if name.startswith("pred_") or name == "vwap" else np.where(panel.alive, 10.0, np.nan)
-        noise = rng.standard_normal(like.shape)
-        fields[name] = like * np.exp(0.01 * noise) if like is not None and name != "sentiment" else np.where(panel.alive, np.tanh(noise), np.nan)
-    return Panel(panel.times, panel.symbols, fields)
+    return made_up_fields(panel, needed()[0])
 
 
 def releases(panel: Panel, seed: int = 0) -> pd.DataFrame:
     """Daily figures of every series that a feature reads."""
-    rng, parts = np.random.default_rng(seed), []
-    days = pd.date_range(panel.index[0] - pd.Timedelta(days=900), panel.index[-1], freq="D", tz="UTC").as_unit("us")
-    for series in sorted(needed()[1]):
-        parts.append(pd.DataFrame({"timestamp": days, "series": series, "value": np.exp(3 + 0.1 * rng.standard_normal(len(days))), "reference": days.normalize()}))
-    return pd.concat(parts, ignore_index=True)
+    return made_up_releases(panel, needed()[1], seed)
 
 
 @st.composite
@@ -143,9 +134,9 @@ def test_every_registered_feature_passes_the_audit() -> None:
     longest = max(f.warmup for f in lookup())
     daily = with_all_fields(random_walk(6, longest + 80, seed=11, closes_only=1))
     table = check_registry(daily, None, releases(daily), "S001", cuts=6, seed=3)
-    within = with_all_fields(bridge_intraday(random_walk(3, 25, seed=5, ragged=False), "30m", "XNYS", seed=1))
+    within = with_all_fields(bridge_intraday(regime_market(n_symbols=3, n_bars=60, seed=5)[0], "15m", "XNYS", seed=1))
     names = [f.name for f in lookup() if "clock:session" in f.needs]
-    inside = check_registry(within, names, releases(within), "S001", "XNYS", cuts=6, seed=3)
+    inside = check_registry(within, names, releases(within), within.symbols[1], "XNYS", cuts=6, seed=3)
     assert set(table["feature"]) | set(inside["feature"]) == {f.name for f in lookup()}
     assert (table["cuts"] >= 4).all()
 

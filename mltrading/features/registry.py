@@ -26,10 +26,12 @@ from .machine import FeatureBlock, chunks, evaluate
 from ..market.panel import Panel
 
 # %% auto #0
-__all__ = ['REGISTRY', 'SETS', 'Feature', 'feature', 'load', 'lookup', 'catalogue', 'is_intraday', 'choose', 'compute',
-           'write_features', 'FeatureParams']
+__all__ = ['READABLE', 'REGISTRY', 'SETS', 'Feature', 'feature', 'load', 'lookup', 'catalogue', 'is_intraday', 'choose',
+           'compute', 'write_features', 'FeatureParams']
 
 # %% ../../nbs/features/10_registry.ipynb #f2267b21
+READABLE = 400  # characters of a formula
+
 @dataclass(frozen=True)
 class Feature:
     """One registered feature."""
@@ -44,8 +46,9 @@ class Feature:
 
     @property
     def formula(self) -> str:
-        "The formula as text, spelled out to the words of the language."
-        return text(self.expr, spelled=True)
+        "The formula as text, spelled out to the words of the language where that is not too long to read."
+        spelled = text(self.expr, spelled=True)
+        return spelled if len(spelled) <= READABLE else text(self.expr)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -90,7 +93,7 @@ def feature(
     return register
 
 # %% ../../nbs/features/10_registry.ipynb #8b626dfc
-_NOT_FAMILIES = ("across", "audit", "clocks", "engine", "expressions", "machine", "redundancy", "registry", "stream", "windows")
+_NOT_FAMILIES = ("across", "audit", "clocks", "engine", "expressions", "machine", "proof", "redundancy", "registry", "stream", "windows")
 SETS: dict[str, Callable[[], list[str]]] = {}
 
 @functools.cache

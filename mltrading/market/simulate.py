@@ -18,7 +18,8 @@ from .calendar import buckets, close_of, session_of, sessions
 from .panel import PRICES, BarSet, Panel, to_frame
 
 # %% auto #0
-__all__ = ['REGIMES', 'random_walk', 'Regime', 'regime_market', 'bridge_intraday', 'simulated_set', 'is_simulated']
+__all__ = ['REGIMES', 'random_walk', 'Regime', 'regime_market', 'bridge_intraday', 'made_up_fields', 'made_up_releases',
+           'simulated_set', 'is_simulated']
 
 # %% ../../nbs/market/70_simulate.ipynb #9e77b267
 def _bars(
@@ -266,6 +267,31 @@ def bridge_intraday(
     if "adj_factor" in daily.fields:
         fields["adj_factor"] = np.repeat(daily["adj_factor"], count, axis=1)
     return Panel(table["close"].to_numpy("datetime64[us]"), daily.symbols, fields)
+
+# %% ../../nbs/market/70_simulate.ipynb #f42d908e
+def made_up_fields(
+    panel: Panel,
+    names: set[str],  # fields that the panel shall have; what it has stays
+    seed: int = 0,
+) -> Panel:
+    """The panel with further fields: those named `pred_…` and `vwap` near a price, `sentiment` between -1 and 1, others positive."""
+    rng, fields = np.random.default_rng(seed), dict(panel.fields)
+    for name in sorted(names - set(fields)):
+        like = fields.get(name.removeprefix("pred_"), panel["close"]) if name.startswith("pred_") or name == "vwap" else np.where(panel.alive, 10.0, np.nan)
+        noise = rng.standard_normal(like.shape)
+        fields[name] = np.where(panel.alive, np.tanh(noise), np.nan) if name == "sentiment" else like * np.exp(0.01 * noise)
+    return Panel(panel.times, panel.symbols, fields)
+
+def made_up_releases(
+    panel: Panel,
+    series: set[str],
+    seed: int = 0,
+) -> pd.DataFrame:  # timestamp, series, value, reference: a figure a day for each series, from 900 days before the panel on
+    """Releases of macroeconomic series that say nothing."""
+    rng = np.random.default_rng(seed)
+    days = pd.date_range(panel.index[0] - pd.Timedelta(days=900), panel.index[-1], freq="D").as_unit("us") + pd.Timedelta(minutes=15)
+    parts = [pd.DataFrame({"timestamp": days, "series": name, "value": np.exp(3 + 0.1 * rng.standard_normal(len(days))), "reference": days.normalize()}) for name in sorted(series)]
+    return pd.concat(parts, ignore_index=True)
 
 # %% ../../nbs/market/70_simulate.ipynb #b1667eb5
 _SIMULATED = "simulated: "
