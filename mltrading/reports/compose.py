@@ -277,8 +277,8 @@ class Run(_Past):
 
     def shap(self) -> Figure:
         """What the last model leans on, over rows of its own test window."""
-        features, model = self.table("features", "features"), self.last_model
-        rows = features[(features["timestamp"] >= self.table("train", "folds")["test_start"].iloc[-1]) & features["sigma"].notna() & features["symbol"].isin(self.setting["symbols"])]
+        features, model, known = self.table("features", "features"), self.last_model, self.table("features", "sigma")["sigma"].notna()
+        rows = features[(features["timestamp"] >= self.table("train", "folds")["test_start"].iloc[-1]) & known & features["symbol"].isin(self.setting["symbols"])]
         x = rows.iloc[np.linspace(0, len(rows) - 1, min(self.params.shap_rows, len(rows))).astype(int)][list(model.features)]
         values, _ = shap_values(model, x)
         return plots.plot_shap(importance(values), values, x)
