@@ -1,5 +1,6 @@
 """Formulas of any shape: the same bits at once, in chunks and bar by bar, nothing from the future, nothing infinite, nothing before the warm-up."""
 
+import re
 import tracemalloc
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mltrading.core.errors import DataError, ParameterError
-from mltrading.features import machine, windows
+from mltrading.features import across, expressions, machine, windows
 from mltrading.features.across import mean_across, rank_across, std_across
 from mltrading.features.engine import OPCODE
 from mltrading.features.expressions import (
@@ -58,6 +59,7 @@ from mltrading.market.panel import Panel, until
 from mltrading.market.simulate import random_walk
 
 SHORT = settings(max_examples=60, deadline=None)
+LENGTHS = st.one_of(st.integers(4, 40), st.sampled_from([63, 64, 100]))
 FIELDS = (CLOSE, HIGH, LOW, OPEN, VOLUME)
 
 ONE = [absolute, arctan, exp, known, log, sign, sqrt, square, since, streak, rank_across, mean_across, std_across, lambda x: fill(x, 0.5), lambda x: x + 1.5, lambda x: 2.0 - x, lambda x: 1.0 / x, lambda x: ~(x > 0)]
@@ -80,13 +82,13 @@ def formulas(draw: st.DrawFn, depth: int = 4) -> Expr:
     if kind == 1:
         return where(draw(formulas(depth - 1)) > draw(formulas(depth - 2 if depth > 1 else 0)), draw(formulas(depth - 1)), draw(st.sampled_from(FIELDS)))
     if kind == 2:
-        return draw(st.sampled_from([windows.roll_corr, windows.roll_cov, windows.roll_beta]))(draw(formulas(depth - 1)), draw(formulas(depth - 1)), draw(st.integers(2, 40)))
+        return draw(st.sampled_from([windows.roll_corr, windows.roll_cov, windows.roll_beta]))(draw(formulas(depth - 1)), draw(formulas(depth - 1)), draw(LENGTHS))
     if kind == 3:
         a, b = draw(formulas(depth - 1)), draw(formulas(depth - 1))
         return draw(st.sampled_from([windows.parabolic_stop(a, b, 0.02, 0.2), windows.trailing_stop(a + b, a - b, CLOSE)]))
     if kind == 4:
         return draw(st.sampled_from(TWO))(draw(formulas(depth - 1)), draw(formulas(depth - 1)))
-    return draw(st.sampled_from(WINDOWED))(draw(formulas(depth - 1)), draw(st.integers(4, 40)))
+    return draw(st.sampled_from(WINDOWED))(draw(formulas(depth - 1)), draw(LENGTHS))
 
 
 def ragged(seed: int, bars: int = 150, symbols: int = 4) -> Panel:
@@ -139,8 +141,27 @@ def test_no_value_comes_before_the_warmup(expr: Expr, seed: int) -> None:
     x = value(panel, expr) if not {"benchmark", "macro:vix"} & set(needs(expr)) else evaluate(panel, {"x": expr}, releases(panel), panel.symbols[0]).values[0]
     before = np.cumsum(panel.alive, axis=1) - 1
     assert not (~np.isnan(x) & (before < warmup(expr))).any()
-    assert text(expr)
-    assert steady(expr) in (True, False)
+
+
+@SHORT
+@given(formulas(depth=3))
+def test_the_text_of_a_formula_says_what_it_is(expr: Expr) -> None:
+    words = {name: getattr(module, name) for module in (expressions, windows, across) for name in module.__all__ if callable(getattr(module, name))}
+    words |= {"atan": arctan, "abs": absolute, "max": maximum, "min": minimum, "eq": equal, "cummax": cumulative_max}
+    fields = {str(f.params[0]): f for f in FIELDS}
+    quoted = re.sub(r"(clock|macro)\((\w+)", r"\1('\2'", text(expr))  # names are written without quotes
+    again = eval(quoted, {**words, **fields})
+    assert again is expr or again == expr.args[0] or text(again) == text(expr)
+
+
+def test_steady_formulas_begin_when_the_warmup_has_passed() -> None:
+    panel = random_walk(1, 200, seed=3, ragged=False)
+    for f in WINDOWED:
+        expr = f(change(CLOSE) + VOLUME * 0.0, 7)
+        if steady(expr):
+            assert int(np.isnan(value(panel, expr)[0]).argmin()) == warmup(expr), expr
+    assert not steady(since(CLOSE > OPEN))
+    assert windows.roll_mean(CLOSE, np.int64(20)) is windows.roll_mean(CLOSE, 20)
 
 
 @SHORT
@@ -184,6 +205,23 @@ def test_moments_do_not_remember_outliers_or_levels(seed: int, n: int, level: fl
     np.testing.assert_allclose(mine[3], [np.corrcoef(a, b)[0, 1] for a, b in zip(wx, wy, strict=True)], atol=1e-7)
     m2, m3 = (centred**2).mean(axis=1), (centred**3).mean(axis=1)
     np.testing.assert_allclose(mine[4], np.sqrt(n * (n - 1)) / (n - 2) * m3 / m2**1.5, atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [1, 2, 511, 512, 513, 700, 1300])
+def test_lags_and_windows_longer_than_a_chunk(n: int) -> None:
+    panel = random_walk(2, 1400, seed=8)
+    named = {"lag": lag(VOLUME, n), "mean": windows.roll_mean(VOLUME, n), "top": windows.roll_max(CLOSE, n), "mad": windows.roll_mad(CLOSE, n), "quantile": windows.roll_quantile(VOLUME, n, 0.5)}
+    block = evaluate(panel, named)
+    for i in range(2):
+        own = pd.Series(panel["volume"][i, panel.alive[i]])
+        for name, want in (("lag", own.shift(n)), ("mean", own.rolling(n).mean()), ("quantile", own.rolling(n).quantile(0.5))):
+            np.testing.assert_allclose(block[name][i, panel.alive[i]], want, rtol=1e-9)
+    p = plan(tuple(named.values()))
+    mixed, fields, out, first = Machine(p, 2, context_of(panel, None, None, "24/7"), 600), stacked(panel, p.fields), np.empty(block.values.shape), 0
+    for width in (1, 600, 3, 511, 1, 284):
+        mixed.advance(panel.times[first : first + width], fields, first, out, first)
+        first += width
+    assert out.tobytes() == block.values.tobytes()
 
 
 def test_a_stream_takes_releases_as_they_come_and_refuses_late_ones() -> None:

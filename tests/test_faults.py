@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,9 @@ def test_fewer_bars_than_a_warm_up(shop: Path, capsys: pytest.CaptureFixture[str
     assert main(["stage", "panel", "multiasset", "--profile", "smoke"]) == 0
     (shop / "build" / "smoke" / "multiasset" / "features").mkdir()
     (shop / "build" / "smoke" / "multiasset" / "features" / "old.txt").write_text("old")
+    params = (shop / "params.yaml").read_text()
+    (shop / "params.yaml").unlink()
+    (shop / "params.yaml").write_text(re.sub(r"names: all\b.*", "names: [ret_1d, ret_252d]", params))
     capsys.readouterr()
     assert main(["stage", "features", "multiasset", "--profile", "smoke"]) == 1
     message = capsys.readouterr().err

@@ -154,13 +154,15 @@ def _rank(x: Any, out: Any) -> None:
 def _moment(x: Any, out: Any, second: Any) -> None:
     "Mean, or sample standard deviation, at each instant, for every symbol that has a value."
     rows, cols = x.shape
-    count, total, square = np.zeros(cols), np.zeros(cols), np.zeros(cols)
+    count, total, square, base = np.zeros(cols), np.zeros(cols), np.zeros(cols), np.zeros(cols)
     for i in range(rows):
         for t in range(cols):
-            count[t] += 1.0 if x[i, t] == x[i, t] else 0.0
-            total[t] += x[i, t] if x[i, t] == x[i, t] else 0.0
+            known = x[i, t] == x[i, t]
+            base[t] = x[i, t] if known and count[t] == 0.0 else base[t]
+            count[t] += 1.0 if known else 0.0
+            total[t] += x[i, t] - base[t] if known else 0.0
     for t in range(cols):
-        total[t] /= count[t]
+        total[t] = base[t] + total[t] / count[t]
     if second:
         for i in range(rows):
             for t in range(cols):

@@ -182,7 +182,7 @@ def _first_difference(
     x, y = a.view(np.int64), b.view(np.int64)
     if np.array_equal(x, y):
         return None
-    differs = (x != y) & ~(np.isnan(a) & np.isnan(b))
+    differs = (x != y) & (a != b) & ~(np.isnan(a) & np.isnan(b))  # -0.0 and 0.0 are one number
     if slack:
         differs &= ~(np.abs(a - b) <= slack * np.fmax.reduce(np.abs(a), axis=1, keepdims=True))
     if not differs.any():

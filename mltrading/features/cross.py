@@ -22,6 +22,7 @@ from mltrading.features.expressions import (
     absolute,
     change,
     composed,
+    given,
     lag,
     sign,
     square,
@@ -199,7 +200,7 @@ def breadth_thrust(n: int) -> Expr:
 
 @_breadth("breadth_volume_{n}", "0 to 1", "share of close times volume in rising symbols, {n} bars", 5)
 def breadth_volume(n: int) -> Expr:
-    return roll_sum(mean_across(_TURNOVER * (_R > 0.0)), n) / roll_sum(mean_across(_TURNOVER), n)
+    return roll_sum(mean_across(_TURNOVER * (_R > 0.0)), n) / roll_sum(mean_across(given(_TURNOVER, _R)), n)
 
 # %% ../../nbs/features/54_cross.ipynb #63539a3d
 _MEAN = mean_across(_R)

@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from ..core.errors import ParameterError
 
 # %% auto #0
@@ -23,17 +25,10 @@ __all__ = ['Parameter', 'OPEN', 'HIGH', 'LOW', 'CLOSE', 'VOLUME', 'VWAP', 'TYPIC
 # %% ../../nbs/features/00_expressions.ipynb #e80f64ef
 Parameter = int | float | str
 
-class Expr:
-    """A formula over bars. Made by the functions of this module, `features.windows` and `features.across`; combined with the signs of arithmetic."""
+class _Arithmetic:
+    "The signs of arithmetic."
 
-    __slots__ = ("args", "meaning", "op", "params")
-    op: str                         # what is done
-    args: tuple[Expr, ...]          # to what
-    params: tuple[Parameter, ...]   # numbers and names that belong to the operation
-    meaning: Expr | None            # the simpler formula that a composed one stands for
-
-    def __repr__(self) -> str:
-        return text(self)
+    __slots__ = ()
 
     def __add__(self, other: Expr | float) -> Expr:
         return node("add", self, other)
@@ -62,6 +57,25 @@ class Expr:
     def __neg__(self) -> Expr:
         return node("sub", 0.0, self)
 
+    def __abs__(self) -> Expr:
+        return node("abs", self)
+
+# %% ../../nbs/features/00_expressions.ipynb #1170b016
+class Expr(_Arithmetic):
+    """A formula over bars. Made by the functions of this module, `features.windows` and `features.across`; combined with the signs of arithmetic and comparison."""
+
+    __slots__ = ("args", "meaning", "op", "params")
+    op: str                         # what is done
+    args: tuple[Expr, ...]          # to what
+    params: tuple[Parameter, ...]   # numbers and names that belong to the operation
+    meaning: Expr | None            # the simpler formula that a composed one stands for
+
+    def __repr__(self) -> str:
+        return text(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (self.op, self.args, self.params, self.meaning)
+
     def __gt__(self, other: Expr | float) -> Expr:
         return node("gt", self, other)
 
@@ -84,14 +98,18 @@ class Expr:
         return node("sub", 1.0, self)
 
     def __bool__(self) -> bool:
-        raise ParameterError(f"`{self}`", "a formula is neither true nor false", "write `(a > 0) & (b > 0)`, and `where(condition, x, y)` instead of `if`")
+        raise ParameterError(f"`{self}`", "a formula is neither true nor false", "write `(a > 0) & (b > 0)`, `where(condition, x, y)` instead of `if`, and `equal(a, b)` for equality")
 
 # %% ../../nbs/features/00_expressions.ipynb #9f66363b
 _NODES: dict[Any, Expr] = {}
 
+def _again(op: str, args: tuple[Expr, ...], params: tuple[Parameter, ...], meaning: Expr | None) -> Expr:
+    "The node of a copy."
+    return node(op, *args, params=params, meaning=meaning)
+
 def node(
     op: str,                  # an operation of `OPERATIONS`, or the name of a composed one
-    *args: Expr | float,      # what it is applied to
+    *args: _Arithmetic | float,  # what it is applied to: formulas and numbers
     params: tuple[Parameter, ...] = (),
     meaning: Expr | None = None,  # of a composed one
 ) -> Expr:
@@ -105,10 +123,10 @@ def node(
     return _NODES[key]
 
 def constant(
-    value: float,  # finite
+    value: Any,  # a finite number
 ) -> Expr:
     """A number. Raises `ParameterError` on one that is not finite, or on something else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating) or not math.isfinite(value):
         raise ParameterError("formula", f"`{value!r}` is not a number", "use formulas of `mltrading.features` and finite numbers")
     return node("constant", params=(float(value),))
 
@@ -205,16 +223,17 @@ def given(x: Expr, y: Expr) -> Expr:
 # %% ../../nbs/features/00_expressions.ipynb #687155cf
 def _count(name: str, n: int, least: int) -> int:
     "A number of bars, checked."
-    if isinstance(n, bool) or not isinstance(n, int) or n < least:
+    if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < least:
         raise ParameterError(name, f"`{n!r}` is not a number of bars", f"use a whole number, {least} or more: nothing can refer to a later bar")
-    return n
+    return int(n)
 
 def lag(
     x: Expr,
     n: int = 1,  # bars, >= 0
 ) -> Expr:
-    """The value `n` own bars ago. A constant always was what it is; a lag of a lag is one lag."""
-    if _count("lag", n, 0) == 0 or x.op == "constant":
+    """The value `n` values ago; bars at which `x` is unknown do not count. A constant always was what it is; a lag of a lag is one lag."""
+    n = _count("lag", n, 0)
+    if n == 0 or x.op == "constant":
         return x
     return lag(x.args[0], n + int(x.params[0])) if x.op == "lag" else node("lag", x, params=(n,))
 
@@ -274,9 +293,9 @@ def composed(
     def once(*args: Any, **kwargs: Any) -> Expr:
         given = inspect.signature(function).bind(*args, **kwargs)
         given.apply_defaults()
-        values = [given.arguments[n] for n in names]
+        values = [v.item() if isinstance(v := given.arguments[n], np.generic) else v for n in names]
         nodes = [v for v in values if isinstance(v, Expr)]
-        return node(function.__name__, *nodes, params=tuple(v for v in values if not isinstance(v, Expr)), meaning=function(*args, **kwargs))
+        return node(function.__name__, *nodes, params=tuple(v for v in values if not isinstance(v, Expr)), meaning=function(*values))
     return once
 
 @composed

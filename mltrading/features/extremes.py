@@ -25,6 +25,7 @@ from mltrading.features.expressions import (
 )
 from .registry import feature
 from mltrading.features.windows import (
+    apart,
     roll_kurt,
     roll_max,
     roll_mean,
@@ -121,7 +122,7 @@ def ulcer(n: int) -> Expr:
 def pain_ratio(n: int) -> Expr:
     return change(CLOSE, n) / -roll_mean(drawdown(CLOSE, n), n)
 
-@feature("calmar_{n}", family="extremes", unit="1", about="return over {n} bars relative to its deepest drawdown", source="Young (1991)", grid={"n": (252,)})
+@feature("calmar_{n}", family="extremes", unit="1", about="return over {n} bars relative to its deepest drawdown, each from the high of the {n} bars before it", source="Young (1991)", grid={"n": (252,)})
 def calmar(n: int) -> Expr:
     return change(CLOSE, n) / -deepest(CLOSE, n)
 
@@ -146,7 +147,7 @@ def high_step(n: int) -> Expr:
 def low_step(n: int) -> Expr:
     return change(roll_min(LOW, n), n)
 
-@feature("range_growth_{n}", family="extremes", unit="1", about="range of {n} bars over the root of the sum of their squared ranges", source="Mandelbrot (1972)", grid={"n": (5, 20, 252)})
+@feature("range_growth_{n}", family="extremes", unit="1", about="range of {n} bars over the root of the sum of their squared ranges", source="after Mandelbrot (1972)", grid={"n": (5, 20, 252)})
 def range_growth(n: int) -> Expr:
     return log(roll_max(HIGH, n) / roll_min(LOW, n)) / sqrt(n * roll_mean(square(log(HIGH / LOW)), n))
 
@@ -162,7 +163,7 @@ def min_ret_z(n: int) -> Expr:
 @feature("extreme_balance_{n}", family="extremes", unit="1", about="sum over difference of the largest and the smallest return of {n} bars", source="definition", grid={"n": (5, 20, 252)})
 def extreme_balance(n: int) -> Expr:
     best, worst = roll_max(_RETURN, n), roll_min(_RETURN, n)
-    return (best + worst) / (best - worst)
+    return (best + worst) / apart(best, worst)
 
 @feature("since_best_{n}", family="extremes", unit="0 to 1", about="bars since the largest return of {n}, as a share of them", source="definition", grid={"n": (60,)})
 def since_best(n: int) -> Expr:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ..core.errors import ParameterError, unknown
 from .across import across
 from .clocks import read_clock
-from .engine import Program, assemble, plain, run
+from .engine import HUGE, Program, assemble, plain, run
 from .expressions import CLOSE, Expr
 from ..market.macro import History, histories
 from ..market.panel import Panel
@@ -147,6 +147,17 @@ class _Worker:
 
 _NONE, _NO_ROWS, _NO_SINGLE = np.empty((0, 0, 0)), np.empty((0, 0)), np.empty((0, 0, 0), np.float32)
 
+# %% ../../nbs/features/08_machine.ipynb #99f9aa00
+def _crossed(crossing: Sequence[tuple[str, int, int]], blocks: NDArray[np.float64], pool: ThreadPoolExecutor | None) -> None:
+    "Operations across symbols, one per thread at a time."
+    jobs = [(op, blocks[a], blocks[b]) for op, a, b in crossing]
+    if pool is None or blocks.shape[2] == 1:
+        for job in jobs:
+            across(*job)
+    else:
+        list(pool.map(lambda job: across(*job), jobs))
+
+# %% ../../nbs/features/08_machine.ipynb #cd3312c9
 class Machine:
     """Computes a plan's formulas over a growing history of some symbols."""
 
@@ -184,10 +195,10 @@ class Machine:
         target = (out, _NO_SINGLE, np.inf) if double else (_NONE, out, float(np.finfo(np.float32).max))
         for level, (program, crossing) in enumerate(zip(self.plan.layers, self.plan.crossings, strict=True)):
             self._layer(level, program, fields, rows, blocks, (first, w, base), target)
-            self._across(crossing, blocks)
-        with np.errstate(over="ignore"):
-            for k, b in self.plan.copies:
-                out[k, :, base : base + w] = blocks[b]
+            _crossed(crossing, blocks, self.pool)
+        most = HUGE if double else target[2]
+        for k, b in self.plan.copies:
+            out[k, :, base : base + w] = np.where(np.abs(blocks[b]) <= most, blocks[b], np.nan)
 
     def _rows(self, times: NDArray[np.datetime64], fields: NDArray[np.float64], first: int) -> NDArray[np.float64]:
         "Rows that all symbols share."
@@ -217,15 +228,6 @@ class Machine:
             return
         edges = np.linspace(0, self.symbols, self.threads + 1).astype(int)
         list(self.pool.map(some, self.workers, edges[:-1].tolist(), edges[1:].tolist()))
-
-    def _across(self, crossing: Sequence[tuple[str, int, int]], blocks: NDArray[np.float64]) -> None:
-        "Operations across symbols, one per thread at a time."
-        jobs = [(op, blocks[a], blocks[b]) for op, a, b in crossing]
-        if self.pool is None or (jobs and jobs[0][1].shape[1] == 1):
-            for job in jobs:
-                across(*job)
-        else:
-            list(self.pool.map(lambda job: across(*job), jobs))
 
 # %% ../../nbs/features/08_machine.ipynb #be103267
 @dataclass(frozen=True, eq=False)

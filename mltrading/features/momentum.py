@@ -47,7 +47,7 @@ from mltrading.features.windows import (
 __all__ = ['gain_share', 'rsi', 'rsi_close', 'rsi_change', 'rsi_corr', 'cmo', 'rmi', 'imi', 'demarker', 'vol_index', 'laguerre',
            'laguerre_rsi', 'place', 'stoch_k', 'stoch_d', 'stoch_slow', 'stoch_of', 'stoch_rsi', 'stoch_rsi_d', 'smi',
            'close_rank', 'cci', 'pgo', 'trix', 'tsi', 'kst', 'kst_hist', 'coppock', 'awesome', 'accelerator', 'dpo',
-           'bop', 'bop_mean', 'four_bars', 'vigor', 'vigor_hist', 'ultimate', 'connors_rsi', 'fisher', 'schaff']
+           'bop_mean', 'four_bars', 'vigor', 'vigor_hist', 'ultimate', 'connors_rsi', 'fisher', 'schaff']
 
 # %% ../../nbs/features/24_momentum.ipynb #89630e0d
 @composed
@@ -201,14 +201,10 @@ def accelerator() -> Expr:
 def dpo(n: int) -> Expr:
     return CLOSE / lag(roll_mean(CLOSE, n), n // 2 + 1) - 1.0
 
-# %% ../../nbs/features/24_momentum.ipynb #62248169
-@feature("bop", family="oscillator", unit="-1 to 1", about="body of the bar over its range", source="Livshin (2001)")
-def bop() -> Expr:
-    return (CLOSE - OPEN) / (HIGH - LOW)
-
+# %% ../../nbs/features/24_momentum.ipynb #af7e4924
 @feature("bop_mean_{n}", family="oscillator", unit="-1 to 1", about="mean over {n} bars of body over range", source="Livshin (2001)", grid={"n": (14,)})
 def bop_mean(n: int) -> Expr:
-    return roll_mean(bop(), n)
+    return roll_mean((CLOSE - OPEN) / (HIGH - LOW), n)
 
 @composed
 def four_bars(x: Expr) -> Expr:

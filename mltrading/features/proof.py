@@ -35,10 +35,10 @@ def prove(
     fields = {n for f in everything for n in f.needs if ":" not in n} - {"benchmark", "others"}
     series = {n.removeprefix("macro:") for f in everything for n in f.needs if n.startswith("macro:")}
 
-    def with_all(panel: Panel, known: pd.DataFrame | None) -> tuple[Panel, pd.DataFrame]:
+    def with_all(panel: Panel, known: pd.DataFrame | None) -> tuple[Panel, pd.DataFrame | None]:
         there = set() if known is None else set(known["series"])
         parts = ([] if known is None else [known]) + ([made_up_releases(panel, series - there, seed)] if series - there else [])
-        return made_up_fields(panel, fields, seed), pd.concat(parts, ignore_index=True)
+        return made_up_fields(panel, fields, seed), pd.concat(parts, ignore_index=True) if parts else None
 
     real = [f.name for f in choose(daily, None, macro, market, short=True)]
     tables = [audit(daily, real, macro, market, cuts=cuts, seed=seed).assign(on=repr(daily))]

@@ -29,7 +29,7 @@ from ..market.panel import Panel
 __all__ = ['READABLE', 'REGISTRY', 'SETS', 'Feature', 'feature', 'load', 'lookup', 'catalogue', 'is_intraday', 'choose',
            'compute', 'write_features', 'FeatureParams']
 
-# %% ../../nbs/features/10_registry.ipynb #f2267b21
+# %% ../../nbs/features/10_registry.ipynb #674d0460
 READABLE = 400  # characters of a formula
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Feature:
     source: str    # paper, book or standard
     expr: Expr     # the formula
     module: str    # where it is declared
+    pattern: str   # the name as it was declared there
 
     @property
     def formula(self) -> str:
@@ -65,7 +66,16 @@ class Feature:
         "Whether the first value surely comes when the warm-up has passed: it depends on nothing but the symbol's own bars, and waits for no event."
         return steady(self.expr) and not any(n in ("benchmark", "others") or ":" in n for n in self.needs)
 
+# %% ../../nbs/features/10_registry.ipynb #0e644c94
 REGISTRY: dict[str, Feature] = {}
+
+def _declare(declared: Feature) -> None:
+    "Enter a feature. What a notebook that is being worked on declares stands before what was exported."
+    other = REGISTRY.get(declared.name)
+    if other is None or other.module == declared.module or declared.module == "__main__":
+        REGISTRY[declared.name] = declared
+    elif other.module != "__main__":
+        raise ParameterError(f"feature `{declared.name}`", f"is declared in {other.module} and in {declared.module}", "give one of them another name")
 
 def feature(
     name: str,                                   # pattern, `ret_{n}d`
@@ -76,23 +86,23 @@ def feature(
     source: str,                                 # paper, book or standard
     grid: Mapping[str, Iterable[Any]] | None = None,  # parameter -> values; all combinations are registered
 ) -> Callable[[Callable[..., Expr]], Callable[..., Expr]]:
-    """Register what a function returns, once per combination of the grid.
+    """Register what a function returns, once per combination of the grid. Declared anew, it replaces all that it was before.
 
-    Raises `ParameterError` where a name is taken."""
+    Raises `ParameterError` where a name is taken, and where the function does not return a formula."""
     def register(function: Callable[..., Expr]) -> Callable[..., Expr]:
+        module = function.__module__
+        for old in [f.name for f in REGISTRY.values() if (f.pattern, f.module) == (name, module)]:
+            del REGISTRY[old]
         for values in itertools.product(*(grid or {}).values()):
             params = dict(zip(grid or {}, values, strict=True))
-            key, module = name.format(**params), function.__module__
-            if key in REGISTRY and REGISTRY[key].module != module:
-                if REGISTRY[key].module == "__main__":
-                    continue  # a notebook is being worked on: what it declares stands before what was exported
-                if module != "__main__":
-                    raise ParameterError(f"feature `{key}`", f"is declared in {REGISTRY[key].module} and in {module}", "give one of them another name")
-            REGISTRY[key] = Feature(key, family, about.format(**params), unit, source, function(**params), module)
+            expr = function(**params)
+            if not isinstance(expr, Expr):
+                raise ParameterError(f"feature `{name}`", f"`{function.__name__}` returns {type(expr).__name__}, not a formula", "build it from the words of features.expressions and features.windows")
+            _declare(Feature(name.format(**params), family, about.format(**params), unit, source, expr, module, name))
         return function
     return register
 
-# %% ../../nbs/features/10_registry.ipynb #8b626dfc
+# %% ../../nbs/features/10_registry.ipynb #8d1a2203
 _NOT_FAMILIES = ("across", "audit", "clocks", "engine", "expressions", "machine", "proof", "redundancy", "registry", "stream", "windows")
 SETS: dict[str, Callable[[], list[str]]] = {}
 
@@ -112,20 +122,18 @@ def _natural(f: Feature) -> tuple[Any, ...]:
     return f.family, [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", f.name)]
 
 def lookup(
-    names: Sequence[str] | str | None = None,  # features, or the name of a set; all registered features unless told
+    names: Sequence[str] | str | None = None,  # features, the name of one or of a set; all registered features unless told
 ) -> list[Feature]:                            # in the order of `names`, or by family and name
     """Registered features. Raises `ParameterError` on an unknown name, or one that is asked for twice."""
     if names is None or isinstance(names, str) or any(n not in REGISTRY for n in names):
         load()
-    if names is None:
+    if names is None or names == "all":
         return sorted(REGISTRY.values(), key=_natural)
     if isinstance(names, str):
-        if names not in SETS:
-            raise unknown("set of features", names, ["all", *SETS], "features.names")
-        names = SETS[names]()
+        names = SETS[names]() if names in SETS else [names]
     for n in names:
         if n not in REGISTRY:
-            raise unknown("feature", n, list(REGISTRY), "features.names")
+            raise unknown("feature or set", n, [*REGISTRY, *SETS], "features.names")
     if len(set(names)) < len(names):
         twice = next(n for n in names if list(names).count(n) > 1)
         raise ParameterError("features.names", f"`{twice}` is named twice", "name it once")
@@ -158,7 +166,7 @@ def choose(
 ) -> list[Feature]:
     """The features to compute: those that are named, or all that the panel can feed and has bars enough for. Errors as of `compute`."""
     features, bars = lookup(names), int(panel.alive.sum(axis=1).max(initial=0))
-    if names is None:
+    if names is None or names == "all":
         within = is_intraday(panel)
         return [f for f in features if not _missing(f, panel, macro, benchmark) and (within or "clock:session" not in f.needs) and (short or f.warmup < bars)]
     for f in features:
@@ -214,7 +222,3 @@ class FeatureParams(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     names: str | list[str] = Field(description="`all` that the panel can feed, the name of a set, or a list of features")
     benchmark: str | None = Field(description="the symbol that stands for the market, or null")
-
-    def chosen(self) -> list[str] | str | None:
-        "The names as `compute` wants them."
-        return None if self.names == "all" else self.names

@@ -11,42 +11,16 @@ from .registry import SETS
 __all__ = ['SEQUENCE60', 'CONTEXT10', 'INTRADAY176']
 
 # %% ../../nbs/features/72_sets.ipynb #1b519722
-SEQUENCE60 = """
-ret_1d ret_2d ret_3d ret_5d ret_10d ret_20d overnight_1d intraday_1d high_ret_1d low_ret_1d
-body_share upper_size lower_size close_place_5 gap_fill colour_streak
-sma_dist_5 sma_dist_10 sma_dist_20 sma_dist_50 ema_dist_12 ema_dist_26 macd_12_26 macd_hist_12_26_9 adx_14 di_diff_14 aroon_25 sar_dist slope_20 trend_r2_20
-rsi_2 rsi_14 stoch_k_14 stoch_d_14_3 stoch_rsi_14 cci_20 mfi_14 cmo_10 bop ultimate_7_14_28
-vol_5d vol_20d vol_ratio_5_60 atr_pct_14 parkinson_20 boll_20 boll_width_20 keltner_20_10 drawdown_20 rebound_20
-volume_z_20 volume_ratio_5_60 obv_slope_20 cmf_20 force_13 vwma_dist_20
-dow_sin dow_cos month_sin month_cos
-""".split()
+SEQUENCE60 = ["ret_1d", "ret_2d", "ret_3d", "ret_5d", "ret_10d", "ret_20d", "overnight_1d", "intraday_1d", "high_ret_1d", "low_ret_1d", "body_share", "upper_size", "lower_size", "close_place_5", "gap_fill", "colour_streak", "sma_dist_5", "sma_dist_10", "sma_dist_20", "sma_dist_50", "ema_dist_12", "ema_dist_26", "macd_12_26", "macd_hist_12_26_9", "adx_14", "di_diff_14", "aroon_25", "sar_dist", "slope_20", "trend_r2_20", "rsi_2", "rsi_14", "stoch_k_14", "stoch_d_14_3", "stoch_rsi_14", "cci_20", "mfi_14", "cmo_10", "vortex_14", "ultimate_7_14_28", "vol_5d", "vol_20d", "vol_ratio_5_60", "atr_pct_14", "parkinson_20", "boll_20", "boll_width_20", "keltner_20_10", "drawdown_20", "rebound_20", "volume_z_20", "volume_ratio_5_60", "obv_slope_20", "cmf_20", "force_13", "vwma_dist_20", "dow_sin", "dow_cos", "month_sin", "month_cos"]
 
 SETS["sequence60"] = lambda: SEQUENCE60
 
 # %% ../../nbs/features/72_sets.ipynb #3cbf81d1
-CONTEXT10 = "market_ret_5d market_ret_20d market_vol_20d market_high_252 market_dist_200 vix_level vix_change_5 curve_10y_2y credit_spread risk_off_252".split()
+CONTEXT10 = ["market_ret_5d", "market_ret_20d", "market_vol_20d", "market_high_252", "market_dist_200", "vix_level", "vix_change_5", "curve_10y_2y", "credit_spread", "risk_off_252"]
 
 SETS["context10"] = lambda: CONTEXT10
 
 # %% ../../nbs/features/72_sets.ipynb #c2bdde07
-INTRADAY176 = """
-above_vwap_share bar_range_ratio daytime_mean_20 first_bar_ret first_half_hour_ret gap_closed hour_cos hour_sin jump_share opening_follow opening_range_pos opening_range_width opening_volume overnight_gap overnight_mean_20 pivot_pos
-prev_high_dist prev_last_half_hour_ret prev_low_dist prev_pos prev_range prev_ret prev_vwap_dist range_vs_5s range_vs_20s ret_5s ret_20s session_efficiency session_flow session_gap_z_20 session_high_age session_kurt session_low_age
-session_max_fall session_max_rise session_minutes_left session_pos session_range session_ret session_skew session_trend session_vol session_vwap_dist signed_variation up_bar_share vol_vs_5s vol_vs_20s volume_burst volume_pace
-volume_share volume_share_5s vwap_crosses
-dev_bias_20 dev_bias_60 dev_close dev_close_z_20 dev_close_z_60 dev_corr_60 dev_echo_20 dev_high_z_20 dev_hits_20 dev_hits_60 dev_inside_20 dev_line_60 dev_low_z_20 dev_misses dev_open_z_20 dev_place dev_range dev_scaled_20
-dev_scaled_60 dev_unrest pred_range_20 pred_ret pred_ret_z_60
-dow_sin dow_cos month_sin month_cos
-ret_1d ret_2d ret_3d ret_5d ret_10d ret_20d ret_vol_20d ret_accel_5d max_ret_20d min_ret_20d ret_z_5 high_ret_1d low_ret_1d
-sma_dist_5 sma_dist_20 sma_dist_50 ema_dist_12 ema_dist_26 macd_12_26 macd_hist_12_26_9 macd_z_8_24 adx_14 di_diff_14 aroon_25 sar_dist supertrend_dist_10_3 vortex_14 slope_20 slope_t_40 trend_r2_20 line_z_20 donchian_width_20
-kama_dist_10 boll_20 boll_width_20 keltner_20_10 chop_14
-rsi_2 rsi_14 stoch_k_14 stoch_d_14_3 stoch_rsi_14 cci_20 bop ultimate_7_14_28 trix_15 fisher_10 connors_rsi dpo_20
-vol_5d vol_20d vol_ratio_5_60 downside_vol_20 atr_pct_14 parkinson_20 garman_klass_20 rogers_satchell_20 yang_zhang_20 range_variation_20 jump_share_60 vol_ret_corr_60
-drawdown_20 drawdown_60 rebound_20 rebound_60 since_high_60 since_low_60
-skew_60 kurt_60 autocorr_60 variance_ratio_5_60 up_share_20 run_length reversion_60 fractal_dimension_20
-volume_z_20 volume_ratio_5_60 rel_volume_20 volume_trend_20 price_volume_corr_20 ret_volume_corr_20
-obv_slope_20 cmf_20 mfi_14 force_13 ease_14 vwma_dist_20 up_volume_20
-body_share upper_size lower_size body_size close_place_5 shadow_tilt_5 inside_streak colour_streak range_overlap
-""".split()
+INTRADAY176 = ["above_vwap_share", "bar_range_ratio", "daytime_mean_20", "first_bar_ret", "first_half_hour_ret", "gap_closed", "hour_cos", "hour_sin", "jump_share", "opening_follow", "opening_range_pos", "opening_range_width", "opening_volume", "overnight_gap", "overnight_mean_20", "pivot_pos", "prev_high_dist", "prev_last_half_hour_ret", "prev_low_dist", "prev_pos", "prev_range", "prev_ret", "prev_vwap_dist", "range_vs_5s", "range_vs_20s", "ret_5s", "ret_20s", "session_efficiency", "session_flow", "session_gap_z_20", "session_high_age", "session_kurt", "session_low_age", "session_max_fall", "session_max_rise", "session_minutes_left", "session_pos", "session_range", "session_ret", "session_skew", "session_trend", "session_vol", "session_vwap_dist", "signed_variation", "up_bar_share", "vol_vs_5s", "vol_vs_20s", "volume_burst", "volume_pace", "volume_share", "volume_share_5s", "vwap_crosses", "dev_bias_20", "dev_bias_60", "dev_close", "dev_close_z_20", "dev_close_z_60", "dev_corr_60", "dev_echo_20", "dev_high_z_20", "dev_hits_20", "dev_hits_60", "dev_inside_20", "dev_line_60", "dev_low_z_20", "dev_misses", "dev_open_z_20", "dev_place", "dev_range", "dev_scaled_20", "dev_scaled_60", "dev_unrest", "pred_range_20", "pred_ret", "pred_ret_z_60", "dow_sin", "dow_cos", "month_sin", "month_cos", "ret_1d", "ret_2d", "ret_3d", "ret_5d", "ret_10d", "ret_20d", "ret_vol_20d", "ret_accel_5d", "max_ret_20d", "min_ret_20d", "ret_z_5", "high_ret_1d", "low_ret_1d", "sma_dist_5", "sma_dist_20", "sma_dist_50", "ema_dist_12", "ema_dist_26", "macd_12_26", "macd_hist_12_26_9", "macd_z_8_24", "adx_14", "di_diff_14", "aroon_25", "sar_dist", "supertrend_dist_10_3", "vortex_14", "slope_20", "slope_t_40", "trend_r2_20", "line_z_20", "donchian_width_20", "kama_dist_10", "boll_20", "boll_width_20", "keltner_20_10", "chop_14", "rsi_2", "rsi_14", "stoch_k_14", "stoch_d_14_3", "stoch_rsi_14", "cci_20", "tsi_25_13", "ultimate_7_14_28", "trix_15", "fisher_10", "connors_rsi", "dpo_20", "vol_5d", "vol_20d", "vol_ratio_5_60", "downside_vol_20", "atr_pct_14", "parkinson_20", "garman_klass_20", "rogers_satchell_20", "yang_zhang_20", "range_variation_20", "jump_share_60", "vol_ret_corr_60", "drawdown_20", "drawdown_60", "rebound_20", "rebound_60", "since_high_60", "since_low_60", "skew_60", "kurt_60", "autocorr_60", "variance_ratio_5_60", "up_share_20", "run_length", "reversion_60", "fractal_dimension_20", "volume_z_20", "volume_ratio_5_60", "rel_volume_20", "volume_trend_20", "price_volume_corr_20", "ret_volume_corr_20", "obv_slope_20", "cmf_20", "mfi_14", "force_13", "ease_14", "vwma_dist_20", "up_volume_20", "body_share", "upper_size", "lower_size", "body_size", "close_place_5", "shadow_tilt_5", "inside_streak", "colour_streak", "range_overlap"]
 
 SETS["intraday176"] = lambda: INTRADAY176

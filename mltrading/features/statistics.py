@@ -33,6 +33,7 @@ from mltrading.features.expressions import (
 from .registry import feature
 from .volatility import lagged_corr
 from mltrading.features.windows import (
+    apart,
     rescaled_range,
     roll_beta,
     roll_corr,
@@ -70,7 +71,7 @@ def kurt(n: int) -> Expr:
 @feature("tail_balance_{n}", family="statistics", unit="1", about="sum over difference of the 95 % and the 5 % quantile of {n} returns", source="definition", grid={"n": (120,)})
 def tail_balance(n: int) -> Expr:
     low, high = roll_quantile(_RETURN, n, 0.05), roll_quantile(_RETURN, n, 0.95)
-    return (high + low) / (high - low)
+    return (high + low) / apart(high, low)
 
 @feature("quantile_spread_{n}", family="statistics", unit="1", about="distance of the 5 % and the 95 % quantile of {n} returns, relative to a normal distribution's", source="definition", grid={"n": (120,)})
 def quantile_spread(n: int) -> Expr:

@@ -19,7 +19,29 @@ from ..market.macro import histories
 from ..market.panel import Panel, between
 
 # %% auto #0
-__all__ = ['Stream']
+__all__ = ['Bars', 'Stream']
+
+# %% ../../nbs/features/12_stream.ipynb #638b36b0
+Bars = Mapping[str, Sequence[float] | NDArray[np.float64] | pd.Series]  # field -> (N,) in the order of the symbols, or a Series by symbol
+
+def _utc(time: pd.Timestamp | np.datetime64) -> np.datetime64:
+    "An instant as panels have it."
+    stamp = pd.Timestamp(time)
+    return (stamp.tz_convert("UTC").tz_localize(None) if stamp.tz is not None else stamp).as_unit("us").to_datetime64()
+
+def _gathered(bars: Bars, names: Sequence[str], symbols: Sequence[str], at: np.datetime64) -> NDArray[np.float64]:
+    "(fields, N, 1): what came at an instant, checked."
+    fields = np.empty((len(names), len(symbols), 1))
+    for k, name in enumerate(names):
+        if name not in bars:
+            raise DataError(f"bars at {at}", f"the field `{name}` is missing", "give it for all symbols, NaN where it is unknown")
+        values = bars[name]
+        if isinstance(values, pd.Series):
+            values = values.reindex(list(symbols)).to_numpy(np.float64)
+        if len(values) != len(symbols):
+            raise DataError(f"bars at {at}, `{name}`", f"{len(values)} values for {len(symbols)} symbols", "give one for each symbol, NaN where there is no bar")
+        fields[k, :, 0] = values
+    return fields
 
 # %% ../../nbs/features/12_stream.ipynb #f81bd9b9
 class Stream:
@@ -34,9 +56,11 @@ class Stream:
         calendar: str = "24/7",                # of exchange_calendars: what a session is
     ) -> None:
         exprs = features if isinstance(features, Mapping) else {f.name: f.expr for f in lookup(features)}
+        self.names, self.symbols, self.plan = tuple(exprs), tuple(symbols), plan(tuple(exprs.values()))
         if benchmark is not None and benchmark not in symbols:
             raise unknown("symbol", benchmark, list(symbols), "features.benchmark")
-        self.names, self.symbols, self.plan = tuple(exprs), tuple(symbols), plan(tuple(exprs.values()))
+        if benchmark is None and self.plan.benchmark is not None:
+            raise ParameterError("features.benchmark", "some of the features need a benchmark", "name one of the symbols, or leave these features out")
         self.last: np.datetime64 | None = None
         self.releases = macro
         context = Context({} if macro is None else histories(macro), None if benchmark is None else self.symbols.index(benchmark), calendar)
@@ -44,57 +68,48 @@ class Stream:
 
     def update(
         self,
-        time: pd.Timestamp | np.datetime64,             # the instant at which the bars closed, UTC
-        bars: Mapping[str, Sequence[float] | NDArray[np.float64]],  # field -> (N,) in the order of the symbols, NaN where there is no bar
-    ) -> NDArray[np.float64]:                           # (F, N) NaN where there is no bar, and while warming up
+        time: pd.Timestamp | np.datetime64,  # the instant at which the bars closed, UTC
+        bars: Bars,                          # NaN where there is no bar
+    ) -> NDArray[np.float64]:                # (F, N) NaN where there is no bar, and while warming up
         """Take the bars that closed at an instant.
 
         Raises `DataError` on an instant that does not come after the last one, and on a field that is missing or of another length.
 
         Known at: `time`."""
-        at = self._after(time)
-        fields = np.empty((len(self.plan.fields), len(self.symbols), 1))
-        for k, name in enumerate(self.plan.fields):
-            if name not in bars:
-                raise DataError(f"bars at {time}", f"the field `{name}` is missing", "give it for all symbols, NaN where it is unknown")
-            if len(bars[name]) != len(self.symbols):
-                raise DataError(f"bars at {time}, `{name}`", f"{len(bars[name])} values for {len(self.symbols)} symbols", "give one for each symbol, NaN where there is no bar")
-            fields[k, :, 0] = bars[name]
-        out = np.empty((len(self.names), len(self.symbols), 1))
+        at = _utc(time)
+        if self.last is not None and at <= self.last:
+            raise DataError(f"bars at {at}", f"do not come after {self.last}", "give each instant once, in order of time")
+        fields, out = _gathered(bars, self.plan.fields, self.symbols, at), np.empty((len(self.names), len(self.symbols), 1))
         self.machine.advance(np.array([at]), fields, 0, out, 0)
         self.last = at
         return out[:, :, 0]
 
-    def catch_up(
-        self,
-        panel: Panel,  # of the same symbols; instants up to the last one are passed over
-    ) -> None:
-        """Take a history at once. Raises `DataError` on other symbols."""
-        if panel.symbols != self.symbols:
-            raise DataError("history", f"its symbols are {', '.join(panel.symbols[:5])} …", f"give a panel of {', '.join(self.symbols[:5])} …, in this order")
-        later = panel if self.last is None else between(panel, self.last + np.timedelta64(1, "us"))
-        fields, out = stacked(later, self.plan.fields), np.empty((len(self.names), len(self.symbols), WIDTH))
-        for first in range(0, len(later), WIDTH):
-            self.machine.advance(later.times[first : first + WIDTH], fields, first, out, 0)
-        self.last = later.times[-1] if len(later) else self.last
+    def catch_up(self, panel: Panel) -> None:
+        """Take a history of the same symbols at once; instants up to the last one are passed over. Raises `DataError` on other symbols, and on a field that is missing."""
+        _catch_up(self, panel)
 
-    def publish(
-        self,
-        releases: pd.DataFrame,  # timestamp (release instant, UTC), series, value, reference
-    ) -> None:
-        """Add releases of macroeconomic series.
+    def publish(self, releases: pd.DataFrame) -> None:
+        """Add releases of macroeconomic series: timestamp (release instant, UTC), series, value, reference. Raises `ParameterError` on one that should have been known at an instant that has passed."""
+        _publish(self, releases)
 
-        Raises `ParameterError` on a release that should have been known at an instant that has passed."""
-        stamps = releases["timestamp"].to_numpy("datetime64[us]") if len(releases) else np.array([], "datetime64[us]")
-        if self.last is not None and (stamps <= self.last).any():
-            raise ParameterError("releases", f"one is stamped {stamps.min()}, and features up to {self.last} have been computed without it", "publish releases before the next bar is taken")
-        self.releases = releases if self.releases is None else pd.concat([self.releases, releases], ignore_index=True)
-        self.machine.context = Context(histories(self.releases), self.machine.context.benchmark, self.machine.context.calendar)
+# %% ../../nbs/features/12_stream.ipynb #1cb933a3
+def _catch_up(stream: Stream, panel: Panel) -> None:
+    "A history at once."
+    if panel.symbols != stream.symbols:
+        raise DataError("history", f"its symbols are {', '.join(panel.symbols[:5])} …", f"give a panel of {', '.join(stream.symbols[:5])} …, in this order")
+    if lacking := [f for f in stream.plan.fields if f not in panel.fields]:
+        raise DataError("history", f"the field `{lacking[0]}` is missing", "give it for all symbols, NaN where it is unknown")
+    later = panel if stream.last is None else between(panel, stream.last + np.timedelta64(1, "us"))
+    fields, out = stacked(later, stream.plan.fields), np.empty((len(stream.names), len(stream.symbols), WIDTH))
+    for first in range(0, len(later), WIDTH):
+        stream.machine.advance(later.times[first : first + WIDTH], fields, first, out, 0)
+    stream.last = later.times[-1] if len(later) else stream.last
 
-    def _after(self, time: pd.Timestamp | np.datetime64) -> np.datetime64:
-        "The instant, checked."
-        stamp = pd.Timestamp(time)
-        at = (stamp.tz_convert("UTC").tz_localize(None) if stamp.tz is not None else stamp).as_unit("us").to_datetime64()
-        if self.last is not None and at <= self.last:
-            raise DataError(f"bars at {at}", f"do not come after {self.last}", "give each instant once, in order of time")
-        return at
+def _publish(stream: Stream, releases: pd.DataFrame) -> None:
+    "Further releases."
+    stamps = releases["timestamp"].to_numpy("datetime64[us]")
+    if stream.last is not None and (stamps <= stream.last).any():
+        raise ParameterError("releases", f"one is stamped {stamps.min()}, and features up to {stream.last} have been computed without it", "publish releases before the next bar is taken")
+    stream.releases = releases if stream.releases is None else pd.concat([stream.releases, releases], ignore_index=True)
+    old = stream.machine.context
+    stream.machine.context = Context(histories(stream.releases), old.benchmark, old.calendar)

@@ -20,6 +20,7 @@ from mltrading.features.expressions import (
     arctan,
     change,
     composed,
+    constant,
     delta,
     fill,
     given,
@@ -34,6 +35,7 @@ from mltrading.features.expressions import (
 )
 from .registry import feature
 from mltrading.features.windows import (
+    apart,
     ema,
     parabolic_stop,
     roll_line,
@@ -192,7 +194,7 @@ def macd_hist(p: tuple[int, int, int]) -> Expr:
     line = macd(CLOSE, p[0], p[1])
     return (line - ema(line, p[2])) / CLOSE
 
-@feature("macd_z_{p[0]}_{p[1]}", family="trend", unit="standard deviations", about="exponential mean with span {p[0]} less that with {p[1]}, in standard deviations of the close over 60 bars", source="Baz and others (2015)", grid={"p": ((8, 24), (16, 48), (32, 96))})
+@feature("macd_z_{p[0]}_{p[1]}", family="trend", unit="standard deviations", about="exponential mean with span {p[0]} less that with {p[1]}, in standard deviations of the close over 60 bars", source="after Baz and others (2015)", grid={"p": ((8, 24), (16, 48), (32, 96))})
 def macd_z(p: tuple[int, int]) -> Expr:
     return macd(CLOSE, *p) / roll_std(CLOSE, 60)
 
@@ -219,7 +221,7 @@ def trend_r2(n: int) -> Expr:
 @feature("slope_t_{n}", family="trend", unit="1", about="slope of a line through the last {n} log closes, over its standard error", source="López de Prado (2018)", grid={"n": (10, 40, 120)})
 def slope_t(n: int) -> Expr:
     explained = roll_r2(_LOG, n)
-    return sign(roll_slope(_LOG, n)) * sqrt((n - 2.0) * explained / (1.0 - explained))
+    return sign(roll_slope(_LOG, n)) * sqrt((n - 2.0) * explained / apart(constant(1.0), explained))
 
 @feature("slope_accel_{n}", family="trend", unit="fraction per bar", about="slope of the newer half of the last {n} log closes less that of the older half", source="definition", grid={"n": (20, 40, 120)})
 def slope_accel(n: int) -> Expr:
@@ -258,7 +260,7 @@ def donchian_width(n: int) -> Expr:
 def midpoint_dist(n: int) -> Expr:
     return CLOSE / ((roll_max(CLOSE, n) + roll_min(CLOSE, n)) / 2.0) - 1.0
 
-@feature("keltner_{n}_{m}", family="trend", unit="-1 lower edge, 1 upper edge", about="place of the close in Keltner's channel, exponential mean with span {n}, two average true ranges of {m} bars", source="Keltner (1960)", grid={"n": (20,), "m": (10,)})
+@feature("keltner_{n}_{m}", family="trend", unit="-1 lower edge, 1 upper edge", about="place of the close in Keltner's channel, exponential mean with span {n}, two average true ranges of {m} bars", source="after Keltner (1960), with exponential mean and true range", grid={"n": (20,), "m": (10,)})
 def keltner(n: int, m: int) -> Expr:
     return (CLOSE - ema(CLOSE, n)) / (2.0 * atr(m))
 

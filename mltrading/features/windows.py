@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
+
 from ..core.errors import ParameterError
 from mltrading.features.expressions import (
     Expr,
+    absolute,
     composed,
     constant,
     given,
@@ -23,15 +26,15 @@ from mltrading.features.expressions import (
 )
 
 # %% auto #0
-__all__ = ['roll_sum', 'roll_mean', 'roll_var', 'roll_std', 'roll_cov', 'roll_corr', 'roll_beta', 'roll_skew', 'roll_kurt',
-           'roll_slope', 'roll_r2', 'roll_line', 'roll_wma', 'roll_max', 'roll_min', 'since_max', 'since_min',
-           'roll_rank', 'roll_quantile', 'roll_mad', 'rescaled_range', 'ema', 'wilder', 'true_range', 'parabolic_stop',
-           'trailing_stop']
+__all__ = ['LEAST_SPREAD', 'roll_sum', 'roll_mean', 'roll_var', 'roll_std', 'roll_cov', 'roll_corr', 'roll_beta', 'roll_skew',
+           'roll_kurt', 'roll_slope', 'roll_r2', 'roll_line', 'roll_wma', 'roll_max', 'roll_min', 'since_max',
+           'since_min', 'roll_rank', 'roll_quantile', 'roll_mad', 'rescaled_range', 'ema', 'wilder', 'apart',
+           'true_range', 'parabolic_stop', 'trailing_stop']
 
 # %% ../../nbs/features/02_windows.ipynb #3943b16b
 def _window(name: str, n: int, least: int) -> None:
     "Check the length of a window."
-    if isinstance(n, bool) or not isinstance(n, int) or n < least:
+    if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < least:
         raise ParameterError(name, f"`{n!r}` bars are no window", f"use a whole number, {least} or more")
 
 def _newer(n: int) -> int:
@@ -85,6 +88,14 @@ def _comoment(x: Expr, y: Expr, n: int) -> Expr:
     means = [m for z in (x, y) for m in (_mean(z, newer), lag(_mean(z, n - newer), newer))]
     return node("com", a, lag(b, newer), *means, params=(newer * (n - newer) / n,))
 
+LEAST_SPREAD = 1e-10  # relative to the mean: values that are spread less are equal but for their last digits
+
+@functools.cache
+def _squares(x: Expr, n: int) -> Expr:
+    "Sum over n values of the squares of deviations from their mean; 0 where these are rounding errors."
+    s, mean = _comoment(x, x, n), _mean(x, n)
+    return where(s > LEAST_SPREAD**2 * n * square(mean), s, 0.0)
+
 def _pair(x: Expr, y: Expr) -> tuple[Expr, Expr]:
     "Two series where both have a value."
     return (x, y) if x is y else (given(x, y), given(y, x))
@@ -94,9 +105,9 @@ def roll_var(
     x: Expr,
     n: int,  # own bars in the window, >= 2
 ) -> Expr:
-    """The sample variance of the last `n` own bars; exactly 0 where they are equal."""
+    """The sample variance of the last `n` own bars; exactly 0 where they are equal, but for rounding errors."""
     _window("roll_var", n, 2)
-    return _comoment(x, x, n) / (n - 1.0)
+    return _squares(x, n) / (n - 1.0)
 
 @composed
 def roll_std(
@@ -126,7 +137,7 @@ def roll_corr(
     """The correlation over the last `n` own bars at which both have a value, -1 to 1; unknown where one of them is constant."""
     _window("roll_corr", n, 2)
     x, y = _pair(x, y)
-    return maximum(-1.0, minimum(1.0, _comoment(x, y, n) / (sqrt(_comoment(x, x, n)) * sqrt(_comoment(y, y, n)))))
+    return maximum(-1.0, minimum(1.0, _comoment(x, y, n) / (sqrt(_squares(x, n)) * sqrt(_squares(y, n)))))
 
 @composed
 def roll_beta(
@@ -137,7 +148,7 @@ def roll_beta(
     """The slope of a least-squares line that explains `y` by `x` over the last `n` own bars at which both have a value."""
     _window("roll_beta", n, 2)
     y, x = _pair(y, x)
-    return _comoment(x, y, n) / _comoment(x, x, n)
+    return _comoment(x, y, n) / _squares(x, n)
 
 # %% ../../nbs/features/02_windows.ipynb #64252c58
 @functools.cache
@@ -168,7 +179,7 @@ def roll_skew(
 ) -> Expr:
     """The skewness of the last `n` own bars, adjusted for sample size (Fisher–Pearson $G_1$); unknown where they are equal."""
     _window("roll_skew", n, 3)
-    m2 = _comoment(x, x, n)
+    m2 = _squares(x, n)
     return n * (n - 1.0) ** 0.5 / (n - 2.0) * _third(x, n) / (m2 * sqrt(m2))
 
 @composed
@@ -179,7 +190,7 @@ def roll_kurt(
     """The excess kurtosis of the last `n` own bars, adjusted for sample size ($G_2$); unknown where they are equal."""
     _window("roll_kurt", n, 4)
     share = (n - 1.0) / ((n - 2.0) * (n - 3.0))
-    return share * n * (n + 1.0) * _fourth(x, n) / square(_comoment(x, x, n)) - 3.0 * share * (n - 1.0)
+    return share * n * (n + 1.0) * _fourth(x, n) / square(_squares(x, n)) - 3.0 * share * (n - 1.0)
 
 # %% ../../nbs/features/02_windows.ipynb #f45b2b9f
 @functools.cache
@@ -208,7 +219,7 @@ def roll_r2(
     """The share of the variance of the last `n` own bars that their least-squares line explains, 0 to 1; unknown where they are equal."""
     _window("roll_r2", n, 2)
     s = _linear(x, n)
-    return minimum(1.0, s * (12.0 / (n * (n * n - 1.0))) * (s / _comoment(x, x, n)))
+    return minimum(1.0, s * (12.0 / (n * (n * n - 1.0))) * (s / _squares(x, n)))
 
 @composed
 def roll_line(
@@ -334,6 +345,11 @@ def wilder(
     return node("ewm", x, params=(1.0 / n, n, 0))
 
 # %% ../../nbs/features/02_windows.ipynb #3ef28510
+@composed
+def apart(a: Expr, b: Expr) -> Expr:
+    """How far `a` lies above `b`; exactly 0 where that is a rounding error, so that what is divided by it is unknown."""
+    return where(absolute(a - b) > LEAST_SPREAD * maximum(absolute(a), absolute(b)), a - b, 0.0)
+
 @composed
 def true_range(high: Expr, low: Expr, close: Expr) -> Expr:
     """The range of a bar, the previous close included."""
