@@ -462,6 +462,7 @@ def _lagged(op: Any, o: Any, a: Any, n: Any, longest: Any, s: Any, h: Any, R: An
     else:
         _lag(o, h, a, n, R, m, at)
 
+# %% ../../nbs/features/05_engine.ipynb #131c0edb
 @_helper
 def _take(op: Any, o: Any, h: Any, a: Any, i: Any, first: Any, cols: Any, m: Any, fields: Any, rows: Any, blocks: Any, R: Any) -> None:
     "Bring an input to a register."
@@ -594,20 +595,21 @@ def _numbers(e: Expr) -> tuple[int, int, float, float]:
         return int(p[1]), int(p[2]), float(p[0]), 0.0
     return 0, 0, float(p[0]) if p else 0.0, float(p[1]) if len(p) > 1 else 0.0
 
+# %% ../../nbs/features/05_engine.ipynb #ce7ba936
 class _Assembler:
     "Registers, instructions and state, as they are handed out."
 
     def __init__(self, order: Sequence[Expr], operands: Mapping[Expr, tuple[Expr, ...]], given: Mapping[Expr, tuple[str, int]]) -> None:
-        self.operands, self.given = operands, given
+        self.operands, self.given, self.readers = operands, given, dict.fromkeys(order, 0)
         self.constants = {e: k for k, e in enumerate(e for e in order if e.op == "constant")}
         self.where, self.free, self.registers = dict(self.constants), list[int](), len(self.constants)
         self.code, self.numbers, self.start = list[list[int]](), list[tuple[float, float]](), list[float]()
-        self.readers = dict.fromkeys(order, 0)
         for e in order:
             for a in set(operands[e]):
                 self.readers[a] += 1
-        lags = [(operands[e][0], int(e.params[0])) for e in order if e.op == "lag" and e not in given]
-        self.longest = {a: max(n for b, n in lags if b is a) for a, _ in lags}
+        self.longest: dict[Expr, int] = {}  # what is lagged, and by how many bars at the most
+        for e in [e for e in order if e.op == "lag" and e not in given]:
+            self.longest[operands[e][0]] = max(int(e.params[0]), self.longest.get(operands[e][0], 0))
         self.past: dict[Expr, int] = {}  # where the state of what is lagged stands
 
     def add(self, row: list[int], numbers: tuple[float, float] = (0.0, 0.0), state: Sequence[float] = ()) -> None:
@@ -651,6 +653,7 @@ class _Assembler:
                 self.readers[a] -= 1
                 self.done(a)
 
+# %% ../../nbs/features/05_engine.ipynb #58070f0d
 def assemble(
     outputs: Sequence[tuple[Expr, str, int]],  # formula, "out" or "keep", and its place there; the same formula may have several
     given: Mapping[Expr, tuple[str, int]],     # node -> "field", "row" or "block", and its place there

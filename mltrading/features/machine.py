@@ -25,7 +25,8 @@ from ..market.macro import History, histories
 from ..market.panel import Panel
 
 # %% auto #0
-__all__ = ['WIDTH', 'Plan', 'plan', 'Context', 'Machine', 'FeatureBlock', 'stacked', 'context_of', 'evaluate', 'chunks', 'value']
+__all__ = ['WIDTH', 'Plan', 'plan', 'Context', 'Shared', 'Machine', 'FeatureBlock', 'stacked', 'context_of', 'evaluate', 'chunks',
+           'value']
 
 # %% ../../nbs/features/08_machine.ipynb #c2a8d29d
 _SHARED = ("clock", "macro", "market")  # the same for all symbols at an instant
@@ -157,6 +158,37 @@ def _crossed(crossing: Sequence[tuple[str, int, int]], blocks: NDArray[np.float6
     else:
         list(pool.map(lambda job: across(*job), jobs))
 
+# %% ../../nbs/features/08_machine.ipynb #530fa74a
+class Shared:
+    """Rows that all symbols share, over a growing history."""
+
+    def __init__(self, plan: Plan, context: Context, width: int) -> None:
+        self.plan, self.context, self.width = plan, context, width
+        market = plan.benchmark
+        self.workers = {n: _Worker([market], n) for n in (1, width)} if market is not None else {}
+        self.state = np.tile(market.start, (1, 1)) if market is not None else _NO_ROWS
+        self.carried = np.full(sum(e.op == "market" for e in plan.rows), np.nan)
+
+    def rows(
+        self,
+        times: NDArray[np.datetime64],  # (w,) the next instants, UTC
+        fields: NDArray[np.float64],    # (fields, N, T) in the plan's order
+        first: int,                     # column of `fields` at which they stand
+    ) -> NDArray[np.float64]:           # (rows, w) in the plan's order
+        """What clocks, series and the benchmark say at some more instants."""
+        rows, w, shared = np.full((len(self.plan.rows), len(times)), np.nan), len(times), len(self.plan.rows) - len(self.carried)
+        for k, e in enumerate(self.plan.rows[:shared]):
+            rows[k] = self.context.row(e, times)
+        program, i = self.plan.benchmark, self.context.benchmark
+        if program is not None and i is not None:
+            room, past = self.workers[1 if w == 1 else self.width], program.past if w > 1 else 0
+            own, read = np.ascontiguousarray(fields[:, i : i + 1, first : first + w]), np.empty((len(self.carried), 1, w))
+            run(program.code, program.numbers, self.state, own, _NO_ROWS, _NONE, np.array([0, 1, 0, w, 0, past]), room.registers[0], room.window, room.places, read, _NO_SINGLE, np.inf)
+            for k in range(len(self.carried)):
+                rows[shared + k] = _carry(read[k, 0], self.carried[k])
+                self.carried[k] = rows[shared + k, -1] if w else self.carried[k]
+        return rows
+
 # %% ../../nbs/features/08_machine.ipynb #cd3312c9
 class Machine:
     """Computes a plan's formulas over a growing history of some symbols."""
@@ -169,16 +201,12 @@ class Machine:
         width: int,         # most instants that are given at once
         threads: int = 1,
     ) -> None:
-        self.plan, self.symbols, self.context, self.width = plan, symbols, context, width
+        self.plan, self.symbols, self.width, self.shared = plan, symbols, width, Shared(plan, context, width)
         self.threads = max(1, min(threads, symbols))
         self.states = [np.tile(p.start, (symbols, 1)) for p in plan.layers]
         self.workers = [_Worker(plan.layers, width) for _ in range(self.threads)]
         self.narrow = _Worker(plan.layers, 1)  # for one instant: registers side by side
         self.pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
-        market = plan.benchmark
-        self.market = {n: _Worker([market], n) for n in (1, width)} if market is not None else {}
-        self.market_state = np.tile(market.start, (1, 1)) if market is not None else _NO_ROWS
-        self.carried = np.full(sum(e.op == "market" for e in plan.rows), np.nan)
 
     def advance(
         self,
@@ -190,7 +218,7 @@ class Machine:
     ) -> None:
         """Take the bars of some more instants."""
         w = len(times)
-        rows, blocks = self._rows(times, fields, first), np.empty((self.plan.blocks, self.symbols, w))
+        rows, blocks = self.shared.rows(times, fields, first), np.empty((self.plan.blocks, self.symbols, w))
         double = out.dtype == np.float64
         target = (out, _NO_SINGLE, np.inf) if double else (_NONE, out, float(np.finfo(np.float32).max))
         for level, (program, crossing) in enumerate(zip(self.plan.layers, self.plan.crossings, strict=True)):
@@ -199,21 +227,6 @@ class Machine:
         most = HUGE if double else target[2]
         for k, b in self.plan.copies:
             out[k, :, base : base + w] = np.where(np.abs(blocks[b]) <= most, blocks[b], np.nan)
-
-    def _rows(self, times: NDArray[np.datetime64], fields: NDArray[np.float64], first: int) -> NDArray[np.float64]:
-        "Rows that all symbols share."
-        rows, w, shared = np.full((len(self.plan.rows), len(times)), np.nan), len(times), len(self.plan.rows) - len(self.carried)
-        for k, e in enumerate(self.plan.rows[:shared]):
-            rows[k] = self.context.row(e, times)
-        program, i = self.plan.benchmark, self.context.benchmark
-        if program is not None and i is not None:
-            room, past = self.market[1 if w == 1 else self.width], program.past if w > 1 else 0
-            own, read = np.ascontiguousarray(fields[:, i : i + 1, first : first + w]), np.empty((len(self.carried), 1, w))
-            run(program.code, program.numbers, self.market_state, own, _NO_ROWS, _NONE, np.array([0, 1, 0, w, 0, past]), room.registers[0], room.window, room.places, read, _NO_SINGLE, np.inf)
-            for k in range(len(self.carried)):
-                rows[shared + k] = _carry(read[k, 0], self.carried[k])
-                self.carried[k] = rows[shared + k, -1] if w else self.carried[k]
-        return rows
 
     def _layer(self, level: int, program: Program, fields: NDArray[np.float64], rows: NDArray[np.float64], blocks: NDArray[np.float64], span: tuple[int, int, int], target: tuple[Any, Any, float]) -> None:
         "Carry out a layer's instructions, some symbols per thread."
@@ -295,6 +308,7 @@ def _start(panel: Panel, exprs: Mapping[str, Expr], macro: pd.DataFrame | None, 
     context = context_of(panel, macro, benchmark, calendar)
     return Machine(p, len(panel.symbols), context, min(WIDTH, max(1, len(panel))), threads or len(os.sched_getaffinity(0))), stacked(panel, p.fields)
 
+# %% ../../nbs/features/08_machine.ipynb #f864793b
 def evaluate(
     panel: Panel,
     exprs: Mapping[str, Expr],           # name -> formula
@@ -316,6 +330,7 @@ def evaluate(
         machine.advance(panel.times[first : first + machine.width], fields, first, values, first)
     return FeatureBlock(tuple(exprs), panel.times, panel.symbols, values, panel.alive)
 
+# %% ../../nbs/features/08_machine.ipynb #d956fa57
 def chunks(
     panel: Panel,
     exprs: Mapping[str, Expr],

@@ -111,5 +111,5 @@ def _publish(stream: Stream, releases: pd.DataFrame) -> None:
     if stream.last is not None and (stamps <= stream.last).any():
         raise ParameterError("releases", f"one is stamped {stamps.min()}, and features up to {stream.last} have been computed without it", "publish releases before the next bar is taken")
     stream.releases = releases if stream.releases is None else pd.concat([stream.releases, releases], ignore_index=True)
-    old = stream.machine.context
-    stream.machine.context = Context(histories(stream.releases), old.benchmark, old.calendar)
+    old = stream.machine.shared.context
+    stream.machine.shared.context = Context(histories(stream.releases), old.benchmark, old.calendar)
