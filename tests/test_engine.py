@@ -58,7 +58,7 @@ from mltrading.features.stream import Stream
 from mltrading.market.panel import Panel, until
 from mltrading.market.simulate import random_walk
 
-SHORT = settings(max_examples=60, deadline=None)
+SHORT = settings(max_examples=40, deadline=None)
 LENGTHS = st.one_of(st.integers(4, 40), st.sampled_from([63, 64, 100]))
 FIELDS = (CLOSE, HIGH, LOW, OPEN, VOLUME)
 
