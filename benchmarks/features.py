@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -95,18 +94,26 @@ def rates(panel: Panel, names: list[str], peer_symbols: int, repeats: int) -> pd
     return table
 
 
+def peak(start: bool = False) -> float:
+    """The most memory this process has held since the last start, in GiB (Linux)."""
+    if start:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
+    return float(status.split("VmHWM:")[1].split()[0]) / 2**20
+
+
 def written(symbols: int, bars: int) -> None:
     """All features to Parquet by chunks: seconds, and the memory it takes. Run in a process of its own."""
     panel = random_walk(symbols, bars, seed=0, ragged=False)
     names = [f.name for f in choose(panel, benchmark=panel.symbols[0])]
     ours(select(panel, panel.symbols[:2]), names)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak(start=True)
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         write_features(panel, Path(folder) / "features.parquet", benchmark=panel.symbols[0])
         seconds = time.perf_counter() - start
         size = (Path(folder) / "features.parquet").stat().st_size
-    grown, whole = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20, 4 * len(names) * symbols * bars / 2**30
+    grown, whole = peak() - before, 4 * len(names) * symbols * bars / 2**30
     print(f"written to Parquet by chunks: {seconds:.1f} s, {size / 2**30:.2f} GiB; memory grew by {grown:.2f} GiB, {grown / whole:.2f} x the result in single precision ({whole:.2f} GiB)")
 
 
@@ -115,9 +122,9 @@ def held(symbols: int, bars: int) -> None:
     panel = random_walk(symbols, bars, seed=0, ragged=False)
     names = [f.name for f in choose(panel, benchmark=panel.symbols[0])]
     ours(select(panel, panel.symbols[:2]), names)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak(start=True)
     size = ours(panel, names) * 8 / 2**30
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    grown = peak() - before
     print(f"in memory, double precision: {size:.2f} GiB; memory grew by {grown:.2f} GiB, {grown / size:.2f} x the result")
 
 
