@@ -239,7 +239,7 @@ def test_a_stream_takes_releases_as_they_come_and_refuses_late_ones() -> None:
 
 
 def test_chunks_need_no_more_memory_than_a_chunk() -> None:
-    panel = random_walk(20, 4000, seed=2, ragged=False)
+    panel = random_walk(20, 8000, seed=2, ragged=False)
     named = {f"{f.__name__}_{n}": f(x, n) for f in (windows.roll_mean, windows.roll_std, windows.roll_max) for n in (5, 10, 20, 40) for x in (CLOSE, HIGH, LOW, VOLUME)}
     tracemalloc.start()
     size = sum(block.values.nbytes for block in chunks(panel, named, dtype=np.float32))

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numba
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 # %% auto #0
-__all__ = ['kernel_id', 'cache_folder', 'njit']
+__all__ = ['kernel_id', 'cache_folder', 'njit', 'stream_store']
 
 # %% ../../nbs/core/15_jit.ipynb #3f3bbca8
 def kernel_id(
@@ -48,10 +51,24 @@ def njit(
     parallel: bool = False,  # loops written with `prange` run over independent rows in parallel
     nogil: bool = False,     # release the interpreter's lock, so that calls run side by side
     error_model: str = "python",  # "numpy": a division by zero gives infinity or NaN instead of an exception
-    signature: Any = None,   # types to compile for at once; None: those of the first call
+    inner: bool = False,     # a module's function is called by compiled functions alone, and not from Python
+    signature: Any = None,   # types to compile a module's function for at once; None: those of the first call
 ) -> Any:
     """Compile a function without Python objects. `@njit` and `@njit(parallel=True)` both work."""
     def wrap(f: Callable[..., Any]) -> Any:
-        options = {"cache": f.__module__ != "__main__", "parallel": parallel, "nogil": nogil, "error_model": error_model}
-        return numba.njit(signature, **options)(f) if signature is not None else numba.njit(f, **options)
+        module = f.__module__ != "__main__"
+        options = {"cache": module, "parallel": parallel, "nogil": nogil, "error_model": error_model, "no_cfunc_wrapper": True, "no_cpython_wrapper": inner and module}
+        return numba.njit(signature, **options)(f) if signature is not None and module else numba.njit(f, **options)
     return wrap(function) if function is not None else wrap
+
+# %% ../../nbs/core/15_jit.ipynb #07de822e
+@intrinsic  # type: ignore[untyped-decorator]
+def stream_store(typing: Any, to: Any, place: Any, value: Any) -> Any:
+    """In compiled code: `to[place] = value`, around the cache. `to` is one-dimensional and without gaps; the place is not checked."""
+    def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        array, at, number = signature.args
+        data = context.make_array(array)(context, builder, given[0]).data
+        store = builder.store(context.cast(builder, given[2], number, array.dtype), builder.gep(data, [given[1]]))
+        store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+        return context.get_dummy_value()
+    return types.void(to, place, value), generate

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import types
 
 from ..core.jit import njit
 from .expressions import Expr, composed, node
@@ -39,99 +38,117 @@ def demean_across(x: Expr) -> Expr:
     """What a value has beyond the mean of the symbols at the instant."""
     return x - mean_across(x)
 
-# %% ../../nbs/features/04_across.ipynb #532bf539
-_BLOCK = types.float64[:, ::1]
+# %% ../../nbs/features/04_across.ipynb #c5cc9e85
 _LOW = np.uint64((1 << 32) - 1)
+_helper = njit(nogil=True, error_model="numpy", inner=True)
 
-@njit(nogil=True, error_model="numpy")
-def _ascending(word: Any, spare: Any, count: Any, m: Any) -> None:
-    "Order m words by their upper half: a few by insertion, many by eight bits at a time, in four rounds that bring the result back to where it began."
-    if m <= 32:
-        for k in range(1, m):
-            v, j = word[k], k
-            while j > 0 and word[j - 1] > v:
-                word[j] = word[j - 1]
-                j -= 1
-            word[j] = v
-        return
-    count[:] = 0
-    for k in range(m):
-        for d in range(4):
-            count[d, (word[k] >> np.uint64(32 + 8 * d)) & np.uint64(255)] += 1
-    for d in range(4):
-        total = 0
-        for digit in range(256):
-            total, count[d, digit] = total + count[d, digit], total
-        for k in range(m):
-            digit = (word[k] >> np.uint64(32 + 8 * d)) & np.uint64(255)
-            spare[count[d, digit]] = word[k]
-            count[d, digit] += 1
-        word, spare = spare, word
-
-@njit(nogil=True, error_model="numpy")
-def _words(value: Any, key: Any, word: Any, m: Any) -> None:
+@_helper
+def _words(value: Any, key: Any, word: Any) -> None:
     "Values as whole numbers in the same order, counted from the lowest; the upper 32 bits that they use, before the number of the value."
-    bits, top, low, high = value.view(np.uint64), np.uint64(1 << 63), ~np.uint64(0), np.uint64(0)
-    for k in range(m):
-        key[k] = ~bits[k] if bits[k] & top else bits[k] | top
+    top, low, high = np.uint64(1 << 63), ~np.uint64(0), np.uint64(0)
+    for k in range(len(value)):
+        bits = np.float64(value[k]).view(np.uint64)
+        key[k] = ~bits if bits & top else bits | top
         low, high = min(low, key[k]), max(high, key[k])
     shift = np.uint64(0)
     while (high - low) >> shift > _LOW:
         shift += np.uint64(1)
-    for k in range(m):
+    for k in range(len(value)):
         key[k] -= low
         word[k] = ((key[k] >> shift) << np.uint64(32)) | np.uint64(k)
 
-# %% ../../nbs/features/04_across.ipynb #0d069f2a
-@njit(nogil=True, error_model="numpy")
-def _settle(word: Any, spare: Any, count: Any, key: Any, a: Any, b: Any) -> None:
+@_helper
+def _count(word: Any, spare: Any, count: Any, rounds: Any) -> None:
+    "Order words by their upper bits, eight in each of an even number of rounds, so that the result comes back to where it began."
+    m = len(word)  # `spare` may be longer
+    for d in range(rounds):
+        shift = np.uint64(64 - 8 * (rounds - d))
+        for digit in range(256):
+            count[digit] = 0
+        for k in range(m):
+            count[(word[k] >> shift) & np.uint64(255)] += 1
+        total = 0
+        for digit in range(256):
+            total, count[digit] = total + count[digit], total
+        for k in range(m):
+            digit = (word[k] >> shift) & np.uint64(255)
+            spare[count[digit]] = word[k]
+            count[digit] += 1
+        word, spare = spare, word
+
+@_helper
+def _insert(word: Any, moves: Any) -> Any:
+    "Order words that nearly are; whether so many moves were enough."
+    for k in range(1, len(word)):
+        v, j = word[k], k
+        while j > 0 and word[j - 1] > v:
+            word[j] = word[j - 1]
+            j -= 1
+        word[j] = v
+        moves -= k - j
+        if moves < 0:
+            return False
+    return True
+
+@_helper
+def _ascending(word: Any, spare: Any, count: Any) -> None:
+    "Order words."
+    if len(word) > 32:
+        _count(word, spare, count, 2)
+    if not _insert(word, 500 + 4 * len(word)):
+        _count(word, spare, count, 4)
+
+# %% ../../nbs/features/04_across.ipynb #db20c2eb
+@_helper
+def _settle(word: Any, spare: Any, count: Any, key: Any) -> None:
     "Order words that agree in the upper half by the bits that are left."
     same = True
-    for k in range(a, b):
+    for k in range(len(word)):
         word[k] = (key[word[k] & _LOW] << np.uint64(32)) | (word[k] & _LOW)
-        same &= (word[k] ^ word[a]) <= _LOW
+        same &= (word[k] ^ word[0]) <= _LOW
     if not same:
-        _ascending(word[a:b], spare, count, b - a)
+        _ascending(word, spare, count)
 
-@njit(nogil=True, error_model="numpy")
-def _share(word: Any, who: Any, begin: Any, end: Any, m: Any, to: Any) -> None:
-    "Places of words in order; those that agree in the upper half share the middle of theirs."
-    a = begin
-    while a < end:
+@_helper
+def _share(word: Any, who: Any, first: Any, m: Any, to: Any) -> None:
+    "Places of words in order, from some place on; those that agree in the upper half share the middle of theirs."
+    a = 0
+    while a < len(word):
         b = a + 1
-        while b < end and (word[b] ^ word[a]) <= _LOW:
+        while b < len(word) and (word[b] ^ word[a]) <= _LOW:
             b += 1
         for k in range(a, b):
-            to[who[word[k] & _LOW]] = 0.5 * (a + b - 1) / (m - 1) - 0.5
+            to[who[word[k] & _LOW]] = (first + 0.5 * (a + b - 1)) / (m - 1) - 0.5
         a = b
 
-@njit(nogil=True, error_model="numpy")
-def _places(value: Any, who: Any, key: Any, word: Any, spare: Any, count: Any, m: Any, to: Any) -> None:
-    "Places of m values, scaled to -0.5..0.5; ties share the middle of theirs; NaN for a single one."
-    _words(value, key, word, m)
-    _ascending(word, spare, count, m)
-    a = 0
-    while a < m:
-        b = a + 1
-        while b < m and (word[b] ^ word[a]) <= _LOW:
-            b += 1
-        if b == a + 1:
+@_helper
+def _places(value: Any, who: Any, key: Any, word: Any, spare: Any, count: Any, to: Any) -> None:
+    "Places of values, scaled to -0.5..0.5; ties share the middle of theirs; NaN for a single one."
+    m, settled = len(value), 0
+    _words(value, key, word)
+    _ascending(word, spare, count)
+    for a in range(m):
+        if a < settled:
+            continue
+        settled = a + 1
+        while settled < m and (word[settled] ^ word[a]) <= _LOW:
+            settled += 1
+        if settled == a + 1:
             to[who[word[a] & _LOW]] = a / (m - 1) - 0.5
         else:
-            _settle(word, spare, count, key, a, b)
-            _share(word, who, a, b, m, to)
-        a = b
+            _settle(word[a:settled], spare, count, key)
+            _share(word[a:settled], who, a, m, to)
 
 # %% ../../nbs/features/04_across.ipynb #f1ff61ae
 _LOT = 8  # instants at a time: neighbours share a line of the cache
 
-@njit(nogil=True, error_model="numpy", signature=types.void(_BLOCK, _BLOCK))
+@njit(nogil=True, error_model="numpy")
 def _rank(x: Any, out: Any) -> None:
     "Ranks at each instant."
     rows, cols = x.shape
     lot, places, value = np.empty((_LOT, rows)), np.empty((_LOT, rows)), np.empty(rows)
     key, word, spare = np.empty(rows, np.uint64), np.empty(rows, np.uint64), np.empty(rows, np.uint64)
-    who, count = np.empty(rows, np.int64), np.empty((4, 256), np.int64)
+    who, count = np.empty(rows, np.int64), np.empty(256, np.int64)
     for start in range(0, cols, _LOT):
         width = min(_LOT, cols - start)
         for i in range(rows):
@@ -144,13 +161,13 @@ def _rank(x: Any, out: Any) -> None:
                 if lot[c, i] == lot[c, i]:
                     value[m], who[m] = lot[c, i] + 0.0, i  # -0.0 and 0.0 are one value
                     m += 1
-            _places(value, who, key, word, spare, count, m, places[c])
+            _places(value[:m], who, key, word[:m], spare, count, places[c])
         for i in range(rows):
             for c in range(width):
                 out[i, start + c] = places[c, i]
 
-# %% ../../nbs/features/04_across.ipynb #784f0c2c
-@njit(nogil=True, error_model="numpy", signature=types.void(_BLOCK, _BLOCK, types.boolean))
+# %% ../../nbs/features/04_across.ipynb #0d069f2a
+@njit(nogil=True, error_model="numpy")
 def _moment(x: Any, out: Any, second: Any) -> None:
     "Mean, or sample standard deviation, at each instant, for every symbol that has a value."
     rows, cols = x.shape

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -135,16 +136,17 @@ def _carry(
 
 # %% ../../nbs/features/08_machine.ipynb #80d3f5a6
 class _Worker:
-    "Room for one thread to work in: before a register's first column, as many as the longest lag. For a single instant there is none, and registers lie side by side."
+    "Room for one thread to work in. Over a history registers hold a symbol's bars, and before their first column as many as the longest lag; at a single instant they hold all symbols."
 
-    def __init__(self, programs: Sequence[Program], width: int) -> None:
+    def __init__(self, programs: Sequence[Program], width: int, symbols: int) -> None:
         self.registers = []
         for p in programs:
-            room = np.zeros((p.registers, p.past + width + 8 if width > 1 else 1))  # a line more: rows a power of two apart would fight for the same lines of the cache
+            room = np.zeros((p.registers, (p.past + width if width > 1 else symbols) + 8))  # a line more: rows a power of two apart would fight for the same lines of the cache
             room[: len(p.constants)] = p.constants[:, None]
             self.registers.append(room)
         self.window = np.empty(max((p.longest for p in programs), default=1) + width)
-        self.places = np.empty((5, max(width, *(p.registers for p in programs), 1)), np.int64)
+        longest = max(width, symbols, *(p.registers for p in programs), 1)
+        self.places, self.marks = np.empty((4, longest), np.int64), np.empty((2, longest), np.uint64)
 
 _NONE, _NO_ROWS, _NO_SINGLE = np.empty((0, 0, 0)), np.empty((0, 0)), np.empty((0, 0, 0), np.float32)
 
@@ -158,6 +160,13 @@ def _crossed(crossing: Sequence[tuple[str, int, int]], blocks: NDArray[np.float6
     else:
         list(pool.map(lambda job: across(*job), jobs))
 
+def _copied(copies: Sequence[tuple[int, int]], blocks: NDArray[np.float64], out: NDArray[Any], limit: float, pool: ThreadPoolExecutor | None) -> None:
+    "Results that are an operation across symbols."
+    def copy(pair: tuple[int, int]) -> None:
+        result, block = pair
+        out[result] = np.where(np.abs(blocks[block]) <= limit, blocks[block], np.nan)
+    list(map(copy, copies) if pool is None or blocks.shape[2] == 1 else pool.map(copy, copies))
+
 # %% ../../nbs/features/08_machine.ipynb #530fa74a
 class Shared:
     """Rows that all symbols share, over a growing history."""
@@ -165,7 +174,7 @@ class Shared:
     def __init__(self, plan: Plan, context: Context, width: int) -> None:
         self.plan, self.context, self.width = plan, context, width
         market = plan.benchmark
-        self.workers = {n: _Worker([market], n) for n in (1, width)} if market is not None else {}
+        self.workers = {n: _Worker([market], n, 1) for n in (1, width)} if market is not None else {}
         self.state = np.tile(market.start, (1, 1)) if market is not None else _NO_ROWS
         self.carried = np.full(sum(e.op == "market" for e in plan.rows), np.nan)
 
@@ -183,7 +192,7 @@ class Shared:
         if program is not None and i is not None:
             room, past = self.workers[1 if w == 1 else self.width], program.past if w > 1 else 0
             own, read = np.ascontiguousarray(fields[:, i : i + 1, first : first + w]), np.empty((len(self.carried), 1, w))
-            run(program.code, program.numbers, self.state, own, _NO_ROWS, _NONE, np.array([0, 1, 0, w, 0, past]), room.registers[0], room.window, room.places, read, _NO_SINGLE, np.inf)
+            run(program.code, program.numbers, self.state, own, _NO_ROWS, _NONE, np.array([0, 1, 0, w, 0, past]), room.registers[0], room.window, room.places, room.marks, read, _NO_SINGLE, HUGE)
             for k in range(len(self.carried)):
                 rows[shared + k] = _carry(read[k, 0], self.carried[k])
                 self.carried[k] = rows[shared + k, -1] if w else self.carried[k]
@@ -204,9 +213,10 @@ class Machine:
         self.plan, self.symbols, self.width, self.shared = plan, symbols, width, Shared(plan, context, width)
         self.threads = max(1, min(threads, symbols))
         self.states = [np.tile(p.start, (symbols, 1)) for p in plan.layers]
-        self.workers = [_Worker(plan.layers, width) for _ in range(self.threads)]
-        self.narrow = _Worker(plan.layers, 1)  # for one instant: registers side by side
+        self.workers = [_Worker(plan.layers, width, 1) for _ in range(self.threads)]
+        self.narrow = _Worker(plan.layers, 1, symbols)  # for a single instant
         self.pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
+        self.room = np.empty(plan.blocks * symbols * width)  # for blocks between layers
 
     def advance(
         self,
@@ -218,15 +228,14 @@ class Machine:
     ) -> None:
         """Take the bars of some more instants."""
         w = len(times)
-        rows, blocks = self.shared.rows(times, fields, first), np.empty((self.plan.blocks, self.symbols, w))
+        rows, shape = self.shared.rows(times, fields, first), (self.plan.blocks, self.symbols, w)
+        blocks = self.room[: math.prod(shape)].reshape(shape)
         double = out.dtype == np.float64
-        target = (out, _NO_SINGLE, np.inf) if double else (_NONE, out, float(np.finfo(np.float32).max))
+        target = (out, _NO_SINGLE, HUGE) if double else (_NONE, out, float(np.finfo(np.float32).max))
         for level, (program, crossing) in enumerate(zip(self.plan.layers, self.plan.crossings, strict=True)):
             self._layer(level, program, fields, rows, blocks, (first, w, base), target)
             _crossed(crossing, blocks, self.pool)
-        most = HUGE if double else target[2]
-        for k, b in self.plan.copies:
-            out[k, :, base : base + w] = np.where(np.abs(blocks[b]) <= most, blocks[b], np.nan)
+        _copied(self.plan.copies, blocks, out[:, :, base : base + w], target[2], self.pool)
 
     def _layer(self, level: int, program: Program, fields: NDArray[np.float64], rows: NDArray[np.float64], blocks: NDArray[np.float64], span: tuple[int, int, int], target: tuple[Any, Any, float]) -> None:
         "Carry out a layer's instructions, some symbols per thread."
@@ -235,7 +244,7 @@ class Machine:
         first, w, base = span
 
         def some(worker: _Worker, begin: int, end: int) -> None:
-            run(program.code, program.numbers, self.states[level], fields, rows, blocks, np.array([begin, end, first, w, base, program.past if w > 1 else 0]), worker.registers[level], worker.window, worker.places, *target)
+            run(program.code, program.numbers, self.states[level], fields, rows, blocks, np.array([begin, end, first, w, base, program.past if w > 1 else 0]), worker.registers[level], worker.window, worker.places, worker.marks, *target)
         if self.pool is None or w == 1:
             some(self.narrow if w == 1 else self.workers[0], 0, self.symbols)
             return
@@ -277,8 +286,8 @@ class FeatureBlock:
         frame.insert(1, "symbol", np.array(self.symbols, dtype=object)[row])
         return frame.astype({"symbol": "str"})
 
-# %% ../../nbs/features/08_machine.ipynb #06e57256
-WIDTH = 512  # instants per chunk: a register then takes 4 KB, and what is in use at a time fits the cache
+# %% ../../nbs/features/08_machine.ipynb #f731a18d
+WIDTH = 1024  # most instants per chunk: a register then takes 8 KB, and what is in use at a time fits the cache
 
 def stacked(
     panel: Panel,
@@ -303,10 +312,10 @@ def context_of(
     return Context({} if macro is None else histories(macro), None if benchmark is None else panel.symbols.index(benchmark), calendar)
 
 def _start(panel: Panel, exprs: Mapping[str, Expr], macro: pd.DataFrame | None, benchmark: str | None, calendar: str, threads: int | None) -> tuple[Machine, NDArray[np.float64]]:
-    "A machine for a panel, and the panel's fields as it wants them."
+    "A machine for a panel, which takes it in equal parts, and the panel's fields as it wants them."
     p = plan(tuple(exprs.values()))
-    context = context_of(panel, macro, benchmark, calendar)
-    return Machine(p, len(panel.symbols), context, min(WIDTH, max(1, len(panel))), threads or len(os.sched_getaffinity(0))), stacked(panel, p.fields)
+    context, parts = context_of(panel, macro, benchmark, calendar), max(1, math.ceil(len(panel) / WIDTH))
+    return Machine(p, len(panel.symbols), context, max(1, math.ceil(len(panel) / parts)), threads or len(os.sched_getaffinity(0))), stacked(panel, p.fields)
 
 # %% ../../nbs/features/08_machine.ipynb #f864793b
 def evaluate(
