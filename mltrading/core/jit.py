@@ -66,7 +66,7 @@ def njit(
 def stream_store(typing: Any, to: Any, place: Any, value: Any) -> Any:
     """In compiled code: `to[place] = value`, around the cache. `to` is one-dimensional and without gaps; the place is not checked."""
     def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-        array, at, number = signature.args
+        array, _, number = signature.args
         data = context.make_array(array)(context, builder, given[0]).data
         store = builder.store(context.cast(builder, given[2], number, array.dtype), builder.gep(data, [given[1]]))
         store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))

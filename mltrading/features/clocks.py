@@ -5,6 +5,7 @@
 # %% ../../nbs/features/07_clocks.ipynb #35e0d873
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -18,7 +19,7 @@ from ..market.calendar import session_of, sessions
 
 # %% auto #0
 __all__ = ['Times', 'Row', 'CLOCKS', 'clocked', 'read_clock', 'circle', 'weekday_sin', 'weekday_cos', 'month_sin', 'month_cos',
-           'turn_of_month', 'session', 'minutes_in', 'minutes_left']
+           'turn_of_month', 'once', 'session', 'minutes_in', 'minutes_left']
 
 # %% ../../nbs/features/07_clocks.ipynb #f61b922d
 Times = NDArray[np.datetime64]  # (T,) UTC, ascending, `datetime64[us]`
@@ -43,14 +44,19 @@ def read_clock(
     return CLOCKS[name](times, calendar)
 
 # %% ../../nbs/features/07_clocks.ipynb #cd5e9ce1
+@functools.cache
+def _points(period: int, wave: str) -> Row:
+    "A coordinate of evenly spaced points on a circle."
+    f = math.sin if wave == "sin" else math.cos
+    return np.array([round(f(2 * math.pi * k / period), 12) for k in range(period)])
+
 def circle(
     place: NDArray[np.int64],  # 0 .. period - 1
     period: int,
     wave: str,                 # "sin" or "cos"
 ) -> Row:
     """A coordinate of points on a circle, looked up in a table of exactly `period` values."""
-    f = math.sin if wave == "sin" else math.cos
-    return np.array([round(f(2 * math.pi * k / period), 12) for k in range(period)])[place]
+    return _points(period, wave)[place]
 
 def _weekday(times: Times) -> NDArray[np.int64]:
     "Monday 0; 1970-01-01 was a Thursday."
@@ -85,7 +91,17 @@ def turn_of_month(times: Times, calendar: str) -> Row:
     return ((passed < 3) | (left <= 2)).astype(np.float64)
 
 # %% ../../nbs/features/07_clocks.ipynb #3a2a9ab2
-def _session(times: Times, calendar: str) -> tuple[Row, Row, Row]:
+def once(
+    function: Callable[[Times, str], tuple[Row, ...]],  # of instants and the name of a calendar
+) -> Callable[[Times, str], tuple[Row, ...]]:
+    """Remember what several clocks read off the same instants, so that it is worked out once for all of them."""
+    @functools.lru_cache(maxsize=8)
+    def kept(instants: bytes, calendar: str) -> tuple[Row, ...]:
+        return function(np.frombuffer(instants, "datetime64[us]"), calendar)
+    return lambda times, calendar: kept(times.astype("datetime64[us]").tobytes(), calendar)
+
+@once
+def _session(times: Times, calendar: str) -> tuple[Row, ...]:
     "Day number, minutes since the open and minutes until the close of the session of each instant."
     at = pd.DatetimeIndex(times).tz_localize("UTC")
     day = session_of(at, calendar)

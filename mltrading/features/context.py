@@ -11,7 +11,17 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
-from .clocks import Row, Times, clocked, month_cos, month_sin, turn_of_month, weekday_cos, weekday_sin
+from mltrading.features.clocks import (
+    Row,
+    Times,
+    clocked,
+    month_cos,
+    month_sin,
+    once,
+    turn_of_month,
+    weekday_cos,
+    weekday_sin,
+)
 from .expressions import CLOSE, Expr, change, composed, fill, known, log, macro, market, minimum
 from .registry import feature
 from .windows import roll_mean, roll_std
@@ -86,7 +96,8 @@ def _unplanned(calendar: str) -> Times:
 
     return np.array([pd.Timestamp(d).date() for d in xc.get_calendar(calendar).adhoc_holidays], "datetime64[D]")
 
-def _neighbours(times: Times, calendar: str) -> tuple[Row, Row, Row]:
+@once
+def _neighbours(times: Times, calendar: str) -> tuple[Row, ...]:
     "Working days without a session before and after the session of each instant, and its hours; NaN outside sessions."
     day = session_of(pd.DatetimeIndex(times).tz_localize("UTC"), calendar)
     inside, out = np.asarray(day.notna()), np.full((3, len(times)), np.nan)

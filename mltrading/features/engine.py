@@ -149,12 +149,12 @@ def run(code: Any, par: Any, state: Any, fields: Any, rows: Any, blocks: Any, sp
             elif op >= ADD_NUMBER and op < PAST:
                 with_number(op, o, h, a, x, row[c[3]], begin[c[3]], par[k, 0], R, m)
             elif op < PAST:
-                r = (a, row[c[3]], row[c[4]], row[c[5]], row[c[6]], row[c[7]])
-                merge(op, o, h, r, (x, begin[c[3]], begin[c[4]], begin[c[5]], begin[c[6]], begin[c[7]]), par[k, 0], R, m)
+                six = (a, row[c[3]], row[c[4]], row[c[5]], row[c[6]], row[c[7]])
+                merge(op, o, h, six, (x, begin[c[3]], begin[c[4]], begin[c[5]], begin[c[6]], begin[c[7]]), par[k, 0], R, m)
             elif op < FIELD:
-                r, y, z = (a, row[c[3]], row[c[4]]), begin[c[3]], begin[c[4]]
+                three, y, z = (a, row[c[3]], row[c[4]]), begin[c[3]], begin[c[4]]
                 for j in range(lanes):
-                    remember(op, o, h + j, r, (x + j, y + j, z + j), n, skip, s, par[k, 0], par[k, 1], R, bars, state[who[j] if now else i], W, at)
+                    remember(op, o, h + j, three, (x + j, y + j, z + j), n, skip, s, par[k, 0], par[k, 1], R, bars, state[who[j] if now else i], W, at)
             elif op < KEEP:
                 row[o], begin[o] = o, h
                 _take(op, o, h, int(c[2]), span[2], who, cols, m, fields, rows, blocks, R)
