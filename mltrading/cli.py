@@ -85,6 +85,16 @@ def _audit(given: argparse.Namespace) -> None:
     refuse(table)
     print("none looks ahead, all begin when they say")
 
+def _trials(given: argparse.Namespace) -> None:
+    from mltrading.validation.trials import check_history, effective_trials, join_sides, read, trial_count
+
+    for path in sorted((root() / "reports" / "trials").glob("*.jsonl")):
+        if given.merge:
+            print(f"{path.stem}: {join_sides(path)} rows of the other side")
+        else:
+            ledger, versions = read(path), check_history(path)
+            print(f"{path.stem}: {trial_count(ledger)} trials, worth {effective_trials(ledger):.1f} independent ones; no row of {versions} committed versions is gone")
+
 def _archives(_: argparse.Namespace) -> None:
     from mltrading.market.embedded import UPSTREAM
     from mltrading.market.universe import PINS
@@ -138,6 +148,8 @@ def parser() -> argparse.ArgumentParser:
     audit = command("audit", "prove for every feature that it does not look ahead", _audit)
     audit.add_argument("--bars", default="", help="a set of bars of the snapshot; the largest of daily bars unless told")
     audit.add_argument("--cuts", type=int, default=8, help="instants at which the data are cut")
+    trials = command("trials", "count what was tried, and check that no row is gone", _trials)
+    trials.add_argument("--merge", action="store_true", help="join both sides of ledgers that git left in conflict")
     command("refresh", "export the package, clean the notebooks, write README.md", _refresh)
     return top
 

@@ -5,14 +5,19 @@
 # %% ../../nbs/validation/30_trials.ipynb #35e0d873
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from ..core.errors import DataError
 from ..core.storage import atomic, plain
@@ -20,8 +25,8 @@ from .inference import expected_max_sharpe, probabilistic_sharpe
 from .metrics import checked, kurtosis, skew
 
 # %% auto #0
-__all__ = ['params_id', 'returns_id', 'trial', 'read_rows', 'record', 'read', 'trial_count', 'effective_trials',
-           'sharpe_variance', 'deflated']
+__all__ = ['params_id', 'returns_id', 'trial', 'read_rows', 'record', 'Look', 'looking', 'merge', 'join_sides', 'check_history',
+           'read', 'trial_count', 'weekly_returns', 'effective_trials', 'sharpe_variance', 'deflated']
 
 # %% ../../nbs/validation/30_trials.ipynb #ad3643be
 def _canonical(value: Any) -> bytes:
@@ -45,7 +50,21 @@ def returns_id(
         raise DataError("returns", "hold a value that is not a number, or far above 1", "returns are fractions of equity")
     return _hash(grid.astype("<i8").tobytes())
 
-# %% ../../nbs/validation/30_trials.ipynb #0ee57861
+# %% ../../nbs/validation/30_trials.ipynb #9d9e00d0
+_WEEK = np.timedelta64(7, "D")
+
+def _week(instants: pd.DatetimeIndex) -> NDArray[np.int64]:
+    "Calendar weeks from Monday to Sunday, UTC; the one of 1970-01-05 is 0."
+    days = instants.tz_convert("UTC") if instants.tz is not None else instants
+    return np.asarray((days.to_numpy("datetime64[D]") - np.datetime64("1970-01-05")) // _WEEK, dtype=np.int64)
+
+def _weeks(returns: pd.Series) -> tuple[str, float]:
+    "Sums over each week from the first to the last, packed, and the unit in which they are whole numbers."
+    week = _week(pd.DatetimeIndex(returns.index))
+    sums = np.bincount(week - week[0], weights=returns.to_numpy(np.float64))
+    scale = float(f"{max(np.abs(sums).max(), 1e-9) / 32_000:.3g}")
+    return base64.b64encode(np.rint(sums / scale).astype("<i2").tobytes()).decode(), scale
+
 def _stamp(t: Any) -> str:
     stamp = pd.Timestamp(t)
     return (stamp.tz_convert("UTC") if stamp.tz is not None else stamp).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -66,7 +85,7 @@ def trial(
     if (returns is None) == (not error):
         raise DataError(f"trial of {system}/{model}", "needs either returns or the text of an error", "a trial ends in one of the two")
     row: dict[str, Any] = {"system": system, "model": model, "params_id": params_id(params), "data_id": data_id, "returns_id": "", "start": None, "end": None,
-                           "n_bars": 0, "bars_per_year": float(bars_per_year), "sharpe_bar": None, "skew": None, "kurtosis": None, "fits": int(fits), "status": "failed", "error": error}
+                           "n_bars": 0, "bars_per_year": float(bars_per_year), "sharpe_bar": None, "skew": None, "kurtosis": None, "fits": int(fits), "weeks": "", "week_scale": None, "status": "failed", "error": error}
     if returns is not None:
         if not isinstance(returns.index, pd.DatetimeIndex):
             raise DataError(f"trial of {system}/{model}", "the returns have no instants", "index them by the close of their bars")
@@ -75,7 +94,8 @@ def trial(
         except DataError as found:
             row["error"] = f"{found.where}: {found.what}"
         else:
-            row |= {"returns_id": returns_id(r), "sharpe_bar": float(r.mean() / r.std(ddof=1)), "skew": skew(r), "kurtosis": kurtosis(r), "status": "ok"}
+            weeks, scale = _weeks(returns)
+            row |= {"weeks": weeks, "week_scale": scale, "returns_id": returns_id(r), "sharpe_bar": float(r.mean() / r.std(ddof=1)), "skew": skew(r), "kurtosis": kurtosis(r), "status": "ok"}
         if len(returns):
             row |= {"start": _stamp(returns.index[0]), "end": _stamp(returns.index[-1]), "n_bars": len(returns)}
     done: dict[str, Any] = plain(row)
@@ -147,6 +167,93 @@ def record(
             part.write_bytes(b"".join(_canonical(line) + b"\n" for line in lines))
     return len(chain) - len(old)
 
+# %% ../../nbs/validation/30_trials.ipynb #214cd4a3
+class Look:
+    """One look at a test window."""
+
+    def __init__(self) -> None:
+        self.returns: pd.Series | None = None
+
+    def show(
+        self,
+        returns: pd.Series,  # (T,) out-of-sample returns per bar, net of costs, indexed by instant
+    ) -> pd.Series:          # the same
+        """Hand over what was seen. Raises `DataError` the second time: another result is another look."""
+        if self.returns is not None:
+            raise DataError("look", "has shown its returns already", "open another one with `looking` for another result")
+        self.returns = returns
+        return returns
+
+@contextmanager
+def looking(
+    path: str | Path,            # the ledger; made where it does not exist
+    system: str,
+    model: str,
+    params: dict[str, Any],      # everything that a person may turn and that the result depends on
+    data_id: str,                # hash of the data that it runs on
+    bars_per_year: float = 252,
+    fits: int = 1,               # fits of the model behind it
+) -> Iterator[Look]:
+    """Record what a block of code finds on a test window: its returns, or the exception that ended it, which is raised again.
+
+    Raises `DataError` where the block shows no returns."""
+    look = Look()
+    try:
+        yield look
+    except BaseException as error:  # an interrupted look was one, too
+        record(path, [trial(system, model, params, data_id, None, bars_per_year, fits, f"{type(error).__name__}: {error}")])
+        raise
+    if look.returns is None:
+        record(path, [trial(system, model, params, data_id, None, bars_per_year, fits, "nothing was shown")])
+        raise DataError(f"look at {system}/{model}", "ended without returns", "hand them over with `show`")
+    record(path, [trial(system, model, params, data_id, look.returns, bars_per_year, fits)])
+
+# %% ../../nbs/validation/30_trials.ipynb #58231786
+def merge(
+    path: str | Path,    # our ledger; rewritten
+    theirs: str | Path,  # the other branch's
+) -> int:                # rows that were new
+    """Record what another ledger holds on top of ours. Raises `DataError` on a ledger whose chain is broken."""
+    return record(path, read_rows(theirs))
+
+def _git(folder: Path, *words: str) -> str:
+    "What git prints."
+    done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise DataError(str(folder), f"git {words[0]} failed: {done.stderr.strip()}", "the history of a ledger is kept by the repository that holds it")
+    return done.stdout
+
+def join_sides(
+    path: str | Path,  # a ledger that git left in conflict; rewritten
+) -> int:              # rows that only the other side had
+    """Merge both sides of a conflict, which git keeps until it is settled. Raises `DataError` where there is none."""
+    path = Path(path)
+    with tempfile.TemporaryDirectory() as folder:
+        ours, theirs = Path(folder) / "ours", Path(folder) / "theirs"
+        for side, to in ((2, ours), (3, theirs)):
+            to.write_text(_git(path.parent, "show", f":{side}:./{path.name}"), encoding="utf-8")
+        new = merge(ours, theirs)
+        with atomic(path) as part:
+            part.write_bytes(ours.read_bytes())
+    return new
+
+# %% ../../nbs/validation/30_trials.ipynb #ba2d8de9
+def check_history(
+    path: str | Path,  # a ledger in a repository
+) -> int:              # versions that were compared
+    """Refuse a ledger that lacks a row which any commit on the way to here held.
+
+    Raises `DataError` naming the row and the commit, and outside a repository."""
+    path = Path(path).resolve()
+    today = {_identity(r) for r in read_rows(path)}
+    commits = _git(path.parent, "log", "--full-history", "--format=%h", "--diff-filter=AM", "--", path.name).split()
+    for commit in commits:
+        for line in _git(path.parent, "show", f"{commit}:./{path.name}").splitlines():
+            row = json.loads(line)
+            if "number" in row and _identity(row) not in today:
+                raise DataError(f"{path}", f"row {row['number']} of commit {commit} ({row['system']}/{row['model']}) is gone", _FIX)
+    return len(commits)
+
 # %% ../../nbs/validation/30_trials.ipynb #5c7ce7be
 def read(
     paths: str | Path | Sequence[str | Path],  # one ledger or several
@@ -161,7 +268,8 @@ def read(
     out = pd.DataFrame(rows)
     if (twice := out.duplicated("hash")).any():
         raise DataError(f"{out['ledger'][int(np.argmax(twice))]}", "holds rows of another ledger that was passed, too", "pass every ledger once")
-    return out.astype({"sharpe_bar": float, "skew": float, "kurtosis": float})
+    out = out.reindex(columns=[*out.columns, *(c for c in ("weeks", "week_scale") if c not in out)])
+    return out.astype({"sharpe_bar": float, "skew": float, "kurtosis": float, "week_scale": float}).fillna({"weeks": ""})
 
 def trial_count(
     ledger: pd.DataFrame,  # from `read`
@@ -169,11 +277,32 @@ def trial_count(
     """How many configurations were looked at."""
     return len(ledger)
 
+def weekly_returns(
+    ledger: pd.DataFrame,  # from `read`
+) -> pd.DataFrame:         # index: Mondays; one column per trial that holds them, named by its place in `ledger`; NaN outside its window
+    """What the trials returned in each calendar week."""
+    found = {}
+    for at, row in ledger[ledger["weeks"] != ""].iterrows():
+        sums = np.frombuffer(base64.b64decode(row["weeks"]), "<i2") * row["week_scale"]
+        first = _week(pd.DatetimeIndex([row["start"]]))[0]
+        found[at] = pd.Series(sums, np.datetime64("1970-01-05") + _WEEK * np.arange(first, first + len(sums)))
+    return pd.DataFrame(found).sort_index()
+
+_COMMON = 26  # weeks: a correlation of fewer says little
+
 def effective_trials(
     ledger: pd.DataFrame,  # from `read`
-) -> float:                # at most the count
-    """How many *independent* trials the ledger amounts to: here, all of them. Trials that resemble each other count in full, so that a deflated ratio errs on the strict side."""
-    return float(trial_count(ledger))
+) -> float:                # 1 to the count
+    """How many *independent* trials the ledger amounts to. With an average correlation r of weekly returns, M trials are worth r + (1 - r) M. What has no returns, or too few weeks in common with the others, counts as independent.
+
+    Source: Bailey and López de Prado (2014), appendix 3."""
+    weekly = weekly_returns(ledger)
+    alike = weekly.shape[1]
+    if alike < 2:
+        return float(trial_count(ledger))
+    pairs = weekly.corr(min_periods=_COMMON).to_numpy()[np.triu_indices(alike, 1)]
+    r = float(np.clip(np.nan_to_num(pairs).mean(), 0, 1))
+    return r + (1 - r) * alike + trial_count(ledger) - alike
 
 def sharpe_variance(
     ledger: pd.DataFrame,        # from `read`
@@ -192,8 +321,8 @@ def deflated(
     returns: Any,                # (T,) simple returns per bar, net of costs, recorded before
     ledger: pd.DataFrame,        # from `read`: all that was tried
     bars_per_year: float = 252,
-) -> dict[str, float]:           # sharpe_annual, psr, dsr (probabilities), n_trials, expected_max_sharpe_annual
-    """The deflated Sharpe ratio of one recorded trial. Count and variance come from the ledger.
+) -> dict[str, float]:           # sharpe_annual, psr, dsr (probabilities), n_trials, effective_trials, expected_max_sharpe_annual
+    """The deflated Sharpe ratio of one recorded trial. The effective number of trials and their variance come from the ledger.
 
     Raises `DataError` on returns that the ledger does not hold.
 
@@ -202,7 +331,8 @@ def deflated(
     if returns_id(r) not in set(ledger["returns_id"]):
         raise DataError("returns", "are not in the ledger of trials", "record them before showing them: `record(path, [trial(...)])`")
     sharpe, root = float(r.mean() / r.std(ddof=1)), float(np.sqrt(bars_per_year))
-    bar = expected_max_sharpe(effective_trials(ledger), sharpe_variance(ledger, bars_per_year))
+    effective = effective_trials(ledger)
+    bar = expected_max_sharpe(effective, sharpe_variance(ledger, bars_per_year))
     shape = len(r), skew(r), kurtosis(r)
     return {"sharpe_annual": sharpe * root, "psr": probabilistic_sharpe(sharpe, *shape), "dsr": probabilistic_sharpe(sharpe, *shape, bar),
-            "n_trials": trial_count(ledger), "expected_max_sharpe_annual": bar * root}
+            "n_trials": trial_count(ledger), "effective_trials": effective, "expected_max_sharpe_annual": bar * root}
