@@ -23,8 +23,9 @@ from ..core.jit import njit
 from .machine import FeatureBlock
 
 # %% auto #0
-__all__ = ['LEVELS', 'MISSING', 'LEAST_ROWS', 'rank_correlation', 'pooled_ic', 'clusters', 'return_grid', 'ic', 'ic_summary',
-           'ic_decay', 'persistence', 'stability', 'selection_stability', 'luck', 'SelectionParams', 'select_features']
+__all__ = ['LEVELS', 'MISSING', 'LEAST_ROWS', 'rank_correlation', 'pooled_ic', 'clusters', 'return_grid', 'rank_across', 'ic',
+           'ic_summary', 'ic_decay', 'persistence', 'stability', 'selection_stability', 'luck', 'SelectionParams',
+           'select_features']
 
 # %% ../../nbs/features/90_redundancy.ipynb #d5dcf4ee
 LEVELS, MISSING = 16, -128  # steps on each side of the middle; the mark of a value that is not there
@@ -208,9 +209,15 @@ def _rank_across(values: Any, other: Any, least: int, out: Any) -> None:
                 if pp > 0 and qq > 0:
                     out[f, t] = (p * q).sum() / np.sqrt(pp * qq)
 
-# %% ../../nbs/features/90_redundancy.ipynb #189bfffd
-def _by_instant(values: NDArray[Any], other: NDArray[Any], least: int) -> NDArray[np.float64]:
-    "Rank correlation over symbols at each instant, (F, T)."
+# %% ../../nbs/features/90_redundancy.ipynb #fdc77201
+def rank_across(
+    values: NDArray[Any],      # (F, N, T), NaN where absent
+    other: NDArray[Any],       # (F, N, T), or (1, N, T) for all of them
+    least: int,                # symbols at an instant, at the least
+) -> NDArray[np.float64]:      # (F, T) in [-1, 1], NaN where there is none
+    """Rank correlation, over the symbols that have both, at each instant.
+
+    Known at: the later of the two values."""
     out = np.empty((values.shape[0], values.shape[2]))
 
     def some(part: slice) -> None:
@@ -230,7 +237,7 @@ def ic(
     Known at: the end of each instant's labels."""
     if returns.shape != block.values.shape[1:]:
         raise DataError("returns", f"have shape {returns.shape}, the features {block.values.shape[1:]}", "lay them on the block's grid with `return_grid`")
-    found = _by_instant(block.values, returns[None], least)
+    found = rank_across(block.values, returns[None], least)
     return pd.DataFrame(found.T, index=pd.DatetimeIndex(block.times).tz_localize("UTC"), columns=list(block.names))
 
 # %% ../../nbs/features/90_redundancy.ipynb #2fa58c80
@@ -275,7 +282,7 @@ def persistence(
     """Mean rank correlation, over symbols, of each feature with itself some instants earlier.
 
     Known at: the end of the sample."""
-    found = _by_instant(block.values[:, :, lag:], block.values[:, :, :-lag], least)
+    found = rank_across(block.values[:, :, lag:], block.values[:, :, :-lag], least)
     return pd.DataFrame(found.T, columns=list(block.names)).mean().rename("persistence")
 
 # %% ../../nbs/features/90_redundancy.ipynb #56c30d41
