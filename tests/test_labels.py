@@ -373,3 +373,11 @@ def test_a_bad_parameter_is_named(make: Callable[..., pd.DataFrame], good: dict[
         make(panel, **(good | {name: value}))
     with pytest.raises(ParameterError, match="not a price to fill at"):
         make(panel, fill="mid", **good)
+
+
+@pytest.mark.parametrize("horizon", [1, 250])
+def test_a_price_that_moves_by_rounding_has_no_label_at_any_horizon(horizon: int) -> None:
+    """Returns of a few parts in 1e11 are the last digits of a price that stands still; a longer horizon does not make a volatility of them."""
+    close = 100 * (1 + 2e-11 * np.random.default_rng(0).standard_normal((1, 300)))
+    panel = Panel(pd.bdate_range("2020-01-01 21:00", periods=300).as_unit("us").to_numpy(), ("A",), {"close": close})
+    assert np.isnan(horizon_sigma(panel, horizon, 20)).all()

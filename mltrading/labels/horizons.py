@@ -16,11 +16,11 @@ from ..core.errors import ParameterError
 from ..core.jit import njit
 from ..features.expressions import CLOSE, change
 from ..features.machine import value
-from ..features.windows import roll_std
+from ..features.windows import LEAST_SPREAD, roll_std
 from ..market.panel import Panel, fill_price
 
 # %% auto #0
-__all__ = ['LEAST_SIGMA', 'own_bars', 'legs', 'horizon_sigma', 'label_rows', 'label_frame', 'LabelParams']
+__all__ = ['own_bars', 'legs', 'horizon_sigma', 'label_rows', 'label_frame', 'LabelParams']
 
 # %% ../../nbs/labels/00_horizons.ipynb #0d069f2a
 @njit(nogil=True, error_model="numpy")
@@ -53,9 +53,7 @@ def legs(
             entry[i, at[k]], leave[i, at[k]] = at[k + 1], at[k + 1 + horizon]
     return entry, leave
 
-# %% ../../nbs/labels/00_horizons.ipynb #ad4ae6ed
-LEAST_SIGMA = 1e-10  # a volatility below this is rounding: the price stood still
-
+# %% ../../nbs/labels/00_horizons.ipynb #464182de
 def horizon_sigma(
     panel: Panel,
     horizon_bars: int,          # own bars from entry to exit, >= 1
@@ -70,8 +68,8 @@ def horizon_sigma(
         raise ParameterError("labels.horizon_bars", f"{horizon_bars} is not a horizon", "use 1 or more bars")
     if vol_bars < 2:
         raise ParameterError("labels.vol_bars", f"{vol_bars} returns have no standard deviation", "use 2 or more")
-    sigma = value(panel, roll_std(change(CLOSE), vol_bars)) * np.sqrt(horizon_bars)
-    return np.where(sigma > LEAST_SIGMA, sigma, np.nan)
+    daily = value(panel, roll_std(change(CLOSE), vol_bars))
+    return np.where(daily > LEAST_SPREAD, daily * np.sqrt(horizon_bars), np.nan)
 
 # %% ../../nbs/labels/00_horizons.ipynb #548c9ce2
 def label_rows(
