@@ -122,12 +122,12 @@ def _natural(f: Feature) -> tuple[Any, ...]:
     return f.family, [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", f.name)]
 
 def lookup(
-    names: Sequence[str] | str | None = None,  # features, the name of one or of a set; all registered features unless told
-) -> list[Feature]:                            # in the order of `names`, or by family and name
+    names: Sequence[str] | str = "all",  # features, the name of one or of a set, or `all`
+) -> list[Feature]:                      # in the order of `names`, or by family and name
     """Registered features. Raises `ParameterError` on an unknown name, or one that is asked for twice."""
-    if names is None or isinstance(names, str) or any(n not in REGISTRY for n in names):
+    if isinstance(names, str) or any(n not in REGISTRY for n in names):
         load()
-    if names is None or names == "all":
+    if names == "all":
         return sorted(REGISTRY.values(), key=_natural)
     if isinstance(names, str):
         names = SETS[names]() if names in SETS else [names]
@@ -159,14 +159,14 @@ def _missing(f: Feature, panel: Panel, macro: pd.DataFrame | None, benchmark: st
 
 def choose(
     panel: Panel,
-    names: Sequence[str] | str | None = None,
+    names: Sequence[str] | str = "all",
     macro: pd.DataFrame | None = None,
     benchmark: str | None = None,
     short: bool = False,  # histories shorter than a warm-up will do
 ) -> list[Feature]:
     """The features to compute: those that are named, or all that the panel can feed and has bars enough for. Errors as of `compute`."""
     features, bars = lookup(names), int(panel.alive.sum(axis=1).max(initial=0))
-    if names is None or names == "all":
+    if names == "all":
         within = is_intraday(panel)
         return [f for f in features if not _missing(f, panel, macro, benchmark) and (within or "clock:session" not in f.needs) and (short or f.warmup < bars)]
     for f in features:
@@ -184,7 +184,7 @@ def choose(
 # %% ../../nbs/features/10_registry.ipynb #efe7629d
 def compute(
     panel: Panel,
-    names: Sequence[str] | str | None = None,  # features, or the name of a set; all that the panel can feed unless told
+    names: Sequence[str] | str = "all",   # features, the name of one or of a set, or `all` that the panel can feed
     macro: pd.DataFrame | None = None,    # long table of releases: timestamp (release instant, UTC), series, value, reference
     benchmark: str | None = None,         # a symbol of the panel that stands for the market
     calendar: str = "24/7",               # of exchange_calendars: what a session is
@@ -204,7 +204,7 @@ def compute(
 def write_features(
     panel: Panel,
     path: str | Path,                     # a Parquet file, replaced in one step
-    names: Sequence[str] | str | None = None,
+    names: Sequence[str] | str = "all",
     macro: pd.DataFrame | None = None,
     benchmark: str | None = None,
     calendar: str = "24/7",
