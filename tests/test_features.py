@@ -270,7 +270,12 @@ def test_all_features_are_those_that_the_panel_can_feed() -> None:
     without = set(compute(closes).names)
     assert not {f.name for f in lookup() if set(f.needs) & {"high", "low", "open", "volume", "benchmark", "macro:vix"}} & without
     assert {"ret_5d", "rank_ret_5d", "dow_sin"} <= without
-    assert np.isnan(compute(closes, ["adx_14"]).values).all()
+    for one in ("adx_14", ["ret_5d", "adx_14"]):
+        with pytest.raises(DataError, match=r"has no field `high`, which `adx_14` needs"):
+            compute(closes, one)
+    of_set = compute(closes, "alpha158")
+    assert np.isnan(of_set["a158_klen"]).all()
+    assert not np.isnan(of_set["a158_roc_5"]).all()
     with pytest.raises(ParameterError, match="needs a benchmark"):
         compute(panel, ["beta_60"])
     with pytest.raises(ParameterError, match="did you mean `macd_hist_12_26_9`"):
@@ -330,3 +335,10 @@ def test_a_set_says_nothing_twice(name: str) -> None:
     features = lookup(name)
     assert len(features) == int(re.sub(r"\D", "", name))
     assert len({id(plain(f.expr, {})) for f in features}) == len(features)
+
+
+def test_distances_in_standard_deviations_have_one_unit() -> None:
+    table = catalogue()
+    z = table[table["name"].str.contains(r"(?:^|_)z_") | table["about"].str.contains(r"in (?:their |its )?standard deviations")]
+    assert len(z) > 50
+    assert set(z["unit"]) == {"standard deviations"}

@@ -39,7 +39,7 @@ class Feature:
     name: str
     family: str
     about: str     # in words
-    unit: str      # "fraction" of a price or return (0.01 = 1 %), "fraction per bar", "1" for another ratio, a range as "0 to 100"
+    unit: str      # "fraction" of a price or return (0.01 = 1 %), "fraction per bar", "standard deviations" for a z-score, "1" for another ratio, a range as "0 to 100"
     source: str    # paper, book or standard
     expr: Expr     # the formula
     module: str    # where it is declared
@@ -175,6 +175,8 @@ def choose(
                 raise ParameterError("features.benchmark", f"`{f.name}` needs a benchmark", "name one of the panel's symbols, or leave the feature out")
             if need.startswith("macro:") and macro is None:
                 raise ParameterError("features.names", f"`{f.name}` needs macro releases", "give a table of them, or leave the feature out")
+            if not need.startswith("macro:") and not (isinstance(names, str) and names in SETS):
+                raise DataError("panel", f"has no field `{need}`, which `{f.name}` needs", "give a panel with the field, or leave the feature out of features.names")
     slow = max(features, key=lambda f: f.warmup, default=None)
     if slow is not None and bars <= slow.warmup and not short:
         raise DataError("panel", f"fewer bars than a warm-up: `{slow.name}` has its first value after {slow.warmup} bars, and the longest history has {bars}",
@@ -195,7 +197,7 @@ def compute(
 ) -> FeatureBlock:
     """Features of a panel.
 
-    Raises `ParameterError` on an unknown name, or on one that needs a benchmark or macro releases that were not given; `DataError` on a history shorter than a warm-up.
+    Raises `ParameterError` on an unknown name, or on one that needs a benchmark or macro releases that were not given; `DataError` on a history shorter than a warm-up, and on a panel without a field that a feature named by itself needs.
 
     Known at: each value at the stamp of its bar."""
     features = choose(panel, names, macro, benchmark, short)
