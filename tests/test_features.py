@@ -72,7 +72,7 @@ def panels(draw: st.DrawFn) -> Panel:
 @given(panels(), st.floats(0.05, 0.95))
 def test_truncation_changes_no_bit_and_nothing_is_infinite(panel: Panel, place: float) -> None:
     macro, benchmark = releases(panel), panel.symbols[0]
-    whole = compute(panel, None, macro, benchmark, short=True)
+    whole = compute(panel, "all", macro, benchmark, short=True)
     assert not np.isinf(whole.values).any()
     assert np.isnan(whole.values[:, ~panel.alive]).all()
     cut = panel.times[int(place * (len(panel) - 1))]
@@ -109,7 +109,7 @@ ODD = {
 @pytest.mark.parametrize("name", ODD)
 def test_odd_bars_give_defined_values_or_none(name: str) -> None:
     panel = ODD[name]
-    block = compute(panel, None, releases(panel), "A", short=True)
+    block = compute(panel, "all", releases(panel), "A", short=True)
     assert len(block.names) > 100
     assert not np.isinf(block.values).any()
     wild = {n: float(np.nanmax(np.abs(v))) for n, v in zip(block.names, block.values, strict=True) if "tiny to" not in name and np.isfinite(v).any() and np.nanmax(np.abs(v)) > 1e7}
@@ -120,7 +120,7 @@ def test_odd_bars_give_defined_values_or_none(name: str) -> None:
 def test_scale_makes_no_difference_to_what_has_no_unit() -> None:
     base = random_walk(3, 600, seed=4, ragged=False)
     panels = [with_all_fields(Panel(base.times, base.symbols, {k: b * (scale if k != "volume" else 1.0) for k, b in base.fields.items()})) for scale in (1.0, 2.0**30)]
-    one, two = (compute(p, None, None, "S001") for p in panels)
+    one, two = (compute(p, "all", None, "S001") for p in panels)
     for name in one.names:
         np.testing.assert_allclose(one[name], two[name], rtol=1e-6, atol=1e-9, err_msg=name)
 
@@ -128,7 +128,7 @@ def test_scale_makes_no_difference_to_what_has_no_unit() -> None:
 def test_bar_by_bar_is_what_was_computed_at_once() -> None:
     panel = with_all_fields(random_walk(4, 420, seed=9, closes_only=1))
     macro = releases(panel)
-    whole = compute(panel, None, macro, "S001", short=True)
+    whole = compute(panel, "all", macro, "S001", short=True)
     stream = Stream(whole.names, panel.symbols, macro, "S001")
     stream.catch_up(until(panel, panel.times[299]))
     live = [stream.update(panel.times[k], {f: b[:, k] for f, b in panel.fields.items()}) for k in range(300, 420)]
@@ -139,7 +139,7 @@ def test_bar_by_bar_is_what_was_computed_at_once() -> None:
 def test_every_registered_feature_passes_the_audit() -> None:
     longest = max(f.warmup for f in lookup())
     daily = with_all_fields(random_walk(6, longest + 80, seed=11, closes_only=1))
-    table = check_registry(daily, None, releases(daily), "S001", cuts=20, seed=3)
+    table = check_registry(daily, "all", releases(daily), "S001", cuts=20, seed=3)
     within = with_all_fields(bridge_intraday(regime_market(n_symbols=3, n_bars=60, seed=5)[0], "15m", "XNYS", seed=1))
     names = [f.name for f in lookup() if "clock:session" in f.needs]
     inside = check_registry(within, names, releases(within), within.symbols[1], "XNYS", cuts=20, seed=3)
@@ -270,7 +270,12 @@ def test_all_features_are_those_that_the_panel_can_feed() -> None:
     without = set(compute(closes).names)
     assert not {f.name for f in lookup() if set(f.needs) & {"high", "low", "open", "volume", "benchmark", "macro:vix"}} & without
     assert {"ret_5d", "rank_ret_5d", "dow_sin"} <= without
-    assert np.isnan(compute(closes, ["adx_14"]).values).all()
+    for one in ("adx_14", ["ret_5d", "adx_14"]):
+        with pytest.raises(DataError, match=r"has no field `high`, which `adx_14` needs"):
+            compute(closes, one)
+    of_set = compute(closes, "alpha158")
+    assert np.isnan(of_set["a158_klen"]).all()
+    assert not np.isnan(of_set["a158_roc_5"]).all()
     with pytest.raises(ParameterError, match="needs a benchmark"):
         compute(panel, ["beta_60"])
     with pytest.raises(ParameterError, match="did you mean `macd_hist_12_26_9`"):
@@ -316,7 +321,7 @@ def test_the_audit_command_on_the_embedded_snapshot(project: Path, embedded_data
 def test_the_audit_command_fails_on_a_leak(project: Path, embedded_data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(embedded_data, project / "data")
     few = ["ret_5d", "vol_20d", "ret_1d", "session_ret", "sentiment_level"]
-    monkeypatch.setattr(proof, "lookup", lambda names=None: lookup(few if names is None else names))
+    monkeypatch.setattr(proof, "lookup", lambda names="all": lookup(few if names == "all" else names))
     monkeypatch.setattr(proof, "choose", lambda panel, names, *rest, **options: choose(panel, few[:3], *rest, **options))
     assert main(["audit", "--cuts", "1"]) == 1
     said = capsys.readouterr()
@@ -330,3 +335,10 @@ def test_a_set_says_nothing_twice(name: str) -> None:
     features = lookup(name)
     assert len(features) == int(re.sub(r"\D", "", name))
     assert len({id(plain(f.expr, {})) for f in features}) == len(features)
+
+
+def test_distances_in_standard_deviations_have_one_unit() -> None:
+    table = catalogue()
+    z = table[table["name"].str.contains(r"(?:^|_)z_") | table["about"].str.contains(r"in (?:their |its )?standard deviations")]
+    assert len(z) > 50
+    assert set(z["unit"]) == {"standard deviations"}

@@ -28,6 +28,11 @@ SEED, FILL = st.integers(0, 10**6), st.sampled_from(["open", "close"])
 CONTRACT = ["timestamp", "symbol", "start", "end", "ret", "sigma"]
 
 
+def settled(labels: pd.DataFrame) -> pd.Series:
+    """When a label surely is known, whatever comes."""
+    return labels["latest" if "latest" in labels else "end"]
+
+
 def market(seed: int, scale: float = 1.0, n_bars: int = 120) -> Panel:
     """Three symbols with gaps, late listings and delistings; one has only closes, another lacks an open, high or low here and there."""
     base, rng = random_walk(3, n_bars, seed, closes_only=1), np.random.default_rng(seed)
@@ -63,14 +68,15 @@ def test_more_data_changes_no_label(kind: str, seed: int, fill: str, place: floa
     """Cutting the panel keeps exactly the labels that were known by then; so does another future."""
     panel, make = market(seed, scale), KINDS[kind]
     labels, cut = make(panel, fill), panel.times[int(place * (len(panel) - 1))]
-    known = labels[labels["end"] <= pd.Timestamp(cut, tz="UTC")].reset_index(drop=True)
+    known = labels[settled(labels) <= pd.Timestamp(cut, tz="UTC")].reset_index(drop=True)
     pd.testing.assert_frame_equal(make(until(panel, cut), fill), known, check_exact=True)
     other = make(other_future(panel, cut, np.random.default_rng(seed)), fill)
-    pd.testing.assert_frame_equal(other[other["end"] <= pd.Timestamp(cut, tz="UTC")].reset_index(drop=True), known, check_exact=True)
+    pd.testing.assert_frame_equal(other[settled(other) <= pd.Timestamp(cut, tz="UTC")].reset_index(drop=True), known, check_exact=True)
     assert np.isfinite(labels.select_dtypes("number")).all(axis=None)
     assert set(CONTRACT) <= set(labels.columns)
     assert (labels["timestamp"] < labels["start"]).all()
     assert (labels["start"] <= labels["end"]).all()
+    assert (labels["end"] <= settled(labels)).all()
     assert labels.sort_values(["timestamp", "symbol"]).index.equals(labels.index)
 
 
@@ -134,7 +140,8 @@ def filled(bar: dict[str, float], fill: str) -> float:
 def compare(labels: pd.DataFrame, panel: Panel, expected: list[tuple]) -> None:
     """Rows of (timestamp column, symbol, start column, end column, whole number, two floats) against a table's."""
     columns = [panel.index.get_indexer(labels[c]) for c in ("timestamp", "start", "end")]
-    rows = sorted(zip(columns[0], labels["symbol"], columns[1], columns[2], *(labels[c] for c in labels.columns[4:]), strict=True), key=lambda r: r[:2])
+    values = labels.drop(columns=["timestamp", "symbol", "start", "end", "latest"], errors="ignore")
+    rows = sorted(zip(columns[0], labels["symbol"], columns[1], columns[2], *(values[c] for c in values), strict=True), key=lambda r: r[:2])
     expected = sorted(expected, key=lambda r: r[:2])
     assert [r[:4] for r in rows] == [r[:4] for r in expected]
     np.testing.assert_allclose([r[4:] for r in rows], [r[4:] for r in expected], rtol=1e-7, atol=1e-12)
@@ -145,7 +152,7 @@ def compare(labels: pd.DataFrame, panel: Panel, expected: list[tuple]) -> None:
 def test_barriers_equal_a_story_told_slowly(seed: int, fill: str, horizon: int, profit: float, stop: float, side: int) -> None:
     panel, expected = market(seed), []
     for symbol, bars, k, sigma in decisions(panel, horizon):
-        if k + 1 == len(bars):
+        if k + 1 + horizon >= len(bars):
             continue
         entry, goal, limit = filled(bars[k + 1], fill), side * profit * sigma, -side * stop * sigma
         for j, what, low, high in story(bars, k + 1, horizon, fill):
@@ -169,7 +176,7 @@ def test_barriers_equal_a_story_told_slowly(seed: int, fill: str, horizon: int, 
 def test_knockouts_equal_a_story_told_slowly(seed: int, fill: str, horizon: int, multiple: float, side: int, rate: float) -> None:
     panel, expected = market(seed), []
     for symbol, bars, k, sigma in decisions(panel, horizon):
-        if k + 1 == len(bars):
+        if k + 1 + horizon >= len(bars):
             continue
         entry, d, begin = filled(bars[k + 1], fill), multiple * sigma, panel.index[int(bars[k + 1]["t"])]
         for j, what, low, high in story(bars, k + 1, horizon, fill):
@@ -263,13 +270,19 @@ def test_a_standing_price_has_no_label() -> None:
     assert len(label_frame(until(panel, panel.times[5]), 3, vol_bars=10)) == 0
 
 
-def test_a_barrier_touched_early_is_a_label_before_its_horizon() -> None:
-    panel = market(3)
-    near, far = (barrier_frame(panel, 30, profit=x, stop=x, vol_bars=10) for x in (0.1, np.inf))
-    assert len(near) > len(far)
-    waits = near.merge(far, on=["timestamp", "symbol"], suffixes=("", "_far"))
-    assert (waits["end"] <= waits["end_far"]).all()
-    assert near.loc[near["touched"] == 0, "end"].isin(far["end"]).all()
+@FEW
+@given(SEED, FILL, st.floats(0.1, 0.99))
+def test_whether_a_label_exists_does_not_depend_on_its_outcome(seed: int, fill: str, place: float) -> None:
+    """Decisions with a barrier label, or an option's, are those with a horizon label: near barriers, far ones and none, at any end of the data."""
+    panel = market(seed)
+    panel = until(panel, panel.times[int(place * (len(panel) - 1))])
+    plain, keys = label_frame(panel, 8, fill, vol_bars=10), ["timestamp", "symbol", "start", "latest"]
+    expected = plain.rename(columns={"end": "latest"})[keys]
+    for x in (0.1, 1.0, np.inf):
+        pd.testing.assert_frame_equal(barrier_frame(panel, 8, fill, profit=x, stop=x, vol_bars=10)[keys], expected)
+    for side, unit in ((1, "sigma"), (-1, "fraction")):
+        options = knockout_frame(panel, 8, fill, side=side, distance=0.01, unit=unit, rate_annual=0.03, vol_bars=10)
+        pd.testing.assert_frame_equal(options[keys], expected)
 
 
 def spans_of(labels: pd.DataFrame, axis: np.ndarray) -> np.ndarray:
@@ -360,3 +373,11 @@ def test_a_bad_parameter_is_named(make: Callable[..., pd.DataFrame], good: dict[
         make(panel, **(good | {name: value}))
     with pytest.raises(ParameterError, match="not a price to fill at"):
         make(panel, fill="mid", **good)
+
+
+@pytest.mark.parametrize("horizon", [1, 250])
+def test_a_price_that_moves_by_rounding_has_no_label_at_any_horizon(horizon: int) -> None:
+    """Returns of a few parts in 1e11 are the last digits of a price that stands still; a longer horizon does not make a volatility of them."""
+    close = 100 * (1 + 2e-11 * np.random.default_rng(0).standard_normal((1, 300)))
+    panel = Panel(pd.bdate_range("2020-01-01 21:00", periods=300).as_unit("us").to_numpy(), ("A",), {"close": close})
+    assert np.isnan(horizon_sigma(panel, horizon, 20)).all()

@@ -308,3 +308,18 @@ def test_stability_of_choices() -> None:
     assert found["jaccard"] == pytest.approx((1 / 3 + 1 + 1 / 3) / 3)
     assert found["nogueira"] == pytest.approx(1 - matrix.var(axis=0, ddof=1).mean() / (0.5 * 0.5))
     assert np.isnan(selection_stability([["a"]], 4)["nogueira"])
+
+
+def test_only_what_a_fold_could_choose_counts_as_a_candidate(tmp_path: Path) -> None:
+    """Columns that are empty, still or mostly absent change neither the choice nor the number that it was made from; one that only the last folds know does."""
+    data, rng = market(9), np.random.default_rng(0)
+    folds, plain = walked(data, tmp_path / "plain", only=("logistic",))
+    assert plain.candidates == data.features.shape[1]
+    draws = rng.standard_normal((2, len(data.keys))).astype(np.float32)
+    rare, late = np.where(rng.random(draws[0].shape) < 0.05, draws[0], np.float32("nan")), np.where(np.arange(len(data.keys)) >= folds[0].test[0], draws[1], np.float32("nan"))
+    useless = data.features.assign(empty=np.float32("nan"), still=np.float32(2), rare=rare)
+    _, other = walked(Rows(data.keys, useless, data.labels, data.sigma), tmp_path / "useless", only=("logistic",))
+    pd.testing.assert_frame_equal(other.selection, plain.selection, check_exact=True)
+    assert other.candidates == plain.candidates
+    _, more = walked(Rows(data.keys, useless.assign(late=late), data.labels, data.sigma), tmp_path / "late", only=("logistic",))
+    assert more.candidates == plain.candidates + 1

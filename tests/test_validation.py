@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 from mltrading.core.errors import DataError, LeakError
+from mltrading.features.machine import FeatureBlock
+from mltrading.features.redundancy import ic
 from mltrading.validation import inference, metrics, splits, trials
 
 BARS = pd.date_range("2020-01-01 21:00", periods=120, freq="B", tz="UTC", unit="us")
@@ -230,3 +232,17 @@ def test_returns_that_were_not_recorded_are_not_deflated(tmp_path):
     ledger = ledger_of(tmp_path / "x.jsonl", block[:, :2])
     with pytest.raises(DataError, match="not in the ledger"):
         trials.deflated(block[:, 2], ledger)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6))
+def test_one_coefficient_for_rows_and_for_blocks(seed):
+    """A forecast as rows, and the same as a feature block with holes, have the same information coefficients to the bit."""
+    rng = np.random.default_rng(seed)
+    score, ret = rng.normal(size=(2, 7, 12)).round(1)
+    score[rng.random(score.shape) < 0.3] = np.nan
+    symbols, stamps = tuple("ABCDEFG"), AXIS[:12]
+    block = FeatureBlock(("f",), stamps, symbols, score[None], np.isfinite(score))
+    column, row = np.nonzero(np.isfinite(score).T)
+    by_row = metrics.ic_by_time(score[row, column], ret[row, column], BARS[column])
+    pd.testing.assert_series_equal(by_row, ic(block, ret, least=3)["f"].dropna(), check_exact=True, check_names=False, check_freq=False)

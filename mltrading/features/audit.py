@@ -422,7 +422,7 @@ def check_causal(
 # %% ../../nbs/features/80_audit.ipynb #1c262991
 PART_BYTES = 1 << 30  # of the features that are computed together
 
-def _parts(panel: Panel, names: Sequence[str] | None, macro: pd.DataFrame | None, benchmark: str | None) -> list[Sequence[str]]:
+def _parts(panel: Panel, names: Sequence[str] | str, macro: pd.DataFrame | None, benchmark: str | None) -> list[Sequence[str]]:
     "The features that the panel can feed, as many at a time as fit."
     found = [f.name for f in choose(panel, names, macro, benchmark, short=True)]
     size = max(1, PART_BYTES // (8 * max(1, len(panel) * len(panel.symbols))))
@@ -440,7 +440,7 @@ def _first_bar(
 # %% ../../nbs/features/80_audit.ipynb #f2eb7ce7
 def audit(
     panel: Panel,
-    names: Sequence[str] | None = None,  # features; all that the panel can feed unless told
+    names: Sequence[str] | str = "all",  # features, the name of one or of a set, or `all` that the panel can feed
     macro: pd.DataFrame | None = None,   # long: timestamp (release instant, UTC), series, value, reference
     benchmark: str | None = None,        # a symbol of the panel that stands for the market
     calendar: str = "24/7",              # of exchange_calendars: what a session is

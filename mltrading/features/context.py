@@ -158,7 +158,7 @@ def vix_level() -> Expr:
 def vix_change(n: int) -> Expr:
     return _VIX / _day("vix", n) - 1.0
 
-@feature("vix_z_{n}", family="macro", unit="1", about="log of the VIX beyond its mean over {n} bars, in standard deviations", source="Whaley (2009)", grid={"n": (60, 252)})
+@feature("vix_z_{n}", family="macro", unit="standard deviations", about="log of the VIX beyond its mean over {n} bars, in standard deviations", source="Whaley (2009)", grid={"n": (60, 252)})
 def vix_z(n: int) -> Expr:
     return standing(log(_VIX), n)
 
@@ -170,7 +170,7 @@ def vix_over_realized(n: int) -> Expr:
 def wti_ret(n: int) -> Expr:
     return _day("wti") / _day("wti", n) - 1.0
 
-@feature("wti_z_{n}", family="macro", unit="1", about="log of crude oil beyond its mean over {n} bars, in standard deviations", source="FRED DCOILWTICO", grid={"n": (252,)})
+@feature("wti_z_{n}", family="macro", unit="standard deviations", about="log of crude oil beyond its mean over {n} bars, in standard deviations", source="FRED DCOILWTICO", grid={"n": (252,)})
 def wti_z(n: int) -> Expr:
     return standing(log(_day("wti")), n)
 
@@ -199,7 +199,7 @@ def cpi_turn(n: int) -> Expr:
 def real_yield() -> Expr:
     return _month("aaa") - 100.0 * cpi_yoy()
 
-@feature("risk_off_{n}", family="macro", unit="1", about="mean of what is known of three distances from the mean of {n} bars, in standard deviations: of the VIX and the credit spread, and oil's with its sign turned", source="definition", grid={"n": (252,)})
+@feature("risk_off_{n}", family="macro", unit="standard deviations", about="mean of what is known of three distances from the mean of {n} bars, in standard deviations: of the VIX and the credit spread, and oil's with its sign turned", source="definition", grid={"n": (252,)})
 def risk_off(n: int) -> Expr:
     parts = [standing(log(_VIX), n), standing(_CREDIT, n), -standing(log(_day("wti")), n)]
     total = fill(parts[0], 0.0) + fill(parts[1], 0.0) + fill(parts[2], 0.0)
@@ -251,7 +251,7 @@ def hy_spread() -> Expr:
 def hy_spread_change(n: int) -> Expr:
     return _day("BAMLH0A0HYM2") - _day("BAMLH0A0HYM2", n)
 
-@_added("hy_spread_z_{n}", "1", "high-yield spread beyond its mean over {n} bars, in standard deviations", "ICE BofA index, FRED BAMLH0A0HYM2", 252)
+@_added("hy_spread_z_{n}", "standard deviations", "high-yield spread beyond its mean over {n} bars, in standard deviations", "ICE BofA index, FRED BAMLH0A0HYM2", 252)
 def hy_spread_z(n: int) -> Expr:
     return standing(_day("BAMLH0A0HYM2"), n)
 
@@ -263,11 +263,11 @@ def vix_term() -> Expr:
 def vvix_over_vix() -> Expr:
     return _day("vvix") / _VIX
 
-@_added("skew_z_{n}", "1", "Cboe SKEW beyond its mean over {n} bars, in standard deviations", "Cboe", 252)
+@_added("skew_z_{n}", "standard deviations", "Cboe SKEW beyond its mean over {n} bars, in standard deviations", "Cboe", 252)
 def skew_z(n: int) -> Expr:
     return standing(_day("skew"), n)
 
-@_added("move_z_{n}", "1", "log of the MOVE index of bond volatility beyond its mean over {n} bars, in standard deviations", "ICE BofA", 252)
+@_added("move_z_{n}", "standard deviations", "log of the MOVE index of bond volatility beyond its mean over {n} bars, in standard deviations", "ICE BofA", 252)
 def move_z(n: int) -> Expr:
     return standing(log(_day("move")), n)
 

@@ -120,12 +120,12 @@ def rank_beta(n: int) -> Expr:
 def rank_change(n: int) -> Expr:
     return rank_across(change(CLOSE, n)) - lag(rank_across(change(CLOSE, n)), n)
 
-# %% ../../nbs/features/54_cross.ipynb #46ecb02a
-@feature("z_ret_{n}d", family="cross", unit="1", about="return over {n} bars beyond the mean of the symbols, in their standard deviations", source="definition", grid={"n": (1, 5, 20)})
+# %% ../../nbs/features/54_cross.ipynb #c90984ec
+@feature("z_ret_{n}d", family="cross", unit="standard deviations", about="return over {n} bars beyond the mean of the symbols, in their standard deviations", source="definition", grid={"n": (1, 5, 20)})
 def z_ret(n: int) -> Expr:
     return zscore_across(change(CLOSE, n))
 
-@feature("z_volume_shock_{n}", family="cross", unit="1", about="mean volume of {n} bars over that of 60, beyond the symbols' mean, in their standard deviations", source="Gervais, Kaniel and Mingelgrin (2001)", grid={"n": (5,)})
+@feature("z_volume_shock_{n}", family="cross", unit="standard deviations", about="mean volume of {n} bars over that of 60, beyond the symbols' mean, in their standard deviations", source="Gervais, Kaniel and Mingelgrin (2001)", grid={"n": (5,)})
 def z_volume_shock(n: int) -> Expr:
     return zscore_across(roll_mean(VOLUME, n) / roll_mean(VOLUME, 60))
 

@@ -52,19 +52,19 @@ _NEXT = log(field("pred_close") / CLOSE)
 def dev_close() -> Expr:
     return _D
 
-@feature("dev_close_z_{n}", family="deviations", unit="1", about="deviation of the close from its forecast, in standard deviations of the {n} deviations before", source="definition", grid={"n": (20, 60)})
+@feature("dev_close_z_{n}", family="deviations", unit="standard deviations", about="deviation of the close from its forecast, in standard deviations of the {n} deviations before", source="definition", grid={"n": (20, 60)})
 def dev_close_z(n: int) -> Expr:
     return _D / roll_std(lag(_D), n)
 
-@feature("dev_open_z_{n}", family="deviations", unit="1", about="deviation of the open from its forecast, in standard deviations of the {n} deviations before", source="definition", grid={"n": (20,)})
+@feature("dev_open_z_{n}", family="deviations", unit="standard deviations", about="deviation of the open from its forecast, in standard deviations of the {n} deviations before", source="definition", grid={"n": (20,)})
 def dev_open_z(n: int) -> Expr:
     return deviation("open") / roll_std(lag(deviation("open")), n)
 
-@feature("dev_high_z_{n}", family="deviations", unit="1", about="deviation of the high from its forecast, in standard deviations of the {n} deviations before", source="definition", grid={"n": (20,)})
+@feature("dev_high_z_{n}", family="deviations", unit="standard deviations", about="deviation of the high from its forecast, in standard deviations of the {n} deviations before", source="definition", grid={"n": (20,)})
 def dev_high_z(n: int) -> Expr:
     return deviation("high") / roll_std(lag(deviation("high")), n)
 
-@feature("dev_low_z_{n}", family="deviations", unit="1", about="deviation of the low from its forecast, in standard deviations of the {n} deviations before", source="definition", grid={"n": (20,)})
+@feature("dev_low_z_{n}", family="deviations", unit="standard deviations", about="deviation of the low from its forecast, in standard deviations of the {n} deviations before", source="definition", grid={"n": (20,)})
 def dev_low_z(n: int) -> Expr:
     return deviation("low") / roll_std(lag(deviation("low")), n)
 
@@ -123,7 +123,7 @@ def dev_inside(n: int) -> Expr:
 def pred_ret() -> Expr:
     return _NEXT
 
-@feature("pred_ret_z_{n}", family="deviations", unit="1", about="move that is forecast for the next bar over the standard deviation of the last {n} deviations", source="definition", grid={"n": (60,)})
+@feature("pred_ret_z_{n}", family="deviations", unit="standard deviations", about="move that is forecast for the next bar over the standard deviation of the last {n} deviations", source="definition", grid={"n": (60,)})
 def pred_ret_z(n: int) -> Expr:
     return _NEXT / roll_std(_D, n)
 
@@ -144,7 +144,7 @@ def news_mean(alpha: float) -> Expr:
 def sentiment_level() -> Expr:
     return _S
 
-@feature("sentiment_z_{n}", family="sentiment", unit="1", about="score beyond the mean of the {n} bars with news before, in their standard deviations", source="Tetlock (2007)", grid={"n": (20,)})
+@feature("sentiment_z_{n}", family="sentiment", unit="standard deviations", about="score beyond the mean of the {n} bars with news before, in their standard deviations", source="Tetlock (2007)", grid={"n": (20,)})
 def sentiment_z(n: int) -> Expr:
     return (_S - roll_mean(lag(_S), n)) / roll_std(lag(_S), n)
 
@@ -160,7 +160,7 @@ def sentiment_turn() -> Expr:
 def sentiment_spread(n: int) -> Expr:
     return roll_std(_S, n)
 
-@feature("sentiment_against_{n}", family="sentiment", unit="1", about="score less the bar's return, each in its own spread of {n} bars", source="definition", grid={"n": (20,)})
+@feature("sentiment_against_{n}", family="sentiment", unit="standard deviations", about="score less the bar's return, each in its own spread of {n} bars", source="definition", grid={"n": (20,)})
 def sentiment_against(n: int) -> Expr:
     return _S / sqrt(roll_mean(square(_S), n)) - _BAR / sqrt(roll_mean(square(_BAR), n))
 

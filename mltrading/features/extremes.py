@@ -77,11 +77,11 @@ def drawdown_ever() -> Expr:
 def rebounds(n: int) -> Expr:
     return rebound(CLOSE, n)
 
-@feature("drawdown_z_{n}", family="extremes", unit="1", about="log of close over the highest close of {n} bars, in standard deviations of {n} bars of a random walk", source="definition", grid={"n": (20, 60, 252)})
+@feature("drawdown_z_{n}", family="extremes", unit="standard deviations", about="log of close over the highest close of {n} bars, in standard deviations of {n} bars of a random walk", source="definition", grid={"n": (20, 60, 252)})
 def drawdown_z(n: int) -> Expr:
     return log(CLOSE / roll_max(CLOSE, n)) / (math.sqrt(n) * roll_std(_LOG_RETURN, n))
 
-@feature("rebound_z_{n}", family="extremes", unit="1", about="log of close over the lowest close of {n} bars, in standard deviations of {n} bars of a random walk", source="definition", grid={"n": (20, 60, 252)})
+@feature("rebound_z_{n}", family="extremes", unit="standard deviations", about="log of close over the lowest close of {n} bars, in standard deviations of {n} bars of a random walk", source="definition", grid={"n": (20, 60, 252)})
 def rebound_z(n: int) -> Expr:
     return log(CLOSE / roll_min(CLOSE, n)) / (math.sqrt(n) * roll_std(_LOG_RETURN, n))
 
@@ -151,12 +151,12 @@ def low_step(n: int) -> Expr:
 def range_growth(n: int) -> Expr:
     return log(roll_max(HIGH, n) / roll_min(LOW, n)) / sqrt(n * roll_mean(square(log(HIGH / LOW)), n))
 
-# %% ../../nbs/features/36_extremes.ipynb #15a96e83
-@feature("max_ret_z_{n}", family="extremes", unit="1", about="largest return of {n} bars in their standard deviations above their mean", source="Bali, Cakici and Whitelaw (2011); Grubbs (1969)", grid={"n": (20, 60, 252)})
+# %% ../../nbs/features/36_extremes.ipynb #6ccb6d79
+@feature("max_ret_z_{n}", family="extremes", unit="standard deviations", about="largest return of {n} bars in their standard deviations above their mean", source="Bali, Cakici and Whitelaw (2011); Grubbs (1969)", grid={"n": (20, 60, 252)})
 def max_ret_z(n: int) -> Expr:
     return (roll_max(_RETURN, n) - roll_mean(_RETURN, n)) / roll_std(_RETURN, n)
 
-@feature("min_ret_z_{n}", family="extremes", unit="1", about="smallest return of {n} bars in their standard deviations above their mean", source="Grubbs (1969)", grid={"n": (20, 60, 252)})
+@feature("min_ret_z_{n}", family="extremes", unit="standard deviations", about="smallest return of {n} bars in their standard deviations above their mean", source="Grubbs (1969)", grid={"n": (20, 60, 252)})
 def min_ret_z(n: int) -> Expr:
     return (roll_min(_RETURN, n) - roll_mean(_RETURN, n)) / roll_std(_RETURN, n)
 
@@ -202,6 +202,6 @@ def bent_quantile(
     """A quantile in standard deviations from the mean, bent by skewness and kurtosis. Source: Cornish and Fisher (1938)."""
     return z + (z**2 - 1.0) / 6.0 * skew + (z**3 - 3.0 * z) / 24.0 * kurt - (2.0 * z**3 - 5.0 * z) / 36.0 * square(skew)
 
-@feature("modified_quantile_{n}", family="extremes", unit="1", about="5 % quantile of {n} returns by skewness and kurtosis, in standard deviations from their mean", source="Favre and Galeano (2002)", grid={"n": (252,)})
+@feature("modified_quantile_{n}", family="extremes", unit="standard deviations", about="5 % quantile of {n} returns by skewness and kurtosis, in standard deviations from their mean", source="Favre and Galeano (2002)", grid={"n": (252,)})
 def modified_quantile(n: int) -> Expr:
     return bent_quantile(roll_skew(_RETURN, n), roll_kurt(_RETURN, n), -1.6448536269514722)

@@ -49,7 +49,7 @@ __all__ = ['FIRST', 'SESSION_OPEN', 'SESSION_HIGH', 'SESSION_LOW', 'SESSION_VOLU
            'session_high_age', 'session_low_age', 'session_max_fall', 'session_max_rise', 'bar_range_ratio',
            'volume_share', 'volume_share_mean', 'volume_pace', 'volume_burst', 'session_flow', 'prev_high_dist',
            'prev_low_dist', 'prev_range', 'prev_pos', 'prev_ret', 'prev_last_half_hour_ret', 'pivot_pos', 'session_vol',
-           'vol_vs', 'signed_variation', 'jump_share', 'session_skew', 'session_kurt', 'session_line',
+           'vol_vs', 'signed_variation', 'session_jump_share', 'session_skew', 'session_kurt', 'session_line',
            'session_efficiency', 'session_trend', 'up_bar_share', 'day_sin', 'day_cos', 'hour_sin', 'hour_cos',
            'session_minutes_left', 'rank_session_ret', 'dispersion_session', 'breadth_session', 'rank_volume_share']
 
@@ -97,7 +97,7 @@ def session_ret() -> Expr:
 def overnight_gap() -> Expr:
     return _GAP
 
-@feature("session_gap_z_{n}", family="intraday", unit="1", about="gap over the standard deviation of the gaps of the {n} sessions before", source="definition", grid={"n": (20,)})
+@feature("session_gap_z_{n}", family="intraday", unit="standard deviations", about="gap over the standard deviation of the gaps of the {n} sessions before", source="definition", grid={"n": (20,)})
 def gap_z(n: int) -> Expr:
     return _GAP / in_session(hold(lag(roll_std(given(_GAP, _ONCE), n)), FIRST))
 
@@ -121,23 +121,23 @@ def ret_sessions(n: int) -> Expr:
 _OPENING = (minutes_in <= 30.0) | FIRST
 _TOP, _BOTTOM, _AT = (in_session(hold(x, _OPENING)) for x in (SESSION_HIGH, SESSION_LOW, _P))
 
-@feature("opening_range_pos", family="intraday", unit="1", about="place of the close in the range of the first 30 minutes: 0 its low, 1 its high", source="Crabel (1990)")
+@feature("opening_range_pos", family="intraday", unit="1", about="place of the close in the range of the first 30 minutes, while they last of what there is of them: 0 its low, 1 its high", source="Crabel (1990)")
 def opening_range_pos() -> Expr:
     return (_P - _BOTTOM) / (_TOP - _BOTTOM)
 
-@feature("opening_range_width", family="intraday", unit="1", about="range of the first 30 minutes over the mean range of the 5 sessions before", source="Crabel (1990)")
+@feature("opening_range_width", family="intraday", unit="1", about="range of the first 30 minutes, while they last so far, over the mean range of the 5 sessions before", source="Crabel (1990)")
 def opening_range_width() -> Expr:
     return (_TOP - _BOTTOM) / SESSION_OPEN / past_sessions((SESSION_HIGH - SESSION_LOW) / SESSION_OPEN, 5)
 
-@feature("first_half_hour_ret", family="intraday", unit="fraction", about="close of the first 30 minutes over the last close of the session before", source="Gao, Han, Li and Zhou (2018)")
+@feature("first_half_hour_ret", family="intraday", unit="fraction", about="close of the first 30 minutes, while they last the newest one, over the last close of the session before", source="Gao, Han, Li and Zhou (2018)")
 def first_half_hour_ret() -> Expr:
     return _AT / PREVIOUS_CLOSE - 1.0
 
-@feature("opening_follow", family="intraday", unit="fraction", about="return since the first 30 minutes, in the direction that these took from the last close", source="after Gao, Han, Li and Zhou (2018)")
+@feature("opening_follow", family="intraday", unit="fraction", about="return since the first 30 minutes, in the direction that these took from the last close; 0 while they last", source="after Gao, Han, Li and Zhou (2018)")
 def opening_follow() -> Expr:
     return (_P / _AT - 1.0) * sign(_AT / PREVIOUS_CLOSE - 1.0)
 
-@feature("opening_volume", family="intraday", unit="1", about="volume of the first 30 minutes over its mean in the 5 sessions before", source="definition")
+@feature("opening_volume", family="intraday", unit="1", about="volume of the first 30 minutes, while they last so far, over its mean in the 5 sessions before", source="definition")
 def opening_volume() -> Expr:
     early = in_session(hold(SESSION_VOLUME, _OPENING))
     return early / past_sessions(early, 5)
@@ -272,8 +272,8 @@ def vol_vs(n: int) -> Expr:
 def signed_variation() -> Expr:
     return cumulate(_R * absolute(_R), FIRST) / _RV
 
-@feature("jump_share", family="intraday", unit="0 to 1", about="share of the session's variance that products of neighbouring absolute returns do not explain", source="Barndorff-Nielsen and Shephard (2004)")
-def jump_share() -> Expr:
+@feature("session_jump_share", family="intraday", unit="0 to 1", about="share of the session's variance that products of neighbouring absolute returns do not explain", source="Barndorff-Nielsen and Shephard (2004)")
+def session_jump_share() -> Expr:
     smooth = cumulate(where(FIRST, 0.0, absolute(_R) * absolute(lag(_R))), FIRST) * _BARS / (_BARS - 1.0)
     return maximum(0.0, 1.0 - math.pi / 2.0 * smooth / _RV)
 

@@ -121,7 +121,7 @@ def resid_mom() -> Expr:
     e = lag(residual(120), 21)
     return roll_mean(e, 231) / roll_std(e, 231)
 
-@feature("resid_shock_{n}", family="market", unit="1", about="residual of the bar over the residual volatility of the {n} bars before", source="definition", grid={"n": (60,)})
+@feature("resid_shock_{n}", family="market", unit="standard deviations", about="residual of the bar over the residual volatility of the {n} bars before", source="definition", grid={"n": (60,)})
 def resid_shock(n: int) -> Expr:
     return residual(n) / lag(residual_spread(n))
 
@@ -129,7 +129,7 @@ def resid_shock(n: int) -> Expr:
 def resid_skew(n: int) -> Expr:
     return roll_skew(residual(60), n)
 
-@feature("resid_max_{n}", family="market", unit="1", about="largest of the last {n} residuals over their standard deviation", source="after Bali, Cakici and Whitelaw (2011), Journal of Financial Economics 99", grid={"n": (20,)})
+@feature("resid_max_{n}", family="market", unit="standard deviations", about="largest of the last {n} residuals over their standard deviation", source="after Bali, Cakici and Whitelaw (2011), Journal of Financial Economics 99", grid={"n": (20,)})
 def resid_max(n: int) -> Expr:
     return roll_max(residual(60), n) / roll_std(residual(60), n)
 
@@ -199,7 +199,7 @@ def rel_dist(n: int) -> Expr:
 def rel_high(n: int) -> Expr:
     return _LINE / roll_max(_LINE, n) - 1.0
 
-@feature("rel_z_{n}", family="market", unit="1", about="distance of the log of close over the benchmark's from its mean of {n} bars, in standard deviations", source="Gatev, Goetzmann and Rouwenhorst (2006)", grid={"n": (20, 60)})
+@feature("rel_z_{n}", family="market", unit="standard deviations", about="distance of the log of close over the benchmark's from its mean of {n} bars, in standard deviations", source="Gatev, Goetzmann and Rouwenhorst (2006)", grid={"n": (20, 60)})
 def rel_z(n: int) -> Expr:
     return (_LOG_LINE - roll_mean(_LOG_LINE, n)) / roll_std(_LOG_LINE, n)
 
@@ -257,7 +257,7 @@ def market_autocorr(n: int) -> Expr:
 def market_up_share(n: int) -> Expr:
     return market(roll_mean(change(CLOSE) > 0.0, n))
 
-@_state("worst_{n}", "1", "lowest of its last {n} returns over their standard deviation", 20)
+@_state("worst_{n}", "standard deviations", "lowest of its last {n} returns over their standard deviation", 20)
 def market_worst(n: int) -> Expr:
     return market(roll_min(change(CLOSE), n) / roll_std(change(CLOSE), n))
 

@@ -40,7 +40,7 @@ def prove(
         parts = ([] if known is None else [known]) + ([made_up_releases(panel, series - there, seed)] if series - there else [])
         return made_up_fields(panel, fields, seed), pd.concat(parts, ignore_index=True) if parts else None
 
-    real = [f.name for f in choose(daily, None, macro, market, short=True)]
+    real = [f.name for f in choose(daily, "all", macro, market, short=True)]
     tables = [audit(daily, real, macro, market, cuts=cuts, seed=seed).assign(on=repr(daily))]
     if rest := [f.name for f in everything if f.name not in set(real) and "clock:session" not in f.needs]:
         panel, releases = with_all(daily, macro)

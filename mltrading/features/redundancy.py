@@ -23,8 +23,9 @@ from ..core.jit import njit
 from .machine import FeatureBlock
 
 # %% auto #0
-__all__ = ['LEVELS', 'MISSING', 'LEAST_ROWS', 'rank_correlation', 'pooled_ic', 'clusters', 'return_grid', 'ic', 'ic_summary',
-           'ic_decay', 'persistence', 'stability', 'selection_stability', 'luck', 'SelectionParams', 'select_features']
+__all__ = ['LEVELS', 'MISSING', 'LEAST_ROWS', 'rank_correlation', 'pooled_ic', 'clusters', 'return_grid', 'rank_across', 'ic',
+           'ic_summary', 'ic_decay', 'persistence', 'stability', 'selection_stability', 'luck', 'SelectionParams',
+           'eligible', 'select_features']
 
 # %% ../../nbs/features/90_redundancy.ipynb #d5dcf4ee
 LEVELS, MISSING = 16, -128  # steps on each side of the middle; the mark of a value that is not there
@@ -208,9 +209,15 @@ def _rank_across(values: Any, other: Any, least: int, out: Any) -> None:
                 if pp > 0 and qq > 0:
                     out[f, t] = (p * q).sum() / np.sqrt(pp * qq)
 
-# %% ../../nbs/features/90_redundancy.ipynb #189bfffd
-def _by_instant(values: NDArray[Any], other: NDArray[Any], least: int) -> NDArray[np.float64]:
-    "Rank correlation over symbols at each instant, (F, T)."
+# %% ../../nbs/features/90_redundancy.ipynb #fdc77201
+def rank_across(
+    values: NDArray[Any],      # (F, N, T), NaN where absent
+    other: NDArray[Any],       # (F, N, T), or (1, N, T) for all of them
+    least: int,                # symbols at an instant, at the least
+) -> NDArray[np.float64]:      # (F, T) in [-1, 1], NaN where there is none
+    """Rank correlation, over the symbols that have both, at each instant.
+
+    Known at: the later of the two values."""
     out = np.empty((values.shape[0], values.shape[2]))
 
     def some(part: slice) -> None:
@@ -230,7 +237,7 @@ def ic(
     Known at: the end of each instant's labels."""
     if returns.shape != block.values.shape[1:]:
         raise DataError("returns", f"have shape {returns.shape}, the features {block.values.shape[1:]}", "lay them on the block's grid with `return_grid`")
-    found = _by_instant(block.values, returns[None], least)
+    found = rank_across(block.values, returns[None], least)
     return pd.DataFrame(found.T, index=pd.DatetimeIndex(block.times).tz_localize("UTC"), columns=list(block.names))
 
 # %% ../../nbs/features/90_redundancy.ipynb #2fa58c80
@@ -275,7 +282,7 @@ def persistence(
     """Mean rank correlation, over symbols, of each feature with itself some instants earlier.
 
     Known at: the end of the sample."""
-    found = _by_instant(block.values[:, :, lag:], block.values[:, :, :-lag], least)
+    found = rank_across(block.values[:, :, lag:], block.values[:, :, :-lag], least)
     return pd.DataFrame(found.T, columns=list(block.names)).mean().rename("persistence")
 
 # %% ../../nbs/features/90_redundancy.ipynb #56c30d41
@@ -362,6 +369,18 @@ def _scores(
     same = (np.sign(found[:, 1:]) == np.sign(found[:, :1])).mean(axis=1)
     return pd.DataFrame({"ic": found[:, 0], "same_sign": same, "score": np.abs(found[:, 0]) * same})
 
+# %% ../../nbs/features/90_redundancy.ipynb #db0a049e
+def eligible(
+    X: pd.DataFrame,       # (n, F) training rows, NaN where absent
+    min_presence: float,   # share of the rows in which a feature has a value, at the least
+) -> list[str]:            # names, in the order of the columns
+    """The features that can be chosen at all: there often enough, and with more than one value.
+
+    Known at: the last row."""
+    with np.errstate(over="ignore"):
+        low, high = X.min().astype(np.float32), X.max().astype(np.float32)
+    return list(X.columns[(X.notna().mean() >= min_presence) & (low < high)])
+
 # %% ../../nbs/features/90_redundancy.ipynb #b27ff2b8
 def select_features(
     X: pd.DataFrame,                 # (n, F) training rows, NaN where absent
@@ -379,12 +398,12 @@ def select_features(
     Known at: the end of the last training label."""
     if not len(X) == len(y) == len(times) == len(weight):
         raise DataError("training rows", f"{len(X)} rows of features, {len(y)} targets, {len(times)} times, {len(weight)} weights", "give one of each per row")
-    order = np.argsort(X.columns.to_numpy(str), kind="stable")
-    steps, where = _steps(X.to_numpy())[order], np.unique(times, return_inverse=True)[1]
-    table = _scores(steps, _steps(y[:, None]), where, weight, params.slices).assign(feature=X.columns[order])
-    keep = np.flatnonzero(((steps != MISSING).mean(axis=1) >= params.min_presence) & table["score"].notna())
+    names = sorted(eligible(X, params.min_presence))
+    steps, where = _steps(X[names].to_numpy()), np.unique(times, return_inverse=True)[1]
+    table = _scores(steps, _steps(y[:, None]), where, weight, params.slices).assign(feature=names)
+    keep = np.flatnonzero(table["score"].notna())
     if not len(keep):
-        raise DataError("training rows", f"none of {len(table)} features has spread and a value in {params.min_presence:.0%} of the rows", "lower `selection.min_presence`, or look at the features")
+        raise DataError("training rows", f"none of {X.shape[1]} features has spread and a value in {params.min_presence:.0%} of the rows", "lower `selection.min_presence`, or look at the features")
     table = table.iloc[keep].assign(cluster=_groups(steps[keep][:, where % params.row_step == 0], params.max_correlation))
     table["members"] = table.groupby("cluster")["feature"].transform("size")
     best = table.sort_values(["score", "feature"], ascending=[False, True], kind="stable").drop_duplicates("cluster").head(params.max_features)

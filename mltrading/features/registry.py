@@ -39,7 +39,7 @@ class Feature:
     name: str
     family: str
     about: str     # in words
-    unit: str      # "fraction" of a price or return (0.01 = 1 %), "fraction per bar", "1" for another ratio, a range as "0 to 100"
+    unit: str      # "fraction" of a price or return (0.01 = 1 %), "fraction per bar", "standard deviations" for a z-score, "1" for another ratio, a range as "0 to 100"
     source: str    # paper, book or standard
     expr: Expr     # the formula
     module: str    # where it is declared
@@ -122,12 +122,12 @@ def _natural(f: Feature) -> tuple[Any, ...]:
     return f.family, [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", f.name)]
 
 def lookup(
-    names: Sequence[str] | str | None = None,  # features, the name of one or of a set; all registered features unless told
-) -> list[Feature]:                            # in the order of `names`, or by family and name
+    names: Sequence[str] | str = "all",  # features, the name of one or of a set, or `all`
+) -> list[Feature]:                      # in the order of `names`, or by family and name
     """Registered features. Raises `ParameterError` on an unknown name, or one that is asked for twice."""
-    if names is None or isinstance(names, str) or any(n not in REGISTRY for n in names):
+    if isinstance(names, str) or any(n not in REGISTRY for n in names):
         load()
-    if names is None or names == "all":
+    if names == "all":
         return sorted(REGISTRY.values(), key=_natural)
     if isinstance(names, str):
         names = SETS[names]() if names in SETS else [names]
@@ -159,14 +159,14 @@ def _missing(f: Feature, panel: Panel, macro: pd.DataFrame | None, benchmark: st
 
 def choose(
     panel: Panel,
-    names: Sequence[str] | str | None = None,
+    names: Sequence[str] | str = "all",
     macro: pd.DataFrame | None = None,
     benchmark: str | None = None,
     short: bool = False,  # histories shorter than a warm-up will do
 ) -> list[Feature]:
     """The features to compute: those that are named, or all that the panel can feed and has bars enough for. Errors as of `compute`."""
     features, bars = lookup(names), int(panel.alive.sum(axis=1).max(initial=0))
-    if names is None or names == "all":
+    if names == "all":
         within = is_intraday(panel)
         return [f for f in features if not _missing(f, panel, macro, benchmark) and (within or "clock:session" not in f.needs) and (short or f.warmup < bars)]
     for f in features:
@@ -175,6 +175,8 @@ def choose(
                 raise ParameterError("features.benchmark", f"`{f.name}` needs a benchmark", "name one of the panel's symbols, or leave the feature out")
             if need.startswith("macro:") and macro is None:
                 raise ParameterError("features.names", f"`{f.name}` needs macro releases", "give a table of them, or leave the feature out")
+            if not need.startswith("macro:") and not (isinstance(names, str) and names in SETS):
+                raise DataError("panel", f"has no field `{need}`, which `{f.name}` needs", "give a panel with the field, or leave the feature out of features.names")
     slow = max(features, key=lambda f: f.warmup, default=None)
     if slow is not None and bars <= slow.warmup and not short:
         raise DataError("panel", f"fewer bars than a warm-up: `{slow.name}` has its first value after {slow.warmup} bars, and the longest history has {bars}",
@@ -184,7 +186,7 @@ def choose(
 # %% ../../nbs/features/10_registry.ipynb #efe7629d
 def compute(
     panel: Panel,
-    names: Sequence[str] | str | None = None,  # features, or the name of a set; all that the panel can feed unless told
+    names: Sequence[str] | str = "all",   # features, the name of one or of a set, or `all` that the panel can feed
     macro: pd.DataFrame | None = None,    # long table of releases: timestamp (release instant, UTC), series, value, reference
     benchmark: str | None = None,         # a symbol of the panel that stands for the market
     calendar: str = "24/7",               # of exchange_calendars: what a session is
@@ -195,7 +197,7 @@ def compute(
 ) -> FeatureBlock:
     """Features of a panel.
 
-    Raises `ParameterError` on an unknown name, or on one that needs a benchmark or macro releases that were not given; `DataError` on a history shorter than a warm-up.
+    Raises `ParameterError` on an unknown name, or on one that needs a benchmark or macro releases that were not given; `DataError` on a history shorter than a warm-up, and on a panel without a field that a feature named by itself needs.
 
     Known at: each value at the stamp of its bar."""
     features = choose(panel, names, macro, benchmark, short)
@@ -204,7 +206,7 @@ def compute(
 def write_features(
     panel: Panel,
     path: str | Path,                     # a Parquet file, replaced in one step
-    names: Sequence[str] | str | None = None,
+    names: Sequence[str] | str = "all",
     macro: pd.DataFrame | None = None,
     benchmark: str | None = None,
     calendar: str = "24/7",

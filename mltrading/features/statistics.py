@@ -218,7 +218,7 @@ def run_length() -> Expr:
 def longest_run(n: int) -> Expr:
     return minimum(roll_max(absolute(run_length()), n), n) / n
 
-@feature("runs_z_{n}", family="statistics", unit="1", about="number of runs of gains and of others among {n} returns, in standard deviations above what chance gives", source="Wald and Wolfowitz (1940)", grid={"n": (60, 252)})
+@feature("runs_z_{n}", family="statistics", unit="standard deviations", about="number of runs of gains and of others among {n} returns, in standard deviations above what chance gives", source="Wald and Wolfowitz (1940)", grid={"n": (60, 252)})
 def runs_z(n: int) -> Expr:
     up = _RETURN > 0.0
     ups, runs = roll_sum(up, n), 1.0 + roll_sum(~equal(up, lag(up)), n - 1)

@@ -212,7 +212,7 @@ def vol_of_vol(n: int) -> Expr:
 def vol_rank(n: int) -> Expr:
     return roll_rank(vol(20), n)
 
-@feature("vol_z_{n}", family="volatility", unit="1", about="standard deviations of the logarithm of the volatility of 20 returns above its mean over {n} bars", source="definition", grid={"n": (60,)})
+@feature("vol_z_{n}", family="volatility", unit="standard deviations", about="standard deviations of the logarithm of the volatility of 20 returns above its mean over {n} bars", source="definition", grid={"n": (60,)})
 def vol_z(n: int) -> Expr:
     x = log(vol(20))
     return (x - roll_mean(x, n)) / roll_std(x, n)

@@ -48,7 +48,7 @@ from mltrading.features.windows import (
 __all__ = ['rel_volume', 'volume_z', 'volume_shock', 'volume_max_age', 'volume_ratio', 'volume_growth', 'volume_trend', 'pvo',
            'pvo_line', 'pvo_hist', 'volume_vol', 'volume_top_share', 'volume_persistence', 'busy_share',
            'price_volume_corr', 'ret_volume_corr', 'move_volume_corr', 'volume_reversal', 'volume_place',
-           'breakout_volume', 'money_ratio', 'money_rank', 'rel_volume_rank', 'vwap_dist', 'vwap_place', 'trades_z',
+           'breakout_volume', 'money_ratio', 'money_rank', 'rel_volume_rank', 'bar_vwap_dist', 'vwap_place', 'trades_z',
            'trade_size_ratio', 'amihud', 'impact', 'facilitation', 'roll_spread', 'corwin_schultz', 'abdi_ranaldo',
            'cs_spread', 'ar_spread', 'zero_ret_share', 'zero_volume_share']
 
@@ -156,9 +156,9 @@ def money_rank(n: int) -> Expr:
 def rel_volume_rank(n: int) -> Expr:
     return rank_across(rel_volume(n))
 
-# %% ../../nbs/features/40_volume.ipynb #b18ed7b1
-@feature("vwap_dist", family="volume", unit="fraction", about="close over the bar's volume-weighted mean price, less one", source="Berkowitz, Logue and Noser (1988)")
-def vwap_dist() -> Expr:
+# %% ../../nbs/features/40_volume.ipynb #b3389252
+@feature("bar_vwap_dist", family="volume", unit="fraction", about="close over the bar's volume-weighted mean price, less one", source="Berkowitz, Logue and Noser (1988)")
+def bar_vwap_dist() -> Expr:
     return CLOSE / VWAP - 1
 
 @feature("vwap_place", family="volume", unit="0 to 1", about="where in the bar's range its volume-weighted mean price lies", source="definition")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..core.errors import DataError, ParameterError
 from ..core.jit import njit
-from .horizons import horizon_sigma, label_rows, own_bars
+from .horizons import horizon_sigma, label_rows, legs
 from ..market.panel import Panel, fill_price
 
 # %% auto #0
@@ -51,41 +51,36 @@ def _within(bars: Any, i: int, t: int, lower: float, upper: float, worse: int) -
     return bars[CLOSE, i, t], _beyond(bars[CLOSE, i, t], lower, upper)
 
 @njit(nogil=True, error_model="numpy")
-def _position(bars: Any, i: int, at: Any, m: int, e: int, horizon: int, at_open: bool, lower: float, upper: float, worse: int) -> Any:
-    "Own bar of the exit (-1: not yet), its price, and which barrier it was."
-    for j in range(e, min(e + horizon, m - 1) + 1):
-        t = at[j]
+def _position(bars: Any, i: int, first: int, last: int, at_open: bool, lower: float, upper: float, worse: int) -> Any:
+    "Column of the exit, its price, and which barrier it was."
+    for t in range(first, last + 1):
+        if np.isnan(bars[CLOSE, i, t]):
+            continue
         opened = bars[OPEN, i, t]
         filled_at_open = at_open and np.isfinite(opened)
-        if j > e:
+        if t > first:
             touched = _beyond(opened, lower, upper)
-            if touched != 0 or (j == e + horizon and filled_at_open):
-                return j, opened, touched
-        if j > e or filled_at_open:
+            if touched != 0 or (t == last and filled_at_open):
+                return t, opened, touched
+        if t > first or filled_at_open:
             price, touched = _within(bars, i, t, lower, upper, worse)
-            if touched != 0 or j == e + horizon:
-                return j, price, touched
-    return -1, np.nan, 0
+            if touched != 0:
+                return t, price, touched
+    return last, bars[CLOSE, i, last], 0
 
 # %% ../../nbs/labels/10_barriers.ipynb #8824173d
 @njit(nogil=True, error_model="numpy")
-def _barriers(bars: Any, sigma: Any, side: Any, horizon: int, at_open: bool, profit: float, stop: float) -> Any:
-    "Columns of entry and exit, the position's return, and the barrier: 1 profit, -1 stop, 0 time."
-    rows, cols = sigma.shape
-    start, end = np.full((rows, cols), -1), np.full((rows, cols), -1)
-    ret, touched, at = np.full((rows, cols), np.nan), np.zeros((rows, cols), np.int8), np.empty(cols, np.int64)
-    for i in range(rows):
-        m = own_bars(bars[CLOSE, i], at)
-        for k in range(m - 1):
-            t, s = at[k], side[i, at[k]]
-            if s == 0 or np.isnan(sigma[i, t]):
-                continue
-            entry = bars[FILL, i, at[k + 1]]
-            ahead, behind = entry * (1.0 + s * profit * sigma[i, t]), entry * (1.0 - s * stop * sigma[i, t])
-            j, price, which = _position(bars, i, at, m, k + 1, horizon, at_open, min(ahead, behind), max(ahead, behind), -s)
-            if j >= 0:
-                start[i, t], end[i, t], ret[i, t], touched[i, t] = at[k + 1], at[j], s * (price / entry - 1.0), s * which
-    return start, end, ret, touched
+def _barriers(bars: Any, start: Any, latest: Any, sigma: Any, side: Any, at_open: bool, profit: float, stop: float) -> Any:
+    "Columns of the exits, the positions' returns, and the barriers: 1 profit, -1 stop, 0 time."
+    end, ret, touched = np.full(sigma.shape, -1), np.full(sigma.shape, np.nan), np.zeros(sigma.shape, np.int8)
+    for i, t in np.ndindex(latest.shape):
+        if latest[i, t] < 0:
+            continue
+        s, entry = side[i, t], bars[FILL, i, start[i, t]]
+        ahead, behind = entry * (1.0 + s * profit * sigma[i, t]), entry * (1.0 - s * stop * sigma[i, t])
+        end[i, t], price, which = _position(bars, i, start[i, t], latest[i, t], at_open, min(ahead, behind), max(ahead, behind), -s)
+        ret[i, t], touched[i, t] = s * (price / entry - 1.0), s * which
+    return end, ret, touched
 
 # %% ../../nbs/labels/10_barriers.ipynb #f5c6d5c5
 def check_sides(
@@ -126,8 +121,10 @@ def barrier_frame(
     stop: float,                                # multiple of sigma, > 0; infinite: no such barrier
     vol_bars: int,                              # daily returns in the volatility, >= 2
     sides: pd.DataFrame | None = None,          # timestamp, symbol, side (1, -1, 0 stay out); without it all are long
-) -> pd.DataFrame:                              # timestamp, symbol, start, end, side, touched (1 profit, -1 stop, 0 time), ret, sigma
+) -> pd.DataFrame:                              # timestamp, symbol, start, end, latest, side, touched (1 profit, -1 stop, 0 time), ret, sigma
     """What positions earned that were closed at the first of three barriers. `ret` is that of the position, before costs.
+
+    A decision has a label once its time barrier, `latest`, is in the data, whichever barrier was touched: purge by `latest`.
 
     Raises `ParameterError` on a horizon below 1, barriers not above 0 and fewer than 2 volatility bars; `DataError` on sides where there is no bar.
 
@@ -136,5 +133,8 @@ def barrier_frame(
         if not multiple > 0:
             raise ParameterError(f"labels.{name}", f"{multiple} is not a distance", "use a multiple of sigma above 0, or float('inf') for none")
     sigma, side = horizon_sigma(panel, horizon_bars, vol_bars), _side_block(panel, sides)
-    start, end, ret, touched = _barriers(bar_paths(panel, fill), sigma, side, horizon_bars, fill == "open", profit, stop)
-    return label_rows(panel, start, end, side=side, touched=touched, ret=ret, sigma=sigma)
+    bars = bar_paths(panel, fill)
+    start, latest = legs(bars[CLOSE], horizon_bars)
+    latest[np.isnan(sigma) | (side == 0)] = -1
+    end, ret, touched = _barriers(bars, start, latest, sigma, side, fill == "open", profit, stop)
+    return label_rows(panel, start, end, latest, side=side, touched=touched, ret=ret, sigma=sigma)

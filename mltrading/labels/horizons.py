@@ -16,11 +16,11 @@ from ..core.errors import ParameterError
 from ..core.jit import njit
 from ..features.expressions import CLOSE, change
 from ..features.machine import value
-from ..features.windows import roll_std
+from ..features.windows import LEAST_SPREAD, roll_std
 from ..market.panel import Panel, fill_price
 
 # %% auto #0
-__all__ = ['LEAST_SIGMA', 'own_bars', 'horizon_sigma', 'label_rows', 'label_frame', 'LabelParams']
+__all__ = ['own_bars', 'legs', 'horizon_sigma', 'label_rows', 'label_frame', 'LabelParams']
 
 # %% ../../nbs/labels/00_horizons.ipynb #0d069f2a
 @njit(nogil=True, error_model="numpy")
@@ -37,8 +37,13 @@ def own_bars(
     return m
 
 @njit(nogil=True, error_model="numpy")
-def _legs(price: Any, horizon: int) -> Any:
-    "Columns of entry and exit for each bar, -1 where the label is not complete."
+def legs(
+    price: Any,    # (N, T), NaN where there is no bar
+    horizon: int,  # own bars from entry to exit, >= 1
+) -> Any:          # two (N, T): columns of entry and exit for each bar, -1 where the exit is not in the data
+    """The bars between which a decision at each bar is held.
+
+    Known at: the exit's bar."""
     rows, cols = price.shape
     entry, leave = np.full((rows, cols), -1), np.full((rows, cols), -1)
     at = np.empty(cols, np.int64)
@@ -48,9 +53,7 @@ def _legs(price: Any, horizon: int) -> Any:
             entry[i, at[k]], leave[i, at[k]] = at[k + 1], at[k + 1 + horizon]
     return entry, leave
 
-# %% ../../nbs/labels/00_horizons.ipynb #ad4ae6ed
-LEAST_SIGMA = 1e-10  # a volatility below this is rounding: the price stood still
-
+# %% ../../nbs/labels/00_horizons.ipynb #464182de
 def horizon_sigma(
     panel: Panel,
     horizon_bars: int,          # own bars from entry to exit, >= 1
@@ -65,20 +68,23 @@ def horizon_sigma(
         raise ParameterError("labels.horizon_bars", f"{horizon_bars} is not a horizon", "use 1 or more bars")
     if vol_bars < 2:
         raise ParameterError("labels.vol_bars", f"{vol_bars} returns have no standard deviation", "use 2 or more")
-    sigma = value(panel, roll_std(change(CLOSE), vol_bars)) * np.sqrt(horizon_bars)
-    return np.where(sigma > LEAST_SIGMA, sigma, np.nan)
+    daily = value(panel, roll_std(change(CLOSE), vol_bars))
+    return np.where(daily > LEAST_SPREAD, daily * np.sqrt(horizon_bars), np.nan)
 
 # %% ../../nbs/labels/00_horizons.ipynb #548c9ce2
 def label_rows(
     panel: Panel,
     start: NDArray[np.int64],   # (N, T) column of the bar in which the decision at a bar is filled
-    end: NDArray[np.int64],     # (N, T) column of the bar by which its label is known, -1 where it is not complete
+    end: NDArray[np.int64],     # (N, T) column of the bar by which its label is known, -1 where there is none
+    latest: NDArray[np.int64] | None = None,  # (N, T) column of the bar by which it ends at the latest, where it can end before
     **values: NDArray[Any],     # (N, T) per further column
-) -> pd.DataFrame:              # timestamp, symbol, start, end, then the values; sorted by timestamp and symbol
+) -> pd.DataFrame:              # timestamp, symbol, start, end, perhaps latest, then the values; sorted by timestamp and symbol
     """The table of labels from blocks, one row for each bar whose label is complete."""
     column, row = np.nonzero((end >= 0).T)
     index, names = panel.index, np.array(panel.symbols, dtype=object)
     keys = {"timestamp": index[column], "symbol": pd.array(names[row], dtype="str"), "start": index[start[row, column]], "end": index[end[row, column]]}
+    if latest is not None:
+        keys["latest"] = index[latest[row, column]]
     return pd.DataFrame(keys | {name: block[row, column] for name, block in values.items()})
 
 def label_frame(
@@ -94,7 +100,7 @@ def label_frame(
 
     Known at: `sigma` at `timestamp`; `ret` and `ret_voladj` at `end`, and only for training and scoring."""
     sigma, price = horizon_sigma(panel, horizon_bars, vol_bars), np.ascontiguousarray(fill_price(panel, fill))
-    start, end = _legs(price, horizon_bars)
+    start, end = legs(price, horizon_bars)
     end[np.isnan(sigma)] = -1
     ret = np.take_along_axis(price, end, 1) / np.take_along_axis(price, start, 1) - 1.0
     labels = label_rows(panel, start, end, ret=ret, sigma=sigma, ret_voladj=ret / sigma)

@@ -13,7 +13,7 @@ import pandas as pd
 from ..core.errors import ParameterError
 from ..core.jit import njit
 from .barriers import CLOSE, FILL, HIGH, LOW, OPEN, bar_paths
-from .horizons import horizon_sigma, label_rows, own_bars
+from .horizons import horizon_sigma, label_rows, legs
 from ..market.panel import Panel
 
 # %% auto #0
@@ -27,38 +27,27 @@ def _reached(bars: Any, i: int, t: int, side: int, level: float) -> bool:
     return side * bars[OPEN, i, t] <= side * level or side * extreme <= side * level or side * bars[CLOSE, i, t] <= side * level
 
 @njit(nogil=True, error_model="numpy")
-def _option(bars: Any, i: int, at: Any, m: int, e: int, horizon: int, at_open: bool, side: int, distance: float, growth: Any) -> Any:
-    "Own bar of the end (-1: not yet), whether it was knocked out, and the holder's return."
-    entry = bars[FILL, i, at[e]]
-    for j in range(e, min(e + horizon, m - 1) + 1):
-        t, last = at[j], j == e + horizon
+def _option(bars: Any, i: int, first: int, last: int, at_open: bool, side: int, distance: float, growth: Any) -> Any:
+    "Column of the end, whether it was knocked out, and the holder's return."
+    entry, level = bars[FILL, i, first], np.nan
+    for t in range(first, last + 1):
         filled_at_open = at_open and np.isfinite(bars[OPEN, i, t])
-        if j == e and not filled_at_open:
+        if np.isnan(bars[CLOSE, i, t]) or (t == first and not filled_at_open):
             continue
-        level = (entry - side * distance * entry) * (1.0 + growth[t] - growth[at[e]])
-        if side * bars[OPEN, i, t] <= side * level if last and filled_at_open else _reached(bars, i, t, side, level):
-            return j, 1, -1.0
-        if last:
-            return j, 0, side * (bars[FILL, i, t] - level) / (distance * entry) - 1.0
-    return -1, 0, np.nan
+        level = (entry - side * distance * entry) * (1.0 + growth[t] - growth[first])
+        if side * bars[OPEN, i, t] <= side * level if t == last and filled_at_open else _reached(bars, i, t, side, level):
+            return t, 1, -1.0
+    return last, 0, side * (bars[FILL, i, last] - level) / (distance * entry) - 1.0
 
 # %% ../../nbs/labels/40_knockout.ipynb #8824173d
 @njit(nogil=True, error_model="numpy")
-def _knockouts(bars: Any, sigma: Any, distance: Any, growth: Any, horizon: int, at_open: bool, side: int) -> Any:
-    "Columns of entry and end, whether it was knocked out, and the holder's return."
-    rows, cols = sigma.shape
-    start, end = np.full((rows, cols), -1), np.full((rows, cols), -1)
-    knocked, ret, at = np.zeros((rows, cols), np.int8), np.full((rows, cols), np.nan), np.empty(cols, np.int64)
-    for i in range(rows):
-        m = own_bars(bars[CLOSE, i], at)
-        for k in range(m - 1):
-            t = at[k]
-            if np.isnan(sigma[i, t]) or (side > 0 and distance[i, t] >= 1.0):
-                continue
-            j, out, earned = _option(bars, i, at, m, k + 1, horizon, at_open, side, distance[i, t], growth)
-            if j >= 0:
-                start[i, t], end[i, t], knocked[i, t], ret[i, t] = at[k + 1], at[j], out, earned
-    return start, end, knocked, ret
+def _knockouts(bars: Any, start: Any, latest: Any, distance: Any, growth: Any, at_open: bool, side: int) -> Any:
+    "Columns of the ends, whether the options were knocked out, and the holders' returns."
+    end, knocked, ret = np.full(latest.shape, -1), np.zeros(latest.shape, np.int8), np.full(latest.shape, np.nan)
+    for i, t in np.ndindex(latest.shape):
+        if latest[i, t] >= 0:
+            end[i, t], knocked[i, t], ret[i, t] = _option(bars, i, start[i, t], latest[i, t], at_open, side, distance[i, t], growth)
+    return end, knocked, ret
 
 # %% ../../nbs/labels/40_knockout.ipynb #b7e84777
 def knockout_frame(
@@ -71,10 +60,11 @@ def knockout_frame(
     unit: Literal["fraction", "sigma"],         # of the price (long: below 1), or multiples of the volatility over the horizon
     rate_annual: float,                         # growth of the financing level, 0.03 = 3 % per year of 365 days
     vol_bars: int,                              # daily returns in the volatility, >= 2
-) -> pd.DataFrame:                              # timestamp, symbol, start, end, side, distance (fraction), knocked (1 or 0), ret (of the holder), sigma (of the underlying)
+) -> pd.DataFrame:                              # timestamp, symbol, start, end, latest, side, distance (fraction), knocked (1 or 0), ret (of the holder), sigma (of the underlying)
     """What holders of knock-out options earned, each bought after a decision and sold at the horizon or knocked out before.
 
-    A long option whose barrier would lie at zero or below does not exist, and has no row.
+    A long option whose barrier would lie at zero or below does not exist, and has no row. Others have one once the bar of the sale, `latest`, is in the
+    data, whether or not they were knocked out before: purge by `latest`.
 
     Raises `ParameterError` on parameters that cannot be.
 
@@ -90,5 +80,8 @@ def knockout_frame(
     sigma = horizon_sigma(panel, horizon_bars, vol_bars)
     away = distance * sigma if unit == "sigma" else np.full(sigma.shape, distance)
     growth = rate_annual * ((panel.times - panel.times[:1]) / np.timedelta64(365, "D"))
-    start, end, knocked, ret = _knockouts(bar_paths(panel, fill), sigma, away, growth, horizon_bars, fill == "open", side)
-    return label_rows(panel, start, end, side=np.full(sigma.shape, side, np.int8), distance=away, knocked=knocked, ret=ret, sigma=sigma)
+    bars = bar_paths(panel, fill)
+    start, latest = legs(bars[CLOSE], horizon_bars)
+    latest[np.isnan(sigma) | ((side == 1) & (away >= 1.0))] = -1
+    end, knocked, ret = _knockouts(bars, start, latest, away, growth, fill == "open", side)
+    return label_rows(panel, start, end, latest, side=np.full(sigma.shape, side, np.int8), distance=away, knocked=knocked, ret=ret, sigma=sigma)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ..core.errors import DataError
-from ..features.redundancy import SelectionParams, select_features, selection_stability
+from ..features.redundancy import SelectionParams, eligible, select_features, selection_stability
 from ..labels.weights import uniqueness
 from .base import Factory
 from ..validation.metrics import forecast_quality
@@ -82,18 +82,20 @@ class _Lesson:
     y: NDArray[np.float64]         # (n,) target
     weight: NDArray[np.float64]    # (n,) of each row
     times: NDArray[np.datetime64]  # (n,) decision instants
+    candidates: list[str]          # features there were to choose from
     chosen: pd.DataFrame           # (F,) fold, rank, feature and, where they were chosen, members, ic, same_sign, score
 
 def _lesson(data: Rows, fold: Fold, target: str, selection: SelectionParams | None) -> _Lesson:
     "A fold's training rows, with the features that are learned from."
     learned, X, times = data.labels.iloc[fold.train], data.features.iloc[fold.train][living(data, fold)], data.times[fold.train]
     y, weight = learned[target].to_numpy(np.float64), uniqueness(learned)
+    candidates = list(X.columns) if selection is None else eligible(X, selection.min_presence)
     if selection is None:
         chosen = pd.DataFrame({"rank": np.arange(1, X.shape[1] + 1), "feature": X.columns, "members": 1, "ic": np.nan, "same_sign": np.nan, "score": np.nan})
     else:
         chosen = select_features(X, y, times, weight, selection)
     chosen.insert(0, "fold", fold.number)
-    return _Lesson(X[list(chosen["feature"])], y, weight, times, chosen)
+    return _Lesson(X[list(chosen["feature"])], y, weight, times, candidates, chosen)
 
 def _forecast(data: Rows, fold: Fold, predicted: pd.DataFrame, model: str, horizon_bars: int, target: str) -> pd.DataFrame:
     "A fold's out-of-sample forecasts in the contract's columns, with the model's name."
@@ -115,6 +117,7 @@ class Walked:
     forecasts: pd.DataFrame  # long: the contract's columns and `model`; sorted by model, timestamp and symbol
     quality: pd.DataFrame    # one row per fold and model
     selection: pd.DataFrame  # one row per fold and feature that was learned from, best first: fold, rank, feature, members, ic, same_sign, score
+    candidates: int          # features that at least one fold could choose
 
 def walk(
     data: Rows,
@@ -130,10 +133,11 @@ def walk(
     Raises what a model or the choice of features raises on rows that it cannot learn from.
 
     Known at: each forecast at its `timestamp`, with a model whose last label was known before the fold's test window began."""
-    forecasts, quality, chosen = [], [], []
+    forecasts, quality, chosen, candidates = [], [], [], set[str]()
     for fold in tqdm(folds, desc="walk-forward", unit="fold"):
         lesson = _lesson(data, fold, target, selection)
         chosen.append(lesson.chosen)
+        candidates.update(lesson.candidates)
         for name, make in factories.items():
             model = make().fit(lesson.X, lesson.y, lesson.weight, lesson.times)
             predicted = model.predict(data.features.iloc[fold.test][list(model.features)])
@@ -141,12 +145,12 @@ def walk(
             forecasts.append(_forecast(data, fold, predicted, name, horizon_bars, target))
             quality.append(_quality(data, fold, predicted, name))
     table = pd.concat(forecasts).sort_values(["model", "timestamp", "symbol"], ignore_index=True)
-    return Walked(table, pd.DataFrame(quality), pd.concat(chosen, ignore_index=True))
+    return Walked(table, pd.DataFrame(quality), pd.concat(chosen, ignore_index=True), len(candidates))
 
 # %% ../../nbs/systems/10_walk.ipynb #2c9b5b5d
 def selection_summary(
     selection: pd.DataFrame,  # as `walk` gives it
-    candidates: int,          # features there were to choose from
+    candidates: int,          # features that at least one fold could choose, as `walk` counts them
 ) -> pd.DataFrame:            # one row: folds, features (mean number per fold), ever (in any fold), always (in every fold), jaccard, nogueira
     """How many features were learned from, and how alike the folds' choices are."""
     by_fold, often = selection.groupby("fold")["feature"].apply(list), selection["feature"].value_counts()

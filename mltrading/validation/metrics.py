@@ -14,6 +14,7 @@ from scipy.stats import rankdata
 
 from ..core.errors import DataError
 from ..core.jit import njit
+from ..features.redundancy import rank_across
 
 # %% auto #0
 __all__ = ['METRICS', 'checked', 'equity_curve', 'returns_of', 'rate_per_bar', 'cagr', 'vol_annual', 'sharpe_annual',
@@ -385,11 +386,11 @@ def ic_by_time(
     if (bad := ~np.isfinite(table[["a", "b"]]).all(axis=1)).any():
         i = int(np.argmax(bad))
         raise DataError(f"{'ret' if np.isfinite(table['a'][i]) else 'score'}, row {i}", "is not a number", "leave rows without a complete label out")
-    table[["a", "b"]] = table.groupby("time")[["a", "b"]].rank()
-    table[["a", "b"]] -= table.groupby("time")[["a", "b"]].transform("mean")
-    sums = table.assign(ab=table["a"] * table["b"], aa=table["a"] ** 2, bb=table["b"] ** 2, n=1).groupby("time")[["ab", "aa", "bb", "n"]].sum()
-    sums = sums[(sums["n"] >= 3) & (sums["aa"] > 0) & (sums["bb"] > 0)]
-    return (sums["ab"] / np.sqrt(sums["aa"] * sums["bb"])).rename("ic")
+    column, instants = pd.factorize(table["time"], sort=True)
+    row = table.groupby("time").cumcount().to_numpy()
+    grid = np.full((2, row.max(initial=-1) + 1, len(instants)), np.nan)
+    grid[:, row, column] = table[["a", "b"]].T
+    return pd.Series(rank_across(grid[:1], grid[1:], 3)[0], pd.Index(instants, name="time"), name="ic").dropna()
 
 # %% ../../nbs/validation/10_metrics.ipynb #cf108e2e
 def forecast_quality(
