@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,10 +71,18 @@ def test_dvc_file_is_plain(root: Path) -> None:
 # ------------------------------------------------------------------------------------------------ own files, from the command line
 
 
+@pytest.fixture(scope="module")
+def under_dvc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What DVC writes into a new project; to be copied, not changed."""
+    folder = tmp_path_factory.mktemp("dvc")
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"], cwd=folder, check=True)
+    return folder
+
+
 @pytest.fixture
-def shop(project: Path) -> Path:
+def shop(project: Path, under_dvc: Path) -> Path:
     """A project under DVC, with a folder of bars of one's own beside it."""
-    subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"], cwd=project, check=True)
+    shutil.copytree(under_dvc, project, dirs_exist_ok=True)
     (project.parent / "mine").mkdir()
     write_parquet(to_frame(random_walk(3, 250, seed=1, ragged=False)), project.parent / "mine" / "prices.parquet")
     return project
@@ -151,16 +160,16 @@ def start(shop: Path, service: Replay, end: str) -> subprocess.Popen[str]:
 
 
 def killed_at_random(shop: Path, service: Replay, kills: int) -> None:
-    """A first snapshot; then commands that ask for another one are killed, each at a random instant of its run; then one is let through."""
-    rng, began = random.Random(1), time.monotonic()
-    first = start(shop, service, "2024-03-08")
+    """A first snapshot; then commands that ask for another one are killed, one in each part of a run's span; then one is let through."""
+    rng = random.Random(1)
+    first, began = start(shop, service, "2024-03-08"), time.monotonic()
     _, err = first.communicate()
     assert first.returncode == 0, err
     span, finished = time.monotonic() - began, 0
-    for _ in range(kills):
+    for k in range(kills):
         before, asked = md5s(shop / "data"), rng.choice(["2024-03-11", "2024-03-12", "2024-11-27", "2024-11-29"])
         process = start(shop, service, asked)
-        time.sleep(rng.uniform(0, span))
+        time.sleep((k + rng.random()) / kills * span)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         market = read_snapshot(shop / "data")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import subprocess
-import sys
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
@@ -14,21 +15,46 @@ LIBRARY = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if not {"pipeline"
 
 
 SLOW = [p for p in LIBRARY if "#| slow" in p.read_text()]
+IMPORTED = ["pytest", "nbdev.test", "fastcore.test", "pandas", "numba", "matplotlib.pyplot", "pyarrow.parquet", "pydantic", "scipy.stats", "sklearn.linear_model"]
 
 
-def run(path: Path, *words: str) -> None:
-    command = [str(Path(sys.executable).with_name("nbdev_test")), "--path", str(path), "--n_workers", "0", *words]
-    env = os.environ | {"MLTRADING_ROOT": str(ROOT), "NUMBA_NUM_THREADS": "2", "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+@pytest.fixture(scope="module")
+def processes() -> ForkServerContext:
+    """Each notebook has a process of its own, which begins with the libraries of others imported and nothing of this project."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"MLTRADING_ROOT": str(ROOT), "NUMBA_NUM_THREADS": "2", "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}.items():
+            patch.setenv(name, value)
+        patch.chdir(ROOT)
+        forkserver.ensure_running()
+    return context
+
+
+def execute(path: Path, flags: str, said: Path) -> None:
+    """What the command `nbdev_test` does; ends with exit code 1 where a cell raises."""
+    from nbdev.test import nbdev_test
+
+    with said.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    nbdev_test(str(path), flags, n_workers=0)
+
+
+def run(processes: ForkServerContext, path: Path, said: Path, flags: str = "") -> None:
+    process = processes.Process(target=execute, args=(path, flags, said))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, said.read_text()[-9000:]
+    assert said.read_text().endswith("Success.\n")
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=[str(p.relative_to(ROOT / "nbs")) for p in LIBRARY])
-def test_notebook(path: Path) -> None:
-    run(path)
+def test_notebook(processes: ForkServerContext, path: Path, tmp_path: Path) -> None:
+    run(processes, path, tmp_path / "said.txt")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", SLOW, ids=[str(p.relative_to(ROOT / "nbs")) for p in SLOW])
-def test_notebook_with_its_slow_cells(path: Path) -> None:
-    run(path, "--flags", "slow")
+def test_notebook_with_its_slow_cells(processes: ForkServerContext, path: Path, tmp_path: Path) -> None:
+    run(processes, path, tmp_path / "said.txt", "slow")
