@@ -209,7 +209,7 @@ def _rank_across(values: Any, other: Any, least: int, out: Any) -> None:
                 if pp > 0 and qq > 0:
                     out[f, t] = (p * q).sum() / np.sqrt(pp * qq)
 
-# %% ../../nbs/features/90_redundancy.ipynb #fdc77201
+# %% ../../nbs/features/90_redundancy.ipynb #189bfffd
 def rank_across(
     values: NDArray[Any],      # (F, N, T), NaN where absent
     other: NDArray[Any],       # (F, N, T), or (1, N, T) for all of them
