@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from ..core.errors import DataError, ParameterError
 from .splits import Fold, Splitter, Timeline, check_fold, require, timeline
 
 # %% auto #0
-__all__ = ['Blocks', 'blocks', 'block_fold', 'PurgedKFold']
+__all__ = ['Blocks', 'cut', 'blocks', 'block_fold', 'PurgedKFold']
 
 # %% ../../nbs/validation/02_kfold.ipynb #a5d13a0f
 _EMBARGOED, _PURGED, _TEST = 1, 2, 3  # the greater outweighs the less
@@ -36,25 +37,33 @@ class Blocks:
         "(n, 2) first and last decision of each block."
         return np.stack([self.rows.t[self.edges[:-1]], self.rows.t[self.edges[1:] - 1]], axis=1)
 
+def cut(
+    t: NDArray[np.datetime64],  # (n,) decision instants, ascending
+    n: int,                     # blocks, >= 1
+) -> NDArray[np.int64]:         # (n+1,) rows at which the blocks begin, and the number of rows
+    """Rows cut into blocks of as many distinct instants each; the first ones have one more where it does not come out even.
+
+    Raises `DataError` on fewer instants than blocks."""
+    begins = np.flatnonzero(np.append(True, t[1:] != t[:-1]))
+    if len(begins) < n:
+        raise DataError("times", f"{len(begins)} distinct instants do not make {n} blocks", "use fewer blocks or a longer history")
+    size, more = divmod(len(begins), n)
+    return np.append(begins[np.arange(n) * size + np.minimum(np.arange(n), more)], len(t))
+
 def blocks(
     rows: Timeline,
     n: int,              # blocks, >= 2
     embargo_bars: int,   # bars of the axis, >= 0
     where: str,          # the splitter, for messages
 ) -> Blocks:
-    """Rows cut into blocks of as many distinct instants each; the first ones have one more where it does not come out even.
+    """Blocks of the rows, and what each of them forbids.
 
     Raises `DataError` on fewer instants than blocks, `ParameterError` on an embargo as long as the axis."""
     t, end, bars = rows
-    own = t[np.append(True, t[1:] != t[:-1])]
-    if len(own) < n:
-        raise DataError(f"{where}, times", f"{len(own)} distinct instants do not make {n} blocks", "use fewer blocks or a longer history")
     if embargo_bars >= len(bars):
         raise ParameterError(f"{where}.embargo_bars", f"{embargo_bars} leaves nothing of {len(bars)} bars", "use a smaller embargo")
-    size, more = divmod(len(own), n)
-    first = np.arange(n) * size + np.minimum(np.arange(n), more)
-    edges = np.append(np.searchsorted(t, own[first]), len(t))
-    last = np.array([np.fmax.reduce(end[i:j], initial=t[j - 1]) for i, j in zip(edges[:-1], edges[1:], strict=True)])  # ignores NaT
+    edges = cut(t, n)
+    last = np.array([np.fmax.reduce(end[i:j], initial=t[j - 1]) for i, j in pairwise(edges)])  # ignores NaT
     over = np.searchsorted(bars, last, side="right") + embargo_bars
     free = np.where(over < len(bars), np.searchsorted(t, bars[np.minimum(over, len(bars) - 1)]), len(t))
     early = tuple(np.flatnonzero(end[:i] >= t[i]) for i in edges[:-1])
