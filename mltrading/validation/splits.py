@@ -70,6 +70,11 @@ def _in_order(x: NDArray[np.datetime64], name: str) -> None:
         i = int(np.argmax(back)) + 1
         raise DataError(f"{name}, row {i} ({x[i]})", f"is not after the one before it ({x[i - 1]})", "sort the rows by timestamp and symbol; instants of the axis are unique")
 
+def _ends(label_end: Any) -> NDArray[np.datetime64]:
+    if label_end is None:
+        raise LeakError("label_end", "no label ends: rows whose labels overlap the test window cannot be found", "pass one instant per row; to scikit-learn as `groups`")
+    return instants(label_end, "label_end")
+
 def timeline(
     times: Any,        # (n,) decision instants of the long rows, ascending
     label_end: Any,    # (n,) instants at which the labels are known; NaT: not complete
@@ -78,9 +83,7 @@ def timeline(
     """Rows and their axis, checked.
 
     Raises `LeakError` without label ends; `DataError` on missing or unsorted times, on labels known before their decision and on times off the axis."""
-    if label_end is None:
-        raise LeakError("label_end", "no label ends: rows whose labels overlap the test window cannot be found", "pass one instant per row; to scikit-learn as `groups`")
-    t, end = instants(times, "times"), instants(label_end, "label_end")
+    t, end = instants(times, "times"), _ends(label_end)
     if len(t) != len(end):
         raise DataError("label_end", f"has {len(end)} values for {len(t)} rows", "one label end per row, NaT where the label is not complete")
     _in_order(t, "times")
@@ -132,8 +135,8 @@ def check_fold(
 ) -> None:
     """Refuse a fold in which something learned overlaps something judged.
 
-    Raises `LeakError` naming the fold and the first offending row."""
-    t, end = instants(times, "times"), instants(label_end, "label_end")
+    Raises `LeakError` naming the fold and the first offending row, and without label ends."""
+    t, end = instants(times, "times"), _ends(label_end)
     where, used = f"fold {fold.number}", np.zeros(len(t), bool)
     used[fold.train] = True
     if (both := used[fold.test]).any():
