@@ -60,9 +60,9 @@ def blocks(
 
     Raises `DataError` on fewer instants than blocks, `ParameterError` on an embargo as long as the axis."""
     t, end, bars = rows
+    edges = cut(t, n)
     if embargo_bars >= len(bars):
         raise ParameterError(f"{where}.embargo_bars", f"{embargo_bars} leaves nothing of {len(bars)} bars", "use a smaller embargo")
-    edges = cut(t, n)
     last = np.array([np.fmax.reduce(end[i:j], initial=t[j - 1]) for i, j in pairwise(edges)])  # ignores NaT
     over = np.searchsorted(bars, last, side="right") + embargo_bars
     free = np.where(over < len(bars), np.searchsorted(t, bars[np.minimum(over, len(bars) - 1)]), len(t))

@@ -44,6 +44,8 @@ def instants(
     """Times as `datetime64[us]` in UTC.
 
     Raises `DataError` on numbers and on no values at all."""
+    if isinstance(values, np.ndarray) and values.dtype == "datetime64[us]" and len(values):
+        return values
     plain = pd.Index(values)
     if plain.dtype.kind in "iufb":
         raise DataError(where, f"holds numbers ({plain.dtype}), not instants", "pass timestamps; for scikit-learn the index of `X` holds them")
