@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import quantstats.stats as qs
 from arch.bootstrap import StationaryBootstrap
-
 from skfolio.model_selection import CombinatorialPurgedCV
 
 from mltrading.validation import combinatorial, inference, kfold, metrics, splits

@@ -72,8 +72,9 @@ def or_nothing_to_learn(split, *rows) -> list[Fold]:
     try:
         return list(split.folds(*rows))
     except DataError as error:
-        assert "nothing is left to learn from" in str(error) or "has a label known before" in str(error)
-        return []
+        if "nothing is left to learn from" in str(error) or "has a label known before" in str(error):
+            return []
+        raise
 
 
 @SHORT
@@ -158,8 +159,9 @@ def test_inner_folds_never_meet_an_outer_test_window(table, outside, inside):
         try:
             inner = list(inner_folds(outer, inside, t, end))
         except DataError as error:
-            assert str(error).startswith(f"inside fold {outer.number}, ")
-            continue
+            if error.where.startswith(f"inside fold {outer.number}, "):
+                continue
+            raise
         for fold in inner:
             within = open_windows(t[outer.train], end[outer.train], [np.array(w) for w in fold.windows])
             for kind in ("train", "test", "purged", "embargoed"):
