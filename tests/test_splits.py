@@ -15,7 +15,7 @@ from mltrading.validation.nested import inner_folds, nested_search
 from mltrading.validation.splits import Fold, WalkForward, check_fold
 
 NAT = np.datetime64("NaT", "us")
-SHORT = settings(max_examples=200, deadline=None)
+SHORT = settings(max_examples=100, deadline=None)
 
 
 @st.composite

@@ -16,11 +16,23 @@ from ..core.errors import DataError, ParameterError
 from .splits import Fold, Splitter, Timeline, check_fold, require, timeline
 
 # %% auto #0
-__all__ = ['Blocks', 'cut', 'blocks', 'block_fold', 'PurgedKFold']
+__all__ = ['cut', 'Blocks', 'blocks', 'block_fold', 'PurgedKFold']
 
-# %% ../../nbs/validation/02_kfold.ipynb #a5d13a0f
-_EMBARGOED, _PURGED, _TEST = 1, 2, 3  # the greater outweighs the less
+# %% ../../nbs/validation/02_kfold.ipynb #84a6f1ca
+def cut(
+    t: NDArray[np.datetime64],  # (n,) decision instants, ascending
+    n: int,                     # blocks, >= 1
+) -> NDArray[np.int64]:         # (n+1,) rows at which the blocks begin, and the number of rows
+    """Rows cut into blocks of as many distinct instants each; the first ones have one more where it does not come out even.
 
+    Raises `DataError` on fewer instants than blocks."""
+    begins = np.flatnonzero(np.append(True, t[1:] != t[:-1]))
+    if len(begins) < n:
+        raise DataError("times", f"{len(begins)} distinct instants do not make {n} blocks", "use fewer blocks or a longer history")
+    size, more = divmod(len(begins), n)
+    return np.append(begins[np.arange(n) * size + np.minimum(np.arange(n), more)], len(t))
+
+# %% ../../nbs/validation/02_kfold.ipynb #fd72dff1
 @dataclass(frozen=True, eq=False)
 class Blocks:
     """Contiguous stretches of decision instants, and what may not be learned when one of them is judged."""
@@ -36,19 +48,6 @@ class Blocks:
     def windows(self) -> NDArray[np.datetime64]:
         "(n, 2) first and last decision of each block."
         return np.stack([self.rows.t[self.edges[:-1]], self.rows.t[self.edges[1:] - 1]], axis=1)
-
-def cut(
-    t: NDArray[np.datetime64],  # (n,) decision instants, ascending
-    n: int,                     # blocks, >= 1
-) -> NDArray[np.int64]:         # (n+1,) rows at which the blocks begin, and the number of rows
-    """Rows cut into blocks of as many distinct instants each; the first ones have one more where it does not come out even.
-
-    Raises `DataError` on fewer instants than blocks."""
-    begins = np.flatnonzero(np.append(True, t[1:] != t[:-1]))
-    if len(begins) < n:
-        raise DataError("times", f"{len(begins)} distinct instants do not make {n} blocks", "use fewer blocks or a longer history")
-    size, more = divmod(len(begins), n)
-    return np.append(begins[np.arange(n) * size + np.minimum(np.arange(n), more)], len(t))
 
 def blocks(
     rows: Timeline,
@@ -69,7 +68,9 @@ def blocks(
     early = tuple(np.flatnonzero(end[:i] >= t[i]) for i in edges[:-1])
     return Blocks(rows, edges, early, np.searchsorted(t, last, side="right"), free, np.flatnonzero(np.isnat(end)))
 
-# %% ../../nbs/validation/02_kfold.ipynb #a22b4756
+# %% ../../nbs/validation/02_kfold.ipynb #a5d13a0f
+_EMBARGOED, _PURGED, _TEST = 1, 2, 3  # the greater outweighs the less
+
 def block_fold(
     made: Blocks,
     number: int,               # of the fold

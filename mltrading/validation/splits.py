@@ -44,7 +44,7 @@ def instants(
     """Times as `datetime64[us]` in UTC.
 
     Raises `DataError` on numbers and on no values at all."""
-    if isinstance(values, np.ndarray) and values.dtype == "datetime64[us]" and len(values):
+    if isinstance(values, np.ndarray) and values.dtype == "datetime64[us]" and values.ndim == 1 and len(values):
         return values
     plain = pd.Index(values)
     if plain.dtype.kind in "iufb":
@@ -77,6 +77,7 @@ def _ends(label_end: Any) -> NDArray[np.datetime64]:
         raise LeakError("label_end", "no label ends: rows whose labels overlap the test window cannot be found", "pass one instant per row; to scikit-learn as `groups`")
     return instants(label_end, "label_end")
 
+# %% ../../nbs/validation/00_splits.ipynb #0140c5c9
 def timeline(
     times: Any,        # (n,) decision instants of the long rows, ascending
     label_end: Any,    # (n,) instants at which the labels are known; NaT: not complete
@@ -192,6 +193,7 @@ class Splitter(ABC):
         for fold in self.folds(getattr(X, "index", range(len(X))), groups):
             yield fold.train, fold.test
 
+# %% ../../nbs/validation/00_splits.ipynb #6b85d660
 def require(
     where: str,           # the splitter
     low: dict[str, int],  # name -> smallest value allowed
