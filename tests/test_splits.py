@@ -1,0 +1,223 @@
+"""Splits on label ends against a slow check that compares every training row with every test row."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from sklearn.dummy import DummyRegressor
+from sklearn.model_selection import cross_val_score
+
+from mltrading.core.errors import DataError, LeakError
+from mltrading.validation.combinatorial import CombinatorialPurged, paths, routes
+from mltrading.validation.kfold import PurgedKFold
+from mltrading.validation.nested import inner_folds, nested_search
+from mltrading.validation.splits import Fold, WalkForward, check_fold
+
+NAT = np.datetime64("NaT", "us")
+SHORT = settings(max_examples=100, deadline=None)
+
+
+@st.composite
+def tables(draw):
+    """Rows of up to three symbols at irregular instants with holes; labels of any length, some never complete."""
+    n = draw(st.integers(8, 40))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    axis = np.datetime64("2020-01-01", "us") + np.cumsum(rng.choice([1, 1, 1, 24, 72, 2000], n)) * np.timedelta64(1, "h")
+    alive = rng.random((n, draw(st.integers(1, 3)))) < draw(st.sampled_from([0.5, 1.0]))
+    alive[:, 0] |= draw(st.booleans())  # else some instants have no row at all
+    assume(alive.any(axis=1).sum() >= 6)
+    t = axis[np.nonzero(alive)[0]]
+    length = rng.integers(0, draw(st.sampled_from([1, 5, 50, 500])), len(t)) * np.timedelta64(1, "h")
+    end = np.where(rng.random(len(t)) < draw(st.sampled_from([0.0, 0.1])), NAT, t + length)
+    return t, end, axis
+
+
+def open_windows(t: np.ndarray, end: np.ndarray, stretches: list[np.ndarray]) -> list[tuple]:
+    """First decision and last label end of each stretch of instants, row by row."""
+    out = []
+    for stretch in stretches:
+        first, last = stretch[0], stretch[-1]
+        for j in range(len(t)):
+            if stretch[0] <= t[j] <= stretch[-1] and not np.isnat(end[j]) and end[j] > last:
+                last = end[j]
+        out.append((first, last))
+    return out
+
+
+def touches(t_i, end_i, windows: list[tuple]) -> bool:
+    """Whether a row may not be learned from; a label without an end may touch anything."""
+    return bool(np.isnat(end_i)) or any(end_i >= first and t_i <= last for first, last in windows)
+
+
+def close_behind(t_i, windows: list[tuple], bars: np.ndarray, embargo: int) -> bool:
+    """Whether a row decides within so many bars after the last label of a window."""
+    return any(t_i > last and ((bars > last) & (bars <= t_i)).sum() <= embargo for _, last in windows)
+
+
+def assert_exact(fold: Fold, t, end, stretches, bars, embargo: int) -> None:
+    """Each row is where the slow check puts it: nothing leaks, and nothing is left out without a reason."""
+    windows = open_windows(t, end, stretches)
+    for i in range(len(t)):
+        if any(s[0] <= t[i] <= s[-1] for s in stretches):
+            expected = "test"
+        elif touches(t[i], end[i], windows):
+            expected = "purged"
+        else:
+            expected = "embargoed" if close_behind(t[i], windows, bars, embargo) else "train"
+        assert [kind for kind in ("train", "purged", "embargoed", "test") if i in getattr(fold, kind)] == [expected]
+
+
+def or_nothing_to_learn(split, *rows) -> list[Fold]:
+    try:
+        return list(split.folds(*rows))
+    except DataError as error:
+        if "nothing is left to learn from" in str(error) or "has a label known before" in str(error):
+            return []
+        raise
+
+
+@SHORT
+@given(tables(), st.integers(2, 6), st.integers(0, 3), st.booleans())
+def test_purged_k_fold_is_exact(table, n, embargo, whole_axis):
+    t, end, axis = table
+    bars = axis if whole_axis else np.unique(t)
+    for fold, stretch in zip(or_nothing_to_learn(PurgedKFold(n, embargo), t, end, bars), np.array_split(np.unique(t), n), strict=False):
+        assert_exact(fold, t, end, [stretch], bars, embargo)
+
+
+@SHORT
+@given(tables(), st.sampled_from([(3, 1), (4, 2), (5, 3), (6, 2)]), st.integers(0, 3))
+def test_combinations_are_exact(table, groups, embargo):
+    t, end, axis = table
+    split, parts = CombinatorialPurged(*groups, embargo), np.array_split(np.unique(t), groups[0])
+    for fold, judged in zip(or_nothing_to_learn(split, t, end, axis), split.combinations(), strict=False):
+        assert_exact(fold, t, end, [parts[g] for g in judged], axis, embargo)
+
+
+@SHORT
+@given(tables(), st.integers(2, 12), st.integers(1, 10), st.integers(0, 3), st.booleans())
+def test_the_walk_is_exact_within_its_window(table, train, test, embargo, anchored):
+    t, end, axis = table
+    assume(embargo < train < len(axis))
+    for fold in or_nothing_to_learn(WalkForward(train, test, embargo, anchored), t, end, axis):
+        stretch = axis[(axis >= fold.test_start) & (axis <= fold.test_end)]
+        windows = open_windows(t, end, [stretch])
+        gap = axis[np.searchsorted(axis, fold.test_start) - embargo]
+        for i in np.flatnonzero((t >= fold.train_start) & (t < fold.test_start)):
+            expected = "purged" if touches(t[i], end[i], windows) else "train" if end[i] < gap else "embargoed"
+            assert [kind for kind in ("train", "purged", "embargoed") if i in getattr(fold, kind)] == [expected]
+
+
+@SHORT
+@given(tables(), st.data())
+def test_the_seal_agrees_with_the_slow_check_on_any_rows(table, data):
+    """Random training rows around random windows: refused where, and only where, one of them touches a window."""
+    t, end, _ = table
+    parts = np.array_split(np.unique(t), data.draw(st.integers(2, 6)))
+    judged = sorted(data.draw(st.sets(st.integers(0, len(parts) - 1), min_size=1, max_size=len(parts) - 1)))
+    stretches = [parts[g] for g in judged]
+    test = np.flatnonzero([any(s[0] <= x <= s[-1] for s in stretches) for x in t])
+    others = np.setdiff1d(np.arange(len(t)), test)
+    train = np.array(data.draw(st.lists(st.sampled_from(list(others)), unique=True, min_size=1)))  # in any order
+    none = np.array([], np.int64)
+    fold = Fold(7, train, test, none, none, t[0], t[train[-1]], np.array([(s[0], s[-1]) for s in stretches]))
+    bad = [i for i in train if touches(t[i], end[i], open_windows(t, end, stretches))]
+    if bad:
+        with pytest.raises(LeakError, match=r"fold 7, row \d+ ") as caught:
+            check_fold(fold, t, end)
+        assert int(caught.value.where.split("row ")[1].split(" ")[0]) in bad
+    else:
+        check_fold(fold, t, end)
+
+
+@SHORT
+@given(tables(), st.sampled_from([(3, 2), (4, 2), (6, 3)]))
+def test_paths_use_each_judged_group_once(table, groups):
+    t, _, _ = table
+    split = CombinatorialPurged(*groups)
+    folds = or_nothing_to_learn(split, t, t)  # labels that end at once
+    own = np.random.default_rng(0).permutation(np.arange(float(len(folds) * len(t)))).reshape(len(folds), len(t))
+    made = paths(split, t, ((f, own[f.number, f.test]) for f in reversed(folds)))
+    assert made.shape == (split.n_paths, len(t))
+    assert sorted(made.ravel()) == sorted(np.concatenate([own[f.number, f.test] for f in folds]))
+    group = np.concatenate([np.full(np.isin(t, part).sum(), g) for g, part in enumerate(np.array_split(np.unique(t), groups[0]))])
+    for path, route in zip(made, routes(split), strict=True):
+        np.testing.assert_array_equal(path, own[route[group], np.arange(len(t))])
+
+
+SPLITTERS = st.sampled_from([WalkForward(4, 3, 1), WalkForward(4, 3, anchored=True), PurgedKFold(3, 1), CombinatorialPurged(4, 2)])
+
+
+@SHORT
+@given(tables(), SPLITTERS, SPLITTERS)
+def test_inner_folds_never_meet_an_outer_test_window(table, outside, inside):
+    t, end, axis = table
+    assume(len(axis) > 4)
+    for outer in or_nothing_to_learn(outside, t, end, axis):
+        around = open_windows(t, end, [np.array(w) for w in outer.windows])
+        try:
+            inner = list(inner_folds(outer, inside, t, end))
+        except DataError as error:
+            if error.where.startswith(f"inside fold {outer.number}, "):
+                continue
+            raise
+        for fold in inner:
+            within = open_windows(t[outer.train], end[outer.train], [np.array(w) for w in fold.windows])
+            for kind in ("train", "test", "purged", "embargoed"):
+                assert np.isin(getattr(fold, kind), outer.train).all()
+            assert not any(touches(t[i], end[i], around) for i in np.append(fold.train, fold.test))
+            assert not any(touches(t[i], end[i], within) for i in fold.train)
+            assert all(touches(t[i], end[i], within) for i in fold.purged if isinstance(inside, (PurgedKFold, CombinatorialPurged)))
+
+
+@settings(max_examples=50, deadline=None)
+@given(tables(), st.integers(0, 2**32 - 1))
+def test_a_choice_does_not_depend_on_outer_test_rows(table, seed):
+    t, end, _ = table
+    rng = np.random.default_rng(seed)
+    x, y = rng.normal(size=(len(t), 5)), rng.normal(size=len(t))
+
+    def score(column, train, test):
+        return float((x[train, column] @ y[train]) * (x[test, column] @ y[test]))
+
+    for outer in or_nothing_to_learn(PurgedKFold(3), t, end):
+        if len(np.unique(t[outer.train])) < 2:
+            continue
+        try:
+            before = nested_search([outer], PurgedKFold(2), t, end, dict(zip("abcde", range(5), strict=True)), score)
+        except DataError:
+            continue
+        rest = np.setdiff1d(np.arange(len(t)), outer.train)
+        x[rest], y[rest] = rng.normal(size=(len(rest), 5)), rng.normal(size=len(rest))
+        after = nested_search([outer], PurgedKFold(2), t, end, dict(zip("abcde", range(5), strict=True)), score)
+        pd.testing.assert_frame_equal(before.drop(columns="outer"), after.drop(columns="outer"), check_exact=True)
+
+
+@pytest.mark.parametrize("split", [WalkForward(40, 20, 2), PurgedKFold(5, 2), CombinatorialPurged(5, 2, 2)], ids=lambda s: type(s).__name__)
+def test_scikit_learn_takes_every_splitter(split):
+    bars = pd.date_range("2020-01-01", periods=110, freq="h", tz="America/New_York", unit="us")
+    X = pd.DataFrame({"a": 0.0}, index=bars[:100].repeat(2))
+    y, ends = np.arange(200.0), bars[3:103].repeat(2)
+    scores = cross_val_score(DummyRegressor(), X, y, groups=ends, cv=split)
+    assert len(scores) == split.get_n_splits(X, y, ends) == len(list(split.folds(X.index, ends)))
+    with pytest.raises(LeakError, match="no label ends"):
+        cross_val_score(DummyRegressor(), X, y, cv=split)
+    with pytest.raises(DataError, match="not instants"):
+        cross_val_score(DummyRegressor(), X.to_numpy(), y, groups=ends, cv=split)
+    with pytest.raises(DataError, match="not instants"):
+        cross_val_score(DummyRegressor(), X, y, groups=np.arange(200), cv=split)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_one_block_at_a_time_as_timeseriescv_has_it(seed):
+    """Labels of uneven length, several rows an instant. Of one block only, with rows left after its embargo: elsewhere it takes the wrong label end, or purges nothing."""
+    peer = pytest.importorskip("timeseriescv.cross_validation")
+    rng = np.random.default_rng(seed)
+    bars = pd.date_range("2020-01-01", periods=150, freq="D", unit="us")
+    t, end = bars[:120].repeat(3), bars[np.repeat(np.arange(120), 3) + rng.integers(0, 15, 360)]
+    theirs = peer.CombPurgedKFoldCV(6, 1, embargo_td=pd.Timedelta(days=4))
+    found = list(theirs.split(pd.DataFrame(index=range(360)), pred_times=pd.Series(t), eval_times=pd.Series(end)))[::-1]
+    for fold, (train, test) in zip(PurgedKFold(6, 4).folds(t, end), found, strict=True):
+        np.testing.assert_array_equal(fold.train, train)
+        np.testing.assert_array_equal(fold.test, test)
