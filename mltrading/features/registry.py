@@ -151,11 +151,11 @@ def is_intraday(
     """Whether bars are shorter than a day, by the median distance of two instants."""
     return len(panel) > 1 and bool(np.median(np.diff(panel.times)) < np.timedelta64(20, "h"))
 
-def _missing(f: Feature, panel: Panel, macro: pd.DataFrame | None, benchmark: str | None) -> list[str]:
-    "What a feature needs and no symbol of the panel can have."
+def _missing(features: Sequence[Feature], panel: Panel, macro: pd.DataFrame | None, benchmark: str | None) -> list[list[str]]:
+    "What each feature needs and no symbol of the panel can have."
     given = set(panel.fields) | {"others"} | ({"benchmark"} if benchmark is not None else set())
     given |= {f"macro:{s}" for s in macro["series"].unique()} if macro is not None else set()
-    return [n for n in f.needs if n not in given and not n.startswith("clock:")]
+    return [[n for n in f.needs if n not in given and not n.startswith("clock:")] for f in features]
 
 def choose(
     panel: Panel,
@@ -166,11 +166,12 @@ def choose(
 ) -> list[Feature]:
     """The features to compute: those that are named, or all that the panel can feed and has bars enough for. Errors as of `compute`."""
     features, bars = lookup(names), int(panel.alive.sum(axis=1).max(initial=0))
+    missing = _missing(features, panel, macro, benchmark)
     if names == "all":
         within = is_intraday(panel)
-        return [f for f in features if not _missing(f, panel, macro, benchmark) and (within or "clock:session" not in f.needs) and (short or f.warmup < bars)]
-    for f in features:
-        for need in _missing(f, panel, macro, benchmark):
+        return [f for f, lacking in zip(features, missing, strict=True) if not lacking and (within or "clock:session" not in f.needs) and (short or f.warmup < bars)]
+    for f, lacking in zip(features, missing, strict=True):
+        for need in lacking:
             if need == "benchmark":
                 raise ParameterError("features.benchmark", f"`{f.name}` needs a benchmark", "name one of the panel's symbols, or leave the feature out")
             if need.startswith("macro:") and macro is None:
