@@ -189,8 +189,8 @@ class _Opening(_Figures):
             rows.append({"Sharpe ratio": (value, low, high), "deflated": np.nan if d is None else d["dsr"], "years needed": np.nan if d is None else d["min_track_record_years"],
                          "system less this": "–" if gap is None else (gap["diff"], gap["low"], gap["high"]), "p": np.nan if gap is None else gap["p_value"]})
         frame = pd.DataFrame(rows, index=pd.Index(self.called(list(self.returns.columns)), name="account"))
-        n, best = int(self.deflated["n_trials"].iloc[0]), float(self.deflated["expected_max_sharpe_annual"].iloc[0])
-        note = (f"{self.level} intervals from {self.params.n_boot:,} stationary-bootstrap resamples. Deflated: probability that the true ratio is above {best:.2f}, which is what the best of {n} trials without any skill would be expected to show. "
+        n, alone, best = int(self.deflated["n_trials"].iloc[0]), *(float(x) for x in self.deflated[["effective_trials", "expected_max_sharpe_annual"]].iloc[0])
+        note = (f"{self.level} intervals from {self.params.n_boot:,} stationary-bootstrap resamples. Deflated: probability that the true ratio is above {best:.2f}, which is what the best of {alone:.1f} independent trials without any skill would be expected to show; {n} are on record, and some resemble each other. "
                 "Years needed: length of such a record at which an undeflated ratio would be believable at 95 %. p: one-sided, that the system is not better.")
         return Table(frame, {"Sharpe ratio": "signed:2", "deflated": "percent:0", "years needed": "number:0", "system less this": "signed:2", "p": "number:3"}, "How sure is any of this?", note, mark=[frame.index[0]])
 

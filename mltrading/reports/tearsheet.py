@@ -17,7 +17,7 @@ from ..models.forecaster import Model
 from ..systems.trade import traded
 from ..validation.inference import bootstrap_intervals, min_track_record_bars, paired_difference, paired_loss
 from ..validation.metrics import exposure, forecast_quality, log_loss_rows, performance, turnover_annual
-from ..validation.trials import deflated, trial_count
+from ..validation.trials import deflated, effective_trials, trial_count
 
 # %% auto #0
 __all__ = ['HEADLINE', 'metric_table', 'activity', 'beats', 'judged', 'forecast_table', 'verdict', 'deflation', 'signals',
@@ -124,12 +124,12 @@ def deflation(
     accounts: Sequence[str],    # those that were recorded as trials
     ledger: pd.DataFrame,       # trials, from `validation.trials.read`
     bars_per_year: float,
-) -> pd.DataFrame:              # index account: sharpe_annual, psr, dsr, n_trials, expected_max_sharpe_annual, min_track_record_years
+) -> pd.DataFrame:              # index account: sharpe_annual, psr, dsr, n_trials, effective_trials, expected_max_sharpe_annual, min_track_record_years
     """Deflated Sharpe ratios, and the years of such a record that would be needed to believe it undeflated at 95 %."""
     rows = {}
     for a in accounts:
         if not traded(returns[a]):
-            rows[a] = {"n_trials": float(trial_count(ledger))}
+            rows[a] = {"n_trials": float(trial_count(ledger)), "effective_trials": effective_trials(ledger)}
             continue
         p = performance(returns[a], bars_per_year)
         bars = min_track_record_bars(p["sharpe_annual"] / np.sqrt(bars_per_year), p["skew"], p["kurtosis"])
