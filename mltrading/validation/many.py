@@ -39,7 +39,7 @@ def checked_trials(
         raise DataError(f"{where}, column {names[i]}, position {t}", f"{x[t, i]} is not a number", "cut all trials to the bars that they share")
     if (flat := x.min(axis=0) == x.max(axis=0)).any():
         i = int(np.argmax(flat))
-        raise DataError(f"{where}, column {names[i]}", f"is {x[0, i]:g} on all {len(x)} bars: its variance is zero", "leave out what never trades, and what equals the baseline")
+        raise DataError(f"{where}, column {names[i]}", f"is {x[0, i] + 0.0:g} on all {len(x)} bars: its variance is zero", "leave out what never trades, and what equals the baseline")
     return x, names
 
 def _gains(values: Any, baseline: Any) -> tuple[NDArray[np.float64], list[Any]]:
