@@ -5,7 +5,7 @@
 # %% ../../nbs/validation/22_many.ipynb #35e0d873
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -108,6 +108,21 @@ def _shifts(gain: NDArray[np.float64], scale: NDArray[np.float64], n: int) -> di
     hopeless = gain < -scale * np.sqrt(2 * np.log(np.log(max(n, 3))) / n)
     return {"p_lower": np.minimum(gain, 0), "p_value": np.where(hopeless, gain, 0.0), "p_upper": np.zeros_like(gain)}
 
+class _Field(NamedTuple):
+    names: list[Any]
+    gain: NDArray[np.float64]                # (N,) mean per bar
+    unit: NDArray[np.float64]                # (N,) from gains to statistics
+    moved: NDArray[np.float64]               # (n_boot, N) resampled gains minus `gain`
+    shifts: dict[str, NDArray[np.float64]]   # (N,) by reading
+    block: float
+
+def _field(values: Any, baseline: Any, seed: int, n_boot: int, block: float | None, studentized: bool) -> _Field:
+    "Everything that the tests of many against a baseline share."
+    x, names = _gains(values, baseline)
+    length, root = _block(x, block), np.sqrt(len(x))
+    gain, scale = x.mean(axis=0), bootstrap_scale(x, length)
+    return _Field(names, gain, root / scale if studentized else np.full(len(gain), root), resampled_deviations(x, length, n_boot, seed), _shifts(gain, scale, len(x)), length)
+
 def _share(simulated: NDArray[np.float64], found: Any) -> Any:
     "One-sided p-value, the sample itself counted as one of the resamples."
     return (1 + (simulated >= found).sum(axis=0)) / (1 + len(simulated))
@@ -125,14 +140,11 @@ def superior_ability(
     Raises `DataError` on trials that cannot be compared, one trial alone included.
 
     Source: Hansen (2005)."""
-    x, names = _gains(values, baseline)
-    block, n = _block(x, block), len(x)
-    gain, scale = x.mean(axis=0), bootstrap_scale(x, block)
-    unit = np.sqrt(n) / scale if studentized else np.full(len(gain), np.sqrt(n))
-    best, moved = int(np.argmax(gain * unit)), resampled_deviations(x, block, n_boot, seed)
-    found = max(0.0, float(gain[best] * unit[best]))
-    p = {name: float(_share(np.maximum(((moved + shift) * unit).max(axis=1), 0), found)) for name, shift in _shifts(gain, scale, n).items()}
-    return {"best": names[best], "statistic": found} | p | {"block": block}
+    f = _field(values, baseline, seed, n_boot, block, studentized)
+    best = int(np.argmax(f.gain * f.unit))
+    found = max(0.0, float(f.gain[best] * f.unit[best]))
+    p = {reading: float(_share(np.maximum(((f.moved + shift) * f.unit).max(axis=1), 0), found)) for reading, shift in f.shifts.items()}
+    return {"best": f.names[best], "statistic": found} | p | {"block": f.block}
 
 # %% ../../nbs/validation/22_many.ipynb #c220f2f8
 def reality_check(
@@ -164,16 +176,12 @@ def stepwise_superior(
     Raises `DataError` on trials that cannot be compared.
 
     Source: Romano and Wolf (2005); Hsu, Hsu and Kuan (2010)."""
-    x, names = _gains(values, baseline)
-    block, n = _block(x, block), len(x)
-    gain, scale = x.mean(axis=0), bootstrap_scale(x, block)
-    unit = np.sqrt(n) / scale if studentized else np.full(len(gain), np.sqrt(n))
-    order = np.argsort(-gain * unit, kind="stable")
-    moved = resampled_deviations(x, block, n_boot, seed)
-    simulated = ((moved + _shifts(gain, scale, n)["p_value"]) * unit)[:, order]
-    found = (gain * unit)[order]
+    f = _field(values, baseline, seed, n_boot, block, studentized)
+    order = np.argsort(-f.gain * f.unit, kind="stable")
+    found = (f.gain * f.unit)[order]
+    simulated = ((f.moved + f.shifts["p_value"]) * f.unit)[:, order]
     largest_left = np.maximum.accumulate(simulated[:, ::-1], axis=1)[:, ::-1]
-    return pd.DataFrame({"trial": [names[i] for i in order], "gain": gain[order], "statistic": found, "p_alone": _share(moved[:, order] * unit[order], found),
+    return pd.DataFrame({"trial": [f.names[i] for i in order], "gain": f.gain[order], "statistic": found, "p_alone": _share((f.moved * f.unit)[:, order], found),
                          "p_value": np.maximum.accumulate(_share(largest_left, found))})
 
 # %% ../../nbs/validation/22_many.ipynb #e29cc27f
@@ -269,7 +277,7 @@ def discoveries(
     Source: Benjamini and Hochberg (1995); Benjamini and Yekutieli (2001)."""
     p = np.asarray(p_values, dtype=np.float64)
     if p.ndim != 1 or not len(p) or not ((p >= 0) & (p <= 1)).all():
-        wrong = p[~((p >= 0) & (p <= 1))] if p.ndim == 1 else []
+        wrong = p[~((p >= 0) & (p <= 1))]
         raise DataError("p-values", f"{wrong[0]} is not a probability" if len(wrong) else f"have the shape {p.shape}", "one number between 0 and 1 per test; leave out tests that could not be made")
     if not 0 < rate < 1:
         raise ParameterError("rate", f"{rate:g} is not a share", "use 0.05 for one false name in twenty")

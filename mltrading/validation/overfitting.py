@@ -38,7 +38,7 @@ def _rank(past: NDArray[np.float64], future: NDArray[np.float64]) -> tuple[int, 
     below, same = 0, 0
     for y in future:
         below, same = below + (y < future[best]), same + (y == future[best])
-    return best, below + 0.5 * (same + 1)
+    return int(best), below + 0.5 * (same + 1)
 
 # %% ../../nbs/validation/24_overfitting.ipynb #0d069f2a
 @njit(nogil=True, error_model="numpy")
