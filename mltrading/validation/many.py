@@ -127,6 +127,7 @@ def _share(simulated: NDArray[np.float64], found: Any) -> Any:
     "One-sided p-value, the sample itself counted as one of the resamples."
     return (1 + (simulated >= found).sum(axis=0)) / (1 + len(simulated))
 
+# %% ../../nbs/validation/22_many.ipynb #a6a024bd
 def superior_ability(
     values: Any,                  # (T, N) returns per bar or other values, higher is better
     seed: int,
