@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -19,9 +21,10 @@ from ..core.jit import njit
 from .metrics import METRICS, checked, kurtosis, measure, rate_per_bar, skew
 
 # %% auto #0
-__all__ = ['optimal_block', 'resampled_positions', 'bootstrap_metrics', 'bootstrap_intervals', 'sharpe_error',
-           'probabilistic_sharpe', 'min_track_record_bars', 'expected_max_sharpe', 'deflated_sharpe',
-           'paired_difference', 'paired_loss']
+__all__ = ['optimal_block', 'resampled_positions', 'redraw', 'bootstrap_metrics', 'bootstrap_intervals', 'sharpe_error',
+           'probabilistic_sharpe', 'min_track_record_bars', 'expected_max_sharpe', 'deflated_sharpe', 'automatic_lags',
+           'long_run_variance', 'annualization_factor', 'robust_mean', 'robust_sharpe', 'paired_difference',
+           'paired_loss']
 
 # %% ../../nbs/validation/20_inference.ipynb #530d4430
 def optimal_block(
@@ -50,8 +53,8 @@ def optimal_block(
     cap = math.ceil(min(3 * math.sqrt(n), n / 3))
     return float(np.clip((g * g / spectrum**2 * n) ** (1 / 3), 1, cap))
 
-# %% ../../nbs/validation/20_inference.ipynb #84f260b6
-@njit
+# %% ../../nbs/validation/20_inference.ipynb #e29cc27f
+@njit(nogil=True)
 def _follow(starts: NDArray[np.int64], u: NDArray[np.float64], jump: float) -> None:
     "Turn `starts` (B, T) into resampled positions, in place."
     boots, n = starts.shape
@@ -68,14 +71,34 @@ def resampled_positions(
     rng: np.random.Generator,
 ) -> NDArray[np.int64]:        # (n_boot, n) positions in 0 … n - 1
     """Positions of stationary bootstrap resamples. Raises `ParameterError` on blocks shorter than a bar."""
-    if block < 1 or n_boot < 1:
-        raise ParameterError("bootstrap", f"block {block:g} and n_boot {n_boot} must be at least 1", "give both as positive numbers")
+    if block < 1:
+        raise ParameterError("bootstrap", f"blocks of {block:g} bars", "a block has at least one bar")
     starts = rng.integers(0, n, size=(n_boot, n))
     _follow(starts, rng.random((n_boot, n)), 1 / block)
     return starts
 
-# %% ../../nbs/validation/20_inference.ipynb #8e00894b
-@njit
+_CHUNK = 125  # resamples drawn at once: bounds the memory, and is part of what a seed means
+
+def redraw(
+    work: Callable[[NDArray[np.int64], slice], None],  # is given positions (b, n) and the places of these resamples among all
+    n: int,                                            # bars
+    block: float,                                      # mean length of a block in bars, >= 1
+    n_boot: int,                                       # resamples, >= 1
+    seed: int,
+) -> None:
+    """Draw resamples chunk by chunk on all cores. Each chunk has random numbers of its own, so that the number of cores changes nothing.
+
+    Raises `ParameterError` on blocks shorter than a bar."""
+    if n_boot < 1:
+        raise ParameterError("bootstrap", f"{n_boot} resamples", "draw at least one")
+    def chunk(number: int) -> None:
+        places = slice(number * _CHUNK, min((number + 1) * _CHUNK, n_boot))
+        work(resampled_positions(n, block, places.stop - places.start, np.random.default_rng([seed, number])), places)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(chunk, range(math.ceil(n_boot / _CHUNK))))
+
+# %% ../../nbs/validation/20_inference.ipynb #0edf1108
+@njit(nogil=True)
 def _measure_all(r: NDArray[np.float64], positions: NDArray[np.int64], bars_per_year: float, rf_bar: float, out: NDArray[np.float64]) -> None:
     "Fill `out` (B, 13) with the METRICS of each resample."
     n, order = len(r), np.argsort(r)
@@ -94,8 +117,6 @@ def _measure_all(r: NDArray[np.float64], positions: NDArray[np.int64], bars_per_
                 t += 1
         measure(one, ordered, bars_per_year, rf_bar, out[b])
 
-_CHUNK = 250  # resamples drawn at once: bounds the memory, and is part of what a seed means
-
 def bootstrap_metrics(
     returns: Any,                  # (T,) simple returns per bar, net of costs
     seed: int,
@@ -109,12 +130,9 @@ def bootstrap_metrics(
     Raises `DataError` on returns that cannot be measured.
 
     Source: Politis and Romano (1994)."""
-    r, rng = checked(returns), np.random.default_rng(seed)
-    block = optimal_block(r) if block is None else block
-    out = np.empty((n_boot, len(METRICS)))
-    for lo in range(0, n_boot, _CHUNK):
-        part = out[lo:lo + _CHUNK]
-        _measure_all(r, resampled_positions(len(r), block, len(part), rng), float(bars_per_year), rate_per_bar(rf_annual, bars_per_year), part)
+    r, out = checked(returns), np.empty((max(n_boot, 0), len(METRICS)))
+    units = float(bars_per_year), rate_per_bar(rf_annual, bars_per_year)
+    redraw(lambda drawn, places: _measure_all(r, drawn, *units, out[places]), len(r), optimal_block(r) if block is None else block, n_boot, seed)
     return pd.DataFrame(out, columns=list(METRICS))
 
 # %% ../../nbs/validation/20_inference.ipynb #de1a6654
@@ -223,6 +241,99 @@ def deflated_sharpe(
     Source: Bailey and López de Prado (2014)."""
     return probabilistic_sharpe(sharpe_bar, n_bars, skew, kurtosis, expected_max_sharpe(n_trials, variance_bar))
 
+# %% ../../nbs/validation/20_inference.ipynb #7adb8e9b
+def _autocovariances(x: NDArray[np.float64], lags: int) -> NDArray[np.float64]:
+    d = x - x.mean()
+    return np.array([(d[k:] * d[: len(d) - k]).sum() / len(d) for k in range(lags + 1)])
+
+def automatic_lags(
+    values: Any,  # (T,) numbers that differ
+) -> int:         # 0 … T - 1
+    """How many lags a long-run variance needs.
+
+    Source: Newey and West (1994), Bartlett weights."""
+    x = np.asarray(values, dtype=np.float64)
+    n = min(int(4 * (len(x) / 100) ** (2 / 9)), len(x) - 1)
+    cov = _autocovariances(x, n)
+    s0, s1 = cov[0] + 2 * cov[1:].sum(), 2 * (np.arange(1, n + 1) * cov[1:]).sum()
+    return min(int(1.1447 * ((s1 / s0) ** 2 * len(x)) ** (1 / 3)), len(x) - 1) if s0 > 0 else n
+
+def long_run_variance(
+    values: Any,               # (T,) numbers that differ, in any unit
+    lags: int | None = None,   # None: `automatic_lags`
+) -> float:                    # unit of `values` squared; divided by T, the variance of their mean
+    """Variance that counts what bars remember of each other.
+
+    Raises `DataError` on fewer than two values, NaN and zero variance, `ParameterError` on lags outside 0 … T - 1.
+
+    Source: Newey and West (1987)."""
+    x = np.asarray(values, dtype=np.float64)
+    if x.ndim != 1 or len(x) < 2 or not np.isfinite(x).all() or x.min() == x.max():
+        raise DataError("long-run variance", f"a series of shape {x.shape} is too short, constant or not finite", "give at least two numbers that differ")
+    lags = automatic_lags(x) if lags is None else lags
+    if not 0 <= lags < len(x):
+        raise ParameterError("lags", f"{lags} for {len(x)} bars", "use 0 for independent bars, and fewer lags than there are bars")
+    cov = _autocovariances(x, lags)
+    return float(cov[0] + 2 * ((1 - np.arange(1, lags + 1) / (lags + 1)) * cov[1:]).sum())
+
+# %% ../../nbs/validation/20_inference.ipynb #4bf9b82d
+def annualization_factor(
+    autocorrelations: Any,   # (m,) of lags 1 … m; those of longer lags count as 0
+    bars_per_year: int,      # q, >= 1
+) -> float:                  # the root of `bars_per_year` where all are 0
+    """What a Sharpe ratio per bar is multiplied by for a ratio per year.
+
+    Raises `DataError` on correlations that no series can have.
+
+    Source: Lo (2002)."""
+    rho = np.asarray(autocorrelations, dtype=np.float64)[: max(bars_per_year - 1, 0)]
+    variance = bars_per_year + 2 * ((bars_per_year - np.arange(1, len(rho) + 1)) * rho).sum()
+    if not variance > 0:
+        raise DataError("autocorrelations", f"give a sum of {bars_per_year} bars the variance {variance:g}", "no series has such correlations: weigh estimates down with their lag")
+    return float(bars_per_year / math.sqrt(variance))
+
+def _judged(value: float, error: float, level: float) -> dict[str, float]:
+    if not 0 < level < 1:
+        raise ParameterError("level", f"{level:g} is not a share", "use 0.95 for a 95 % interval")
+    reach = float(ndtri((1 + level) / 2)) * error
+    return {"value": value, "error": error, "low": value - reach, "high": value + reach, "p_value": float(ndtr(-value / error))}
+
+# %% ../../nbs/validation/20_inference.ipynb #c02fbf17
+def robust_mean(
+    returns: Any,                # (T,) simple returns per bar, net of costs
+    bars_per_year: float = 252,
+    lags: int | None = None,     # None: `automatic_lags`
+    level: float = 0.95,
+) -> dict[str, float]:           # value, error, low, high (annual fractions), p_value (one-sided, small: above 0), lags
+    """The annual arithmetic mean with an error that allows for autocorrelation.
+
+    Raises `DataError` on returns that cannot be measured.
+
+    Source: Newey and West (1987, 1994)."""
+    r = checked(returns)
+    lags = automatic_lags(r) if lags is None else lags
+    return _judged(bars_per_year * float(r.mean()), bars_per_year * math.sqrt(long_run_variance(r, lags) / len(r)), level) | {"lags": lags}
+
+def robust_sharpe(
+    returns: Any,                # (T,) simple returns per bar, net of costs
+    bars_per_year: int = 252,
+    lags: int | None = None,     # of the error; None: `automatic_lags`
+    level: float = 0.95,
+) -> dict[str, float]:           # value, error, low, high (root rule, annual), p_value (one-sided, small: above 0), lags, time_aggregated (the annual ratio by Lo's factor)
+    """The annual Sharpe ratio with an error that allows for autocorrelation, and beside it the one whose way from bar to year does, too.
+
+    Raises `DataError` on returns that cannot be measured.
+
+    Source: Lo (2002)."""
+    r, root = checked(returns), math.sqrt(bars_per_year)
+    mean, sd = float(r.mean()), float(r.std())
+    psi = (r - mean) / sd - mean / (2 * sd**3) * ((r - mean) ** 2 - sd**2)
+    lags = automatic_lags(psi) if lags is None else lags
+    found = _judged(root * mean / float(r.std(ddof=1)), root * math.sqrt(long_run_variance(psi, lags) / len(r)), level)
+    cov = _autocovariances(r, memory := automatic_lags(r))
+    rho = (1 - np.arange(1, memory + 1) / (memory + 1)) * cov[1:] / cov[0]
+    return found | {"lags": lags, "time_aggregated": found["value"] / root * annualization_factor(rho, bars_per_year)}
+
 # %% ../../nbs/validation/20_inference.ipynb #7654adbe
 def _pair(a: Any, b: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     if isinstance(a, pd.Series) and isinstance(b, pd.Series) and not a.index.equals(b.index):
@@ -242,11 +353,10 @@ def _ratio(x: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
 def _paired(x: NDArray[np.float64], y: NDArray[np.float64], of: Callable[..., NDArray[np.float64]], scale: float,
             block: float, n_boot: int, level: float, seed: int) -> dict[str, float]:
     "Difference of a statistic of two series on the same resamples."
-    rng, diff = np.random.default_rng(seed), scale * float(of(x) - of(y))
-    drawn = np.empty(n_boot)
-    for lo in range(0, n_boot, _CHUNK):
-        k = resampled_positions(len(x), block, len(drawn[lo:lo + _CHUNK]), rng)
-        drawn[lo:lo + _CHUNK] = scale * (of(x[k]) - of(y[k]))
+    diff, drawn = scale * float(of(x) - of(y)), np.empty(max(n_boot, 0))
+    def compare(k: NDArray[np.int64], places: slice) -> None:
+        drawn[places] = scale * (of(x[k]) - of(y[k]))
+    redraw(compare, len(x), block, n_boot, seed)
     low, high = _interval(drawn, level)
     against = ~(drawn - diff < diff)  # an undefined resample counts against
     return {"diff": diff, "low": low, "high": high, "p_value": float((1 + against.sum()) / (1 + n_boot)), "block": float(block)}
