@@ -8,16 +8,10 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 import quantstats.stats as qs
-<<<<<<< HEAD
-from arch.bootstrap import StationaryBootstrap
+from arch.bootstrap import MCS, SPA, StationaryBootstrap
 from skfolio.model_selection import CombinatorialPurgedCV
 
-from mltrading.validation import combinatorial, inference, kfold, metrics, splits
-=======
-from arch.bootstrap import MCS, SPA, StationaryBootstrap
-
-from mltrading.validation import inference, many, metrics, overfitting, splits
->>>>>>> w-luck
+from mltrading.validation import combinatorial, inference, kfold, many, metrics, overfitting, splits
 
 TEN = ("cagr", "vol_annual", "sharpe_annual", "sortino_annual", "max_drawdown", "calmar", "profit_factor", "var_95", "es_95", "tail_ratio")
 
@@ -58,7 +52,6 @@ def folds_by_masks(t: np.ndarray, end: np.ndarray, bars: np.ndarray) -> list[tup
     return out
 
 
-<<<<<<< HEAD
 def blocks_by_masks(t: np.ndarray, end: np.ndarray, bars: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     """Ten purged folds with an embargo of five bars by comparing every row with the edges of every block, without any check."""
     out = []
@@ -68,7 +61,8 @@ def blocks_by_masks(t: np.ndarray, end: np.ndarray, bars: np.ndarray) -> list[tu
         free = t >= bars[over] if over < len(bars) else np.zeros(len(t), bool)
         out.append((np.flatnonzero((end < part[0]) | (free & ~np.isnat(end))), np.flatnonzero(test)))
     return out
-=======
+
+
 def overfitting_by_halves(returns: np.ndarray, blocks: int) -> float:
     """The probability of overfitting as the paper writes it: every half is put together and measured."""
     parts, below = np.array_split(returns, blocks), 0
@@ -83,7 +77,6 @@ def overfitting_by_halves(returns: np.ndarray, blocks: int) -> float:
 def of_arch(test: SPA | MCS) -> None:
     """Run a test of arch."""
     test.compute()
->>>>>>> w-luck
 
 
 def main() -> None:
@@ -92,14 +85,10 @@ def main() -> None:
     series = pd.Series(r, index=pd.date_range("2010-01-04", periods=len(r), freq="B"))
     bars = pd.date_range("2000-01-03 21:00", periods=2000, freq="B", tz="UTC", unit="us")
     times, ends = bars.repeat(500), bars.to_series().shift(-5).array.repeat(500)
-<<<<<<< HEAD
     walk, folds, groups = splits.WalkForward(500, 63, 5), kfold.PurgedKFold(10, 5), combinatorial.CombinatorialPurged(10, 2, 5)
     theirs = CombinatorialPurgedCV(10, 2, purged_size=2500, embargo_size=2500)  # of rows: 5 bars of 500 symbols
-=======
-    walk = splits.WalkForward(500, 63, 5)
     trials = 0.01 * np.random.default_rng(1).normal(size=(2520, 1000))
     field, nothing = trials[:, :100], np.zeros(2520)
->>>>>>> w-luck
     plain = [x.tz_localize(None).to_numpy() for x in (times, pd.DatetimeIndex(ends), bars)]
     assert all(np.array_equal(f.train, train) for f, (train, _) in zip(folds.folds(times, ends, bars), blocks_by_masks(*plain), strict=True))
     rows = [
@@ -109,13 +98,11 @@ def main() -> None:
         ("10 metrics, 2,520 days", "quantstats", seconds(lambda: metrics.performance(r), 20), seconds(lambda: ten_in_quantstats(series), 5)),
         ("walk-forward, 1,000,000 rows, purged by label end", "boolean masks in numpy",
          seconds(lambda: walk.folds(times, ends, bars)), seconds(lambda: folds_by_masks(*plain))),
-<<<<<<< HEAD
         ("10 folds, 1,000,000 rows, purged by label end", "boolean masks in numpy",
          seconds(lambda: folds.folds(times, ends, bars)), seconds(lambda: blocks_by_masks(*plain))),
         ("45 combinations, 1,000,000 rows, purged by label end", "skfolio, purged by row count",
          seconds(lambda: sum(len(f.train) for f in groups.folds(times, ends, bars))),
          seconds(lambda: sum(len(train) for train, _ in theirs.split(np.zeros((len(times), 1)))), 1)),
-=======
         ("PBO, 1,000 trials, 2,520 days, 252 ways", "halves put together in numpy",
          seconds(lambda: overfitting.backtest_overfitting(trials, 10)), seconds(lambda: overfitting_by_halves(trials, 10), 1)),
         ("PBO, 1,000 trials, 2,520 days, 12,870 ways", "", seconds(lambda: overfitting.backtest_overfitting(trials)), float("nan")),
@@ -125,7 +112,6 @@ def main() -> None:
         *[(f"confidence set by {statistic}, 100 strategies, 2,520 days", "arch MCS", seconds(lambda s=statistic: many.model_confidence_set(field, 0, s, block=10)),
            seconds(lambda m=method: of_arch(MCS(-field, 0.05, block_size=10, method=m, seed=0)), 1)) for statistic, method in (("range", "R"), ("max", "max"))],
         ("Sharpe ratio allowing for autocorrelation", "", seconds(lambda: inference.robust_sharpe(r), 20), float("nan")),
->>>>>>> w-luck
     ]
     print(f"{'work':<52} {'peer':<28} {'ours, ms':>9} {'peer, ms':>9} {'times faster':>13}")
     for work, peer, ours, theirs in rows:

@@ -23,10 +23,12 @@ from ..core.errors import DataError
 from ..core.storage import atomic, plain
 from .inference import expected_max_sharpe, probabilistic_sharpe
 from .metrics import checked, kurtosis, skew
+from .overfitting import backtest_overfitting
 
 # %% auto #0
 __all__ = ['params_id', 'returns_id', 'trial', 'read_rows', 'record', 'Look', 'looking', 'merge', 'join_sides', 'check_history',
-           'read', 'trial_count', 'weekly_returns', 'effective_trials', 'sharpe_variance', 'deflated']
+           'read', 'trial_count', 'weekly_returns', 'effective_trials', 'sharpe_variance', 'deflated',
+           'search_overfitting']
 
 # %% ../../nbs/validation/30_trials.ipynb #ad3643be
 def _canonical(value: Any) -> bytes:
@@ -336,3 +338,18 @@ def deflated(
     shape = len(r), skew(r), kurtosis(r)
     return {"sharpe_annual": sharpe * root, "psr": probabilistic_sharpe(sharpe, *shape), "dsr": probabilistic_sharpe(sharpe, *shape, bar),
             "n_trials": trial_count(ledger), "effective_trials": effective, "expected_max_sharpe_annual": bar * root}
+
+# %% ../../nbs/validation/30_trials.ipynb #b76b788c
+_ENOUGH = 4  # trials: a median of fewer says nothing
+
+def search_overfitting(
+    ledger: pd.DataFrame,  # from `read`
+    blocks: int = 16,      # of weeks, even
+) -> float:                # probability; NaN where the ledger holds the weekly returns of fewer than four trials, or too few weeks that they share
+    """Probability of backtest overfitting over the trials of a ledger.
+
+    Source: Bailey, Borwein, López de Prado and Zhu (2017)."""
+    weekly = weekly_returns(ledger).dropna()
+    if weekly.shape[1] < _ENOUGH or len(weekly) < 4 * blocks:
+        return float("nan")
+    return float(backtest_overfitting(weekly, blocks, bars_per_year=52).pbo)
