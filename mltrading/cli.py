@@ -85,6 +85,15 @@ def _audit(given: argparse.Namespace) -> None:
     refuse(table)
     print("none looks ahead, all begin when they say")
 
+def _leaks(_: argparse.Namespace) -> None:
+    from mltrading.validation.leaks import benchmark, refuse_benchmark, tell
+    from mltrading.validation.leaks_accounts import PAIRS
+    from mltrading.validation.leaks_pairs import market, releases
+
+    table = benchmark(PAIRS, market(), releases())
+    print(tell(table))
+    refuse_benchmark(table)
+
 def _archives(_: argparse.Namespace) -> None:
     from mltrading.market.embedded import UPSTREAM
     from mltrading.market.universe import PINS
@@ -138,6 +147,7 @@ def parser() -> argparse.ArgumentParser:
     audit = command("audit", "prove for every feature that it does not look ahead", _audit)
     audit.add_argument("--bars", default="", help="a set of bars of the snapshot; the largest of daily bars unless told")
     audit.add_argument("--cuts", type=int, default=8, help="instants at which the data are cut")
+    command("leaks", "plant leaks and print how many the audit finds, and how many honest twins it accuses", _leaks)
     command("refresh", "export the package, clean the notebooks, write README.md", _refresh)
     return top
 

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from scipy.special import betaincinv
 
 from ..core.errors import DataError, LeakError, ParameterError
@@ -125,17 +124,17 @@ def _stop_faults(tables: Mapping[str, pd.DataFrame], panel: Panel) -> Iterator[s
     if "stop" not in tables["orders"]:
         return
     waiting = tables["orders"][tables["orders"]["stop"].notna() & tables["orders"]["fill_time"].isna()]
-    row, decided = pd.Index(panel.symbols).get_indexer(waiting["symbol"]), panel.index.get_indexer(waiting["decision_time"])
+    row, decided = pd.Index(panel.symbols).get_indexer(pd.Index(waiting["symbol"])), panel.index.get_indexer(pd.DatetimeIndex(waiting["decision_time"]))
     for n, t, quantity, stop in zip(row, decided, waiting["quantity"], waiting["stop"], strict=True):
         after = t + 1 + np.flatnonzero(panel.alive[n, t + 1 :])[:1]
         if after.size and (panel["high"][n, after[0]] >= stop if quantity > 0 else panel["low"][n, after[0]] <= stop):
-            yield f"stop of {panel.symbols[n]} at {stop:g}, decided at {panel.index[t]}: the next bar reached it, and it was not filled\n  → compare the level with the bar's high or low, not with its close"
+            yield f"stop of {panel.symbols[n]} at {stop:g}, decided at {panel.index[int(t)]}: the next bar reached it, and it was not filled\n  → compare the level with the bar's high or low, not with its close"
             return
 
 def _price_faults(tables: Mapping[str, pd.DataFrame], panel: Panel, fill: str) -> Iterator[str]:
     "Fills at a better price than the bar gave."
     f = _ordered(tables)
-    column, row = np.searchsorted(panel.index, pd.DatetimeIndex(f["timestamp"])), pd.Index(panel.symbols).get_indexer(f["symbol"])
+    column, row = np.searchsorted(panel.index, pd.DatetimeIndex(f["timestamp"])), pd.Index(panel.symbols).get_indexer(pd.Index(f["symbol"]))
     side, stop = np.sign(f["quantity"].to_numpy()), f["stop"].to_numpy(np.float64)
     given = fill_price(panel, fill)[row, column]
     given = np.where(np.isnan(stop), given, np.where(side > 0, np.fmax(stop, given), np.fmin(stop, given)))
@@ -154,7 +153,7 @@ def _books_faults(tables: Mapping[str, pd.DataFrame], panel: Panel) -> Iterator[
     worth = (traded.cumsum() * panel.view("close").ffill().fillna(0.0)).sum(axis=1) - paid.cumsum()
     more = equity.diff() - worth.reindex(equity.index).diff()
     if (bad := more > 1e-9 * equity.abs().max()).any():
-        at = more.index[bad][0]
+        at = more.index[int(np.argmax(bad))]
         yield f"equity at {at}: grows by {equity.diff()[at]:g}, its fills and the closes give {equity.diff()[at] - more[at]:g}\n  → mark what is held at the close, and pay for each fill at its own price"
 
 def _bent(fn: Callable[[Panel, pd.DataFrame | None], dict[str, pd.DataFrame]], panel: Panel, macro: pd.DataFrame | None, columns: Sequence[int]) -> Iterator[str]:
@@ -278,13 +277,13 @@ def tell(
     table: pd.DataFrame,  # of `benchmark`
 ) -> str:
     """The benchmark as text: every pair, then the rates."""
-    lines = []
-    for r in table.itertuples():
-        caught = "no leak" if not r.leak else f"caught: {r.check}" if r.caught else "MISSED" + (" (known)" if r.beyond else "")
-        lines.append(f"{r.stage:<10} {r.pair:<44} {caught:<16} {'TWIN ACCUSED: ' + r.accusation.splitlines()[0] if r.accused else 'twin passed'}")
-        lines += [f"{'':<11}{r.beyond}"] if r.beyond else []
-    for name, r in rates(table).iterrows():
-        lines.append(f"{name}: {r['count']:.0f} of {r['of']:.0f} = {r['rate']:.1%} (95 % interval {r['low']:.1%} to {r['high']:.1%})")
+    lines = list[str]()
+    for r in table.to_dict("records"):
+        caught = "no leak" if not r["leak"] else f"caught: {r['check']}" if r["caught"] else "MISSED" + (" (known)" if r["beyond"] else "")
+        lines.append(f"{r['stage']:<10} {r['pair']:<44} {caught:<16} {'TWIN ACCUSED: ' + r['accusation'].splitlines()[0] if r['accused'] else 'twin passed'}")
+        lines += [f"{'':<11}{r['beyond']}"] if r["beyond"] else []
+    for name, k, n, rate, low, high in rates(table).itertuples():
+        lines.append(f"{name}: {k} of {n} = {rate:.1%} (95 % interval {low:.1%} to {high:.1%})")
     return "\n".join(lines)
 
 def refuse_benchmark(

@@ -5,15 +5,16 @@
 # %% ../../nbs/validation/44_leaks_accounts.ipynb #35e0d873
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from ..core.jit import njit
 from ..market.panel import Panel
-from .leaks_pairs import PAIRS, WALK, _chosen, _forest, _loss, _ret, _ridge, _rows, _walked, _with, _X, planted
+from .leaks_fits import _forest, _loss
+from .leaks_pairs import _X, PAIRS, WALK, _ret, _ridge, _rows, _Tables, _walked, _with, planted
 from .splits import WalkForward
 
 # %% auto #0
@@ -30,50 +31,58 @@ __all__ = ['filled_at_the_close_that_decides', 'filled_at_the_open_before_the_si
            'random_forest_with_a_seed', 'search_inside_the_training_part', 'neighbours_in_the_past',
            'turned_after_a_loss', 'the_calendar_of_the_month']
 
-# %% ../../nbs/validation/44_leaks_accounts.ipynb #31cfd577
-_Block = NDArray[np.float64]
-_Tables = Mapping[str, pd.DataFrame]
-
-def _long(p: Panel, block: _Block, name: str, at: NDArray[np.bool_]) -> pd.DataFrame:
+# %% ../../nbs/validation/44_leaks_accounts.ipynb #4138a684
+def _long(p: Panel, block: NDArray[np.float64], name: str, at: NDArray[np.bool_]) -> pd.DataFrame:
     "The values of a block (T, N) where `at` holds, with their stamps and symbols."
     t, n = np.nonzero(at)
-    return pd.DataFrame({"timestamp": p.index[t], "symbol": np.array(p.symbols, object)[n], name: block[t, n]})
+    return pd.DataFrame({"timestamp": p.index[t], "symbol": pd.Categorical.from_codes(n, pd.Index(p.symbols)), name: block[t, n]})
+
+@njit(nogil=True, error_model="numpy")
+def _traded(weights: Any, close: Any, buy: Any, sell: Any, most: Any, lag: int) -> Any:
+    "Shares ordered and filled, their price (T, N), and equity (T,)."
+    bars, n = weights.shape
+    ordered, filled, price, equity = np.zeros((bars, n)), np.zeros((bars, n)), np.full((bars, n), np.nan), np.empty(bars)
+    held, cash = np.zeros(n), 1e5
+    for t in range(bars):
+        for i in range(n):
+            if lag == 0 and close[t, i] > 0:
+                ordered[t, i] = weights[t, i] * (equity[t - 1] if t else cash) / close[t, i] - held[i]
+            wanted = ordered[t - lag, i] if t >= lag else 0.0
+            price[t, i] = buy[t, i] if wanted > 0 else sell[t, i]
+            if np.isfinite(price[t, i]) and wanted != 0:
+                filled[t, i] = np.sign(wanted) * min(abs(wanted), most[t, i])
+                cash -= filled[t, i] * price[t, i]
+                held[i] += filled[t, i]
+        equity[t] = cash
+        for i in range(n):
+            equity[t] += held[i] * close[t, i] if held[i] != 0 else 0.0
+        for i in range(n):
+            if lag == 1 and close[t, i] > 0:
+                ordered[t, i] = weights[t, i] * equity[t] / close[t, i] - held[i]
+    return ordered, filled, price, equity
 
 def _account(
     p: Panel,
     weights: pd.DataFrame,         # (T, N) decided at each close, 0 where there is none
-    paid: Any = None,              # (T, N) price of a fill, given the order's sign; the bar's open unless told
-    most: _Block | None = None,    # (T, N) largest fill, in shares
+    buy: Any = None,               # (T, N) price of a bought share; the bar's open unless told
+    sell: Any = None,              # (T, N) of a sold one; as for a bought one unless told
+    most: Any = None,              # (T, N) largest fill, in shares
     lag: int = 1,                  # bars from a decision to its fill
 ) -> dict[str, pd.DataFrame]:
     "Orders, fills and equity of an account that holds these weights."
-    close, w = p.view("close").ffill().to_numpy(), weights.fillna(0.0).to_numpy()
-    opened, bars, n = p["open"].T, *w.shape
-    ordered, filled, price, equity = np.zeros((bars, n)), np.zeros((bars, n)), np.full((bars, n), np.nan), np.empty(bars)
-    held, cash, mark = np.zeros(n), 1e5, np.nan_to_num(close)
-    for t in range(bars):
-        if lag == 0:
-            ordered[t] = np.where(mark[t] > 0, w[t] * (cash + held @ mark[t]) / np.where(mark[t] > 0, mark[t], 1.0) - held, 0.0)
-        wanted = ordered[t - lag] if t >= lag else np.zeros(n)
-        price[t] = opened[t] if paid is None else paid(np.sign(wanted))[t]
-        size = np.where(np.isfinite(price[t]), wanted, 0.0)
-        filled[t] = size if most is None else np.sign(size) * np.fmin(np.abs(size), most[t])
-        cash -= float((filled[t] * np.nan_to_num(price[t])).sum())
-        held = held + filled[t]
-        equity[t] = cash + held @ mark[t]
-        if lag == 1:
-            ordered[t] = np.where(mark[t] > 0, w[t] * equity[t] / np.where(mark[t] > 0, mark[t], 1.0) - held, 0.0)
+    buy = p["open"].T if buy is None else buy
+    blocks = [np.ascontiguousarray(b, np.float64) for b in (weights.fillna(0.0), p.view("close").ffill(), buy, buy if sell is None else sell, np.full(weights.shape, np.inf) if most is None else most)]
+    ordered, filled, price, equity = _traded(*blocks, lag)
     orders, fills = _long(p, ordered, "quantity", ordered != 0), _long(p, filled, "quantity", filled != 0)
-    there = np.zeros((bars, n), bool)
-    there[: bars - lag] = filled[lag:] != 0
-    stamp = np.minimum(np.nonzero(ordered)[0] + lag, bars - 1)
-    orders["fill_time"] = pd.Series(p.index[stamp]).where(there[ordered != 0])
-    fills["fill_price"] = price[filled != 0]
-    return {"orders": orders.rename(columns={"timestamp": "decision_time"}), "fills": fills, "equity": pd.DataFrame({"timestamp": p.index, "equity": equity})}
+    done = np.zeros(ordered.shape, bool)
+    done[: len(p) - lag] = filled[lag:] != 0
+    stamp = p.index[np.minimum(np.nonzero(ordered)[0] + lag, len(p) - 1)]
+    orders = orders.rename(columns={"timestamp": "decision_time"}).assign(fill_time=stamp.where(done[ordered != 0]))
+    return {"orders": orders, "fills": fills.assign(fill_price=price[filled != 0]), "equity": pd.DataFrame({"timestamp": p.index, "equity": equity})}
 
 def _trend(p: Panel, bars: int = 5) -> pd.DataFrame:
     "Long what rose over the last bars and short what fell, in equal parts."
-    return np.sign(_ret(p, bars).fillna(0.0)) / len(p.symbols)
+    return _ret(p, bars).fillna(0.0).apply(np.sign) / len(p.symbols)
 
 def _grown(p: Panel, returns: pd.Series) -> _Tables:
     "The equity of a backtest in one line."
@@ -87,8 +96,7 @@ def _bar(p: Panel) -> pd.DataFrame:
 @planted("execution")
 def filled_at_the_close_that_decides(leak: bool, p: Panel) -> _Tables:
     "Signal and fill have the same index, and the close is the only price in the table."
-    closes = p["close"].T
-    return _account(p, _trend(p), paid=lambda side: closes, lag=0) if leak else _account(p, _trend(p))
+    return _account(p, _trend(p), p["close"].T, lag=0) if leak else _account(p, _trend(p))
 
 @planted("execution")
 def filled_at_the_open_before_the_signal(leak: bool, p: Panel) -> _Tables:
@@ -114,14 +122,15 @@ def losing_days_taken_for_errors(leak: bool, p: Panel) -> _Tables:
 @planted("execution")
 def bought_low_and_sold_high(leak: bool, p: Panel) -> _Tables:
     "The backtest fills buys at the low and sells at the high of the bar, which somebody did get."
-    opened, high, low = p["open"].T, p["high"].T, p["low"].T
-    return _account(p, _trend(p), paid=lambda side: opened + 0.2 * (np.where(side > 0, low, high) - opened) if leak else opened)
+    opened, part = p["open"].T, 0.2 if leak else 0.0
+    return _account(p, _trend(p), opened + part * (p["low"].T - opened), opened + part * (p["high"].T - opened))
 
 @planted("execution")
 def filled_at_the_mean_of_the_day(leak: bool, p: Panel) -> _Tables:
     "An order for the open is booked at the day's typical price: its slippage is what the day will bring."
     opened, typical = p["open"].T, (p["high"].T + p["low"].T + p["close"].T) / 3
-    return _account(p, _trend(p), paid=lambda side: opened + side * np.abs(typical - opened) if leak else opened * (1 + 0.001 * side))
+    worse = np.abs(typical - opened) if leak else 0.001 * opened
+    return _account(p, _trend(p), opened + worse, opened - worse)
 
 @planted("execution")
 def profit_from_the_decision_on(leak: bool, p: Panel) -> _Tables:
@@ -146,12 +155,14 @@ def _stopped(p: Panel, price: Any, hit: Any) -> _Tables:
                     paid = now["open"] if np.isnan(stop) else price(stop, now)
                     fills.append((p.index[t], "S000", quantity, paid))
                     held, cash = held + quantity, cash - quantity * paid
-            last, waiting = now["close"], (t, -1.0, 0.985 * now["close"]) if held else (t, 1.0, np.nan)
+            last, waiting = now["close"], (t, -1.0, 0.995 * now["close"]) if held else (t, 1.0, np.nan)
         equity.append(cash + held * last)
     if waiting:
         orders.append((p.index[waiting[0]], pd.NaT, "S000", *waiting[1:]))
-    tables = {"orders": pd.DataFrame(orders, columns=["decision_time", "fill_time", "symbol", "quantity", "stop"]), "fills": pd.DataFrame(fills, columns=["timestamp", "symbol", "quantity", "fill_price"])}
-    return {**{name: t.assign(**{c: pd.to_datetime(t[c], utc=True).astype(p.index.dtype) for c in t if "time" in c}) for name, t in tables.items()},
+    def table(rows: list[Any], stamps: list[str], others: list[str]) -> pd.DataFrame:
+        out = pd.DataFrame(rows, columns=[*stamps, *others])
+        return out.assign(**{c: pd.to_datetime(out[c], utc=True).astype(p.index.dtype) for c in stamps})
+    return {"orders": table(orders, ["decision_time", "fill_time"], ["symbol", "quantity", "stop"]), "fills": table(fills, ["timestamp"], ["symbol", "quantity", "fill_price"]),
             "equity": pd.DataFrame({"timestamp": p.index, "equity": equity})}
 
 def _reached(stop: float, bar: dict[str, float]) -> bool:
@@ -220,7 +231,7 @@ def costs_from_later_spreads(leak: bool, p: Panel) -> _Tables:
     "The spread is estimated once, from the ranges of all years, and wide spreads of a crisis to come are paid in calm years, narrow ones in the crisis."
     wide = ((p.view("high") - p.view("low")) / p.view("close")).ffill()
     spread = (wide * 0 + wide.mean() if leak else wide.shift(1).rolling(20, min_periods=1).mean()).fillna(0.0).to_numpy()
-    return _account(p, _trend(p), paid=lambda side: p["open"].T * (1 + 0.05 * side * spread))
+    return _account(p, _trend(p), p["open"].T * (1 + 0.05 * spread), p["open"].T * (1 - 0.05 * spread))
 
 @planted("size")
 def strategy_picked_by_final_equity(leak: bool, p: Panel) -> _Tables:
@@ -270,8 +281,8 @@ def unpurged_in_the_last_fold(leak: bool, p: Panel) -> _Tables:
         told = told.assign(score=told["score"].where(~last, pd.Series(_ridge(train, table.iloc[-int(last.sum()):]), told.index[last])))
     return {"forecasts": told}
 
-# %% ../../nbs/validation/44_leaks_accounts.ipynb #56290206
-_LUCKY_WINDOW, _ALIVE_TODAY = 17, ("S000",)
+# %% ../../nbs/validation/44_leaks_accounts.ipynb #c43854e6
+_LUCKY_WINDOW, _ALIVE_TODAY = 40, ("S000",)
 
 @planted("beyond", beyond="A constant does not move, whatever the future is. The ledger of trials counts the windows that were tried, and the deflated Sharpe ratio takes them off.")
 def window_written_into_the_code(leak: bool, p: Panel) -> _Tables:
@@ -310,7 +321,7 @@ def random_forest_with_a_seed(_: bool, p: Panel) -> _Tables:
 def search_inside_the_training_part(_: bool, p: Panel) -> _Tables:
     "A walk-forward inside the training rows of each fold chooses a penalty for it."
     def learn(train: pd.DataFrame, test: pd.DataFrame) -> Any:
-        inner = WalkForward(50, 20).folds(train["timestamp"], train["end"])
+        inner = WalkForward(50, 30).folds(train["timestamp"], train["end"])
         loss = {a: sum(_loss(_ridge(train.iloc[f.train], train.iloc[f.test], alpha=a), train["ret"].to_numpy()[f.test]) for f in inner) for a in (1.0, 100.0, 1e4)}
         return _ridge(train, test, alpha=max(loss, key=lambda a: loss[a]))
     return _walked(p, _rows(p), learn)

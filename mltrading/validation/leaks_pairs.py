@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 
 from ..features.registry import compute
 from ..labels.horizons import label_frame
-from ..labels.weights import uniqueness
 from ..market.macro import as_of
-from ..market.panel import Panel, long_column, to_frame
+from ..market.panel import Panel
 from ..market.simulate import random_walk
 from .leaks import Pair
 from .splits import WalkForward
@@ -29,14 +28,7 @@ __all__ = ['PAIRS', 'HORIZON', 'WALK', 'FEATURES', 'market', 'releases', 'plante
            'macro_joined_to_the_next_release', 'scaler_across_folds', 'test_window_scaled_by_itself',
            'imputer_across_folds', 'components_across_folds', 'symbol_encoded_by_its_label',
            'symbol_normalized_by_its_history', 'bins_of_the_sample', 'features_selected_on_all_rows',
-           'regimes_smoothed', 'label_window_as_a_feature', 'label_joined_by_position', 'label_lagged_by_one_bar',
-           'labels_overlap_the_test_window', 'purged_by_rows', 'labels_clipped_by_the_sample',
-           'labels_scaled_by_later_volatility', 'classes_balanced_by_all_rows', 'uniqueness_with_test_labels',
-           'errors_fed_back_too_early', 'early_stopping_on_the_test_window', 'checkpoint_by_test_result',
-           'penalty_tuned_on_the_test_window', 'seed_picked_by_test_result', 'sign_turned_by_the_test',
-           'ensemble_weighted_on_the_test', 'calibrated_on_the_test', 'threshold_chosen_on_the_test',
-           'scores_ranked_over_the_test_window', 'folds_shuffled_across_time', 'symbols_as_folds',
-           'fitted_once_on_everything', 'run_picked_by_final_equity']
+           'regimes_smoothed']
 
 # %% ../../nbs/validation/42_leaks_pairs.ipynb #1d4f1b8a
 def market(
@@ -84,13 +76,15 @@ _Learn = Callable[[pd.DataFrame, pd.DataFrame], Any]   # training rows, test row
 
 def _rows(p: Panel, names: tuple[str, ...] = FEATURES, complete: bool = True, **extra: pd.DataFrame) -> pd.DataFrame:
     "timestamp, symbol, end and ret of the label (missing where it is not complete), then the features."
-    keys = to_frame(p)[["timestamp", "symbol"]]
     found = compute(p, list(names), short=True)
     blocks = dict(zip(found.names, found.values, strict=True)) | {n: x.to_numpy(np.float64).T for n, x in extra.items()}
-    labels = label_frame(p, HORIZON, "open", vol_bars=10)[["timestamp", "symbol", "end", "ret"]]
-    table = keys.assign(**{n: long_column(p, np.asarray(b)) for n, b in blocks.items()}).merge(labels, on=["timestamp", "symbol"], how="left")
-    table = table[["timestamp", "symbol", "end", "ret", *blocks]]
-    return table.dropna(subset=list(blocks), ignore_index=True) if complete else table
+    labels = label_frame(p, HORIZON, "open", vol_bars=10)
+    at = pd.Index(p.symbols).get_indexer(pd.Index(labels["symbol"])), p.index.get_indexer(pd.Index(labels["timestamp"]))
+    end, ret = np.full(p.alive.shape, np.datetime64("NaT", "us")), np.full(p.alive.shape, np.nan)
+    end[at], ret[at] = labels["end"].to_numpy("datetime64[us]"), labels["ret"]
+    column, row = np.nonzero((p.alive & np.all([np.isfinite(b) for b in blocks.values()], axis=0) if complete else p.alive).T)
+    keys = {"timestamp": p.index[column], "symbol": pd.Categorical.from_codes(row, pd.Index(p.symbols)), "end": pd.DatetimeIndex(end[row, column]).tz_localize("UTC"), "ret": ret[row, column]}
+    return pd.DataFrame(keys | {n: np.asarray(b)[row, column] for n, b in blocks.items()})
 
 def _walked(p: Panel, table: pd.DataFrame, learn: _Learn, walk: WalkForward = WALK) -> _Tables:
     "Forecasts of each fold's test rows by a model of its training rows."
@@ -112,23 +106,12 @@ def _ridge(train: pd.DataFrame, test: pd.DataFrame, *, scale: pd.DataFrame | Non
     b = np.linalg.solve(wx.T @ x + alpha * np.eye(x.shape[1]), wx.T @ y)
     return np.asarray(((_X(test) - middle) / spread * b).sum(axis=1))
 
-def _trained(train: pd.DataFrame, share: float = 0.7) -> tuple[pd.DataFrame, pd.DataFrame]:
-    "The training rows again in two, in time and purged: to learn from, and to choose by."
-    times = train["timestamp"].unique()
-    start = times[int(share * len(times))]
-    return train[train["end"] < start], train[train["timestamp"] >= start]
-
 # %% ../../nbs/validation/42_leaks_pairs.ipynb #ca8c070b
 def _kept(p: Panel, keep: NDArray[np.bool_]) -> _Tables:
     "The pipeline on those bars for which `keep` (N, T) holds."
     table = _rows(p)
-    return _walked(p, table[long_column(p, keep * 1.0)[_place(p, table)] > 0].reset_index(drop=True), _ridge)
-
-def _place(p: Panel, table: pd.DataFrame) -> NDArray[np.int64]:
-    "The rows' numbers in `to_frame(p)`."
-    alive = p.alive.T
-    number = np.cumsum(alive.ravel()).reshape(alive.shape) - 1
-    return np.asarray(number[p.index.get_indexer(table["timestamp"]), pd.Index(p.symbols).get_indexer(table["symbol"])])
+    kept = keep[table["symbol"].cat.codes.to_numpy(), p.index.get_indexer(pd.Index(table["timestamp"]))]
+    return _walked(p, table[kept].reset_index(drop=True), _ridge)
 
 @planted("universe")
 def survivors_only(leak: bool, p: Panel) -> _Tables:
@@ -137,11 +120,11 @@ def survivors_only(leak: bool, p: Panel) -> _Tables:
 
 @planted("universe")
 def most_liquid_of_the_sample(leak: bool, p: Panel) -> _Tables:
-    "The symbols with the largest turnover are picked first, over the years that are then traded."
-    value = p.view("close").mul(p.view("volume"))
-    size = value.rolling(20, min_periods=1).mean()
+    "The symbols with the largest volume are picked first, over the years that are then traded."
+    volume = p.view("volume")
+    size = volume.rolling(20, min_periods=1).mean()
     if leak:
-        size = size * 0 + value.mean()
+        size = size * 0 + volume.mean()
     return _kept(p, size.rank(axis=1, ascending=False).le(3).to_numpy().T)
 
 @planted("universe")
@@ -178,7 +161,7 @@ def price_filter_on_adjusted_prices(leak: bool, p: Panel) -> _Tables:
 
 def _with(p: Panel, extra: pd.DataFrame | pd.Series, learn: _Learn = _ridge) -> _Tables:
     "The pipeline with one more feature; where it has no value it is 0."
-    wide = pd.DataFrame({s: extra for s in p.symbols}) if isinstance(extra, pd.Series) else extra
+    wide = pd.DataFrame(dict.fromkeys(p.symbols, extra)) if isinstance(extra, pd.Series) else extra
     return _walked(p, _rows(p, extra=wide.replace([np.inf, -np.inf], np.nan).fillna(0.0)), learn)
 
 def _ret(p: Panel, bars: int = 1) -> pd.DataFrame:
@@ -194,8 +177,8 @@ def gaps_filled_from_behind(leak: bool, p: Panel) -> _Tables:
 def outliers_clipped_by_the_sample(leak: bool, p: Panel) -> _Tables:
     "Returns are winsorized at quantiles of all years."
     x = _ret(p)
-    low, high = (x.quantile(q) if leak else x.expanding(20).quantile(q) for q in (0.02, 0.98))
-    return _with(p, x.clip(low, high, axis=1))
+    low, high = ((x * 0).fillna(0.0) + x.quantile(q) if leak else x.expanding(20).quantile(q) for q in (0.02, 0.98))
+    return _with(p, x.clip(low, high))
 
 # %% ../../nbs/validation/42_leaks_pairs.ipynb #36661784
 @planted("data")
@@ -282,7 +265,7 @@ def symbol_encoded_by_its_label(leak: bool, p: Panel) -> _Tables:
 
     def learn(train: pd.DataFrame, test: pd.DataFrame) -> Any:
         code = (table if leak else train).groupby("symbol")["ret"].mean()
-        return _ridge(*(x.assign(code=x["symbol"].map(code).fillna(0.0)) for x in (train, test)))
+        return _ridge(*(x.assign(code=x["symbol"].map(code).astype(np.float64).fillna(0.0)) for x in (train, test)))
     return _walked(p, table, learn)
 
 @planted("features")
@@ -329,224 +312,3 @@ def _states(x: pd.Series, smoothed: bool) -> pd.Series:
 def regimes_smoothed(leak: bool, p: Panel) -> _Tables:
     "A hidden Markov model labels each day with `predict`, which is the likeliest path given all days."
     return _with(p, _states(_ret(p).mean(axis=1), leak))
-
-# %% ../../nbs/validation/42_leaks_pairs.ipynb #5365ab6d
-@planted("labels")
-def label_window_as_a_feature(leak: bool, p: Panel) -> _Tables:
-    "The volatility that scales the label is that of the label's own days, and stays in the table."
-    return _with(p, _ret(p).rolling(HORIZON).std().shift(-HORIZON if leak else 0))
-
-@planted("labels")
-def label_joined_by_position(leak: bool, p: Panel) -> _Tables:
-    "The last known label is a feature; `shift` counts rows of a table in which other symbols stand between."
-    table = _rows(p)
-    known = HORIZON + 1  # own bars from a decision to the end of its label
-    last = table["ret"].shift(known) if leak else table.groupby("symbol")["ret"].shift(known)
-    return _walked(p, table.assign(last=last.fillna(0.0)), _ridge)
-
-@planted("labels")
-def label_lagged_by_one_bar(leak: bool, p: Panel) -> _Tables:
-    "An autoregressive feature: the label of the day before, of which four fifths are still to come."
-    table = _rows(p)
-    lag = table.groupby("symbol")["ret"].shift(1 if leak else HORIZON + 1)
-    return _walked(p, table.assign(lag=lag.fillna(0.0)), _ridge)
-
-def _unpurged(p: Panel, table: pd.DataFrame, gap_rows: int) -> _Tables:
-    "Folds by time alone: all rows before the test window but the last few."
-    out, column = [], p.index.get_indexer(table["timestamp"])
-    for number, start in enumerate(range(WALK.train_bars, len(p), WALK.test_bars)):
-        before = np.flatnonzero((column >= start - WALK.train_bars) & (column < start))
-        test = table[(column >= start) & (column < start + WALK.test_bars)]
-        train = table.iloc[before[: len(before) - gap_rows]].dropna()
-        out.append(test[["timestamp", "symbol"]].assign(score=_ridge(train, test), fold=number))
-    return {"forecasts": pd.concat(out, ignore_index=True)}
-
-@planted("labels")
-def labels_overlap_the_test_window(leak: bool, p: Panel) -> _Tables:
-    "`TimeSeriesSplit` without a gap: the last labels of the training rows end inside the test window."
-    return _unpurged(p, _rows(p), 0) if leak else _walked(p, _rows(p), _ridge)
-
-@planted("labels")
-def purged_by_rows(leak: bool, p: Panel) -> _Tables:
-    "`gap=5` is meant as five days, and is five rows: less than one day of six symbols."
-    return _unpurged(p, _rows(p), HORIZON) if leak else _walked(p, _rows(p), _ridge)
-
-# %% ../../nbs/validation/42_leaks_pairs.ipynb #ff2439f5
-def _seen(leak: bool, p: Panel, learn: Callable[[pd.DataFrame, pd.DataFrame, pd.DataFrame], Any]) -> _Tables:
-    "`learn(train, test, seen)`, where something is fitted on `seen`: all labelled rows, or the training rows."
-    table = _rows(p)
-    everything = table.dropna()
-    return _walked(p, table, lambda train, test: learn(train, test, everything if leak else train))
-
-@planted("labels")
-def labels_clipped_by_the_sample(leak: bool, p: Panel) -> _Tables:
-    "Labels are winsorized, or cut into terciles, by quantiles of all labels."
-    return _seen(leak, p, lambda train, test, seen: _ridge(train, test, y=train["ret"].clip(seen["ret"].quantile(0.1), seen["ret"].quantile(0.9))))
-
-@planted("labels")
-def labels_scaled_by_later_volatility(leak: bool, p: Panel) -> _Tables:
-    "Labels are divided by the volatility of their symbol, that of all years."
-    return _seen(leak, p, lambda train, test, seen: _ridge(train, test, y=train["ret"] / train["symbol"].map(seen.groupby("symbol")["ret"].std()).fillna(1.0)))
-
-@planted("labels")
-def classes_balanced_by_all_rows(leak: bool, p: Panel) -> _Tables:
-    "Class weights are worked out once: how many of the test rows will rise is in them."
-    def learn(train: pd.DataFrame, test: pd.DataFrame, seen: pd.DataFrame) -> Any:
-        up = (seen["ret"] > 0).mean()
-        return _ridge(train, test, y=np.sign(train["ret"]), weight=np.where(train["ret"] > 0, 0.5 / up, 0.5 / (1 - up)))
-    return _seen(leak, p, learn)
-
-@planted("labels")
-def uniqueness_with_test_labels(leak: bool, p: Panel) -> _Tables:
-    "Weights for overlapping labels are computed for the whole table; the last training rows learn how many labels follow."
-    def learn(train: pd.DataFrame, test: pd.DataFrame, seen: pd.DataFrame) -> Any:
-        spans = seen.assign(start=seen["timestamp"])
-        return _ridge(train, test, weight=pd.Series(uniqueness(spans), seen.index).reindex(train.index))
-    return _seen(leak, p, learn)
-
-@planted("labels")
-def errors_fed_back_too_early(leak: bool, p: Panel) -> _Tables:
-    "The forecast is corrected by its recent errors, those of labels among them that have not ended."
-    table = _rows(p)
-    mean = table.dropna().groupby("timestamp" if leak else "end")["ret"].mean().sort_index().rolling(10, min_periods=1).mean()
-    return _with(p, mean.reindex(p.index, method="ffill"))
-
-# %% ../../nbs/validation/42_leaks_pairs.ipynb #c796eb6f
-def _chosen(leak: bool, p: Panel, candidates: Callable[[pd.DataFrame, pd.DataFrame], list[Any]], merit: Callable[[Any, Any], float]) -> _Tables:
-    "Of several models of the training rows the one whose scores are best on the test rows, or on later rows of the training part."
-    def learn(train: pd.DataFrame, test: pd.DataFrame) -> Any:
-        fit, choose = (train, test) if leak else _trained(train)
-        y = choose["ret"].to_numpy()
-        known = np.isfinite(y)
-        merits = [merit(s[known], y[known]) if known.any() else 0.0 for s in candidates(fit, choose)]
-        return candidates(train, test)[int(np.argmax(merits))]
-    return _walked(p, _rows(p), learn)
-
-def _loss(score: Any, y: Any) -> float:
-    return -float(((score - y) ** 2).mean())
-
-def _pays(score: Any, y: Any) -> float:
-    return float((np.sign(score) * y).mean())
-
-def _steps(train: pd.DataFrame, test: pd.DataFrame) -> list[Any]:
-    "Scores after each few steps of a gradient descent."
-    middle, spread = _X(train).mean(axis=0), _X(train).std(axis=0)
-    x, z, y, b, out = (_X(train) - middle) / spread, (_X(test) - middle) / spread, train["ret"].to_numpy(), np.zeros(train.shape[1] - 4), []
-    for k in range(1, 41):
-        b = b - 0.05 * (x * (x @ b - y)[:, None]).mean(axis=0)
-        if k in (1, 2, 4, 8, 16, 40):
-            out.append((z * b).sum(axis=1))
-    return out
-
-@planted("fit")
-def early_stopping_on_the_test_window(leak: bool, p: Panel) -> _Tables:
-    "`eval_set` is the test set, because it is at hand; the number of steps is the one that suits it."
-    return _chosen(leak, p, _steps, _loss)
-
-@planted("fit")
-def checkpoint_by_test_result(leak: bool, p: Panel) -> _Tables:
-    "Weights are saved after each epoch, and those are reported that traded best in the test."
-    return _chosen(leak, p, _steps, _pays)
-
-@planted("fit")
-def penalty_tuned_on_the_test_window(leak: bool, p: Panel) -> _Tables:
-    "A grid search prints the test score of each penalty; the best is kept."
-    return _chosen(leak, p, lambda a, b: [_ridge(a, b, alpha=x) for x in (1.0, 100.0, 1e4)], _loss)
-
-def _drawn(train: pd.DataFrame, test: pd.DataFrame) -> list[Any]:
-    "Models of random halves of the rows, by seed."
-    return [_ridge(train[np.random.default_rng(s).random(len(train)) < 0.5], test) for s in range(5)]
-
-@planted("fit")
-def seed_picked_by_test_result(leak: bool, p: Panel) -> _Tables:
-    "A network is trained with several seeds and the best run is 'the model'."
-    return _chosen(leak, p, _drawn, _pays)
-
-@planted("fit")
-def sign_turned_by_the_test(leak: bool, p: Panel) -> _Tables:
-    "The signal loses, so it is traded the other way round: a parameter with two values, fitted on the test."
-    return _chosen(leak, p, lambda a, b: [_ridge(a, b), -_ridge(a, b)], _pays)
-
-# %% ../../nbs/validation/42_leaks_pairs.ipynb #9a065822
-def _after(leak: bool, p: Panel, finish: Callable[[list[Any], Any, list[Any]], Any]) -> _Tables:
-    "`finish(scores, y, new)`: something fitted to scores and labels of the test rows, or of later training rows, and applied to scores of the test rows."
-    def models(a: pd.DataFrame, b: pd.DataFrame) -> list[Any]:
-        return [_ridge(a, b), _ridge(a.iloc[:, :5], b.iloc[:, :5])]
-    def learn(train: pd.DataFrame, test: pd.DataFrame) -> Any:
-        fit, judge = (train, test) if leak else _trained(train)
-        known = judge["ret"].notna().to_numpy()
-        return finish([s[known] for s in models(fit, judge)], judge["ret"].to_numpy()[known], models(train, test))
-    return _walked(p, _rows(p), learn)
-
-@planted("fit")
-def ensemble_weighted_on_the_test(leak: bool, p: Panel) -> _Tables:
-    "Models are blended with the weights under which the blend would have been best."
-    def finish(scores: list[Any], y: Any, new: list[Any]) -> Any:
-        pay = np.array([max(_pays(s, y), 0.0) if len(y) else 0.0 for s in scores]) + 1e-6
-        return sum(w * s for w, s in zip(pay / pay.sum(), new, strict=True))
-    return _after(leak, p, finish)
-
-@planted("fit")
-def calibrated_on_the_test(leak: bool, p: Panel) -> _Tables:
-    "Scores are turned into probabilities by a regression on the rows that they are reported for."
-    def finish(scores: list[Any], y: Any, new: list[Any]) -> Any:
-        s = scores[0]
-        slope = (s * y).sum() / max((s * s).sum(), 1e-12)
-        return slope * new[0]
-    return _after(leak, p, finish)
-
-@planted("fit")
-def threshold_chosen_on_the_test(leak: bool, p: Panel) -> _Tables:
-    "Only strong signals are traded, and how strong is read off the test's own curve."
-    def finish(scores: list[Any], y: Any, new: list[Any]) -> Any:
-        limits = np.quantile(np.abs(scores[0]), np.linspace(0, 0.9, 10)) if len(y) else np.zeros(1)
-        pay = [(np.sign(scores[0]) * (np.abs(scores[0]) >= x) * y).sum() for x in limits]
-        return new[0] * (np.abs(new[0]) >= limits[int(np.argmax(pay))])
-    return _after(leak, p, finish)
-
-@planted("fit")
-def scores_ranked_over_the_test_window(leak: bool, p: Panel) -> _Tables:
-    "Scores become percentiles of their window, which takes all of the window; across symbols it takes one instant."
-    def learn(train: pd.DataFrame, test: pd.DataFrame) -> Any:
-        score = pd.Series(_ridge(train, test), test.index)
-        return score.rank(pct=True) if leak else score.groupby(test["timestamp"]).rank(pct=True)
-    return _walked(p, _rows(p), learn)
-
-# %% ../../nbs/validation/42_leaks_pairs.ipynb #24358fda
-@planted("fit")
-def folds_shuffled_across_time(leak: bool, p: Panel) -> _Tables:
-    "`KFold(shuffle=True)`: the neighbours of every test row are training rows, with labels that overlap its own."
-    table = _rows(p)
-    if not leak:
-        return _walked(p, table, _ridge)
-    part = np.random.default_rng(0).integers(0, 5, len(table))
-    out = [table[part == k][["timestamp", "symbol"]].assign(score=_ridge(table[part != k].dropna(), table[part == k]), fold=k) for k in range(5)]
-    return {"forecasts": pd.concat(out).sort_values(["timestamp", "symbol"], ignore_index=True)}
-
-@planted("fit")
-def symbols_as_folds(leak: bool, p: Panel) -> _Tables:
-    "Each symbol is forecast by a model of the others: of the same days, on which all of them moved together."
-    table = _rows(p)
-
-    def learn(train: pd.DataFrame, test: pd.DataFrame) -> Any:
-        seen = table.dropna() if leak else train
-        return pd.concat([pd.Series(_ridge(seen[seen["symbol"] != s], rows), rows.index) for s, rows in test.groupby("symbol")]).reindex(test.index)
-    return _walked(p, table, learn)
-
-def _forest(train: pd.DataFrame, test: pd.DataFrame) -> Any:
-    from sklearn.ensemble import RandomForestRegressor
-
-    return RandomForestRegressor(5, max_depth=4, random_state=0).fit(_X(train), train["ret"]).predict(_X(test))
-
-@planted("fit")
-def fitted_once_on_everything(leak: bool, p: Panel) -> _Tables:
-    "A forest is fitted in one cell, and the next cell trades the same years with it."
-    return _seen(leak, p, lambda train, test, seen: _forest(seen, test))
-
-@planted("fit")
-def run_picked_by_final_equity(leak: bool, p: Panel) -> _Tables:
-    "Every run is walked forward honestly, all of them are honest, and the best is shown."
-    table = _rows(p)
-    runs = [_walked(p, table, lambda train, test, s=s: _drawn(train, test)[s])["forecasts"] for s in range(3)]  # type: ignore[misc]
-    paid = [float((np.sign(r["score"]) * r.merge(table, on=["timestamp", "symbol"], how="left")["ret"]).sum()) for r in runs]
-    return {"forecasts": runs[int(np.argmax(paid)) if leak else 0]}
