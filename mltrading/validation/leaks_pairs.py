@@ -99,6 +99,8 @@ def _X(rows: pd.DataFrame) -> NDArray[np.float64]:
 
 def _ridge(train: pd.DataFrame, test: pd.DataFrame, *, scale: pd.DataFrame | None = None, weight: Any = 1.0, y: Any = None, alpha: float = 10.0) -> NDArray[np.float64]:
     "Scores of the test rows; each from its own row alone, so that no sum depends on how many there are."
+    if not len(train):
+        return np.full(len(test), np.nan)
     seen = _X(train if scale is None else scale)
     middle, spread = seen.mean(axis=0), seen.std(axis=0) + 1e-12
     x, y = (_X(train) - middle) / spread, train["ret"].to_numpy() if y is None else np.asarray(y)
