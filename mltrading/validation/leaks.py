@@ -187,7 +187,7 @@ def _findings(fn: Pipeline, panel: Panel, macro: pd.DataFrame | None, fill: str,
         yield from (Finding("price", s) for s in (*_price_faults(tables, panel, fill), *_stop_faults(tables, panel)))
     if "fills" in tables and "equity" in tables:
         yield from (Finding("books", s) for s in _books_faults(tables, panel))
-    if "equity" in tables and {"low", "high"} <= set(panel.fields):
+    if "equity" in tables and fill == "open" and {"low", "high"} <= set(panel.fields):
         yield from (Finding("linear", s) for s in _bent(told, panel, macro, columns))
     yield from (Finding("future", s) for s in _moved(told, panel, macro, columns, "close", rng))
     if "fills" in tables:
