@@ -49,6 +49,10 @@ audit: $(READY) ## prove for every feature that it does not look ahead
 	@test -d data || $(BIN)/dvc pull --quiet data
 	@$(BIN)/mltrading audit
 
+.PHONY: leaks
+leaks: $(READY) ## plant leaks over the whole pipeline and count those that the audit finds
+	@$(BIN)/mltrading leaks
+
 .PHONY: smoke
 smoke: $(READY) ## run every pipeline notebook once on a small configuration, into build/smoke
 	@$(BIN)/mltrading run --profile smoke

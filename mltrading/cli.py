@@ -95,6 +95,15 @@ def _trials(given: argparse.Namespace) -> None:
             ledger, versions = read(path), check_history(path)
             print(f"{path.stem}: {trial_count(ledger)} trials, worth {effective_trials(ledger):.1f} independent ones; no row of {versions} committed versions is gone")
 
+def _leaks(_: argparse.Namespace) -> None:
+    from mltrading.validation.leaks import benchmark, refuse_benchmark, tell
+    from mltrading.validation.leaks_accounts import PAIRS
+    from mltrading.validation.leaks_pairs import market, releases
+
+    table = benchmark(PAIRS, market(), releases())
+    print(tell(table))
+    refuse_benchmark(table)
+
 def _archives(_: argparse.Namespace) -> None:
     from mltrading.market.embedded import UPSTREAM
     from mltrading.market.universe import PINS
@@ -150,6 +159,7 @@ def parser() -> argparse.ArgumentParser:
     audit.add_argument("--cuts", type=int, default=8, help="instants at which the data are cut")
     trials = command("trials", "count what was tried, and check that no row is gone", _trials)
     trials.add_argument("--merge", action="store_true", help="join both sides of ledgers that git left in conflict")
+    command("leaks", "plant leaks and print how many the audit finds, and how many honest twins it accuses", _leaks)
     command("refresh", "export the package, clean the notebooks, write README.md", _refresh)
     return top
 

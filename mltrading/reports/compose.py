@@ -56,7 +56,7 @@ class ReportParams(BaseModel):
     reasons: int = Field(ge=1, le=10, description="contributions shown per signal")
     shap_rows: int = Field(ge=50, description="rows of the last test window that are explained")
 
-# %% ../../nbs/reports/40_compose.ipynb #1d4f46f4
+# %% ../../nbs/reports/40_compose.ipynb #9bac47c9
 NAMES = {"xgboost": "Gradient-boosted trees", "logistic": "Logistic regression", "constant": "Constant", HOLD: "Buy and hold", INDEX: "Price index"}
 
 def open_run(
