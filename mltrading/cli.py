@@ -88,12 +88,15 @@ def _audit(given: argparse.Namespace) -> None:
 def _trials(given: argparse.Namespace) -> None:
     from mltrading.validation.trials import check_history, effective_trials, join_sides, read, trial_count
 
-    for path in sorted((root() / "reports" / "trials").glob("*.jsonl")):
+    folder = root() / "reports" / "trials"
+    for path in sorted(folder.glob("*.jsonl")):
         if given.merge:
             print(f"{path.stem}: {join_sides(path)} rows of the other side")
         else:
-            ledger, versions = read(path), check_history(path)
-            print(f"{path.stem}: {trial_count(ledger)} trials, worth {effective_trials(ledger):.1f} independent ones; no row of {versions} committed versions is gone")
+            ledger = read(path)
+            print(f"{path.stem}: {trial_count(ledger)} trials, worth {effective_trials(ledger):.1f} independent ones; the weekly returns of {(ledger['weeks'] != '').sum()} are on record")
+    if not given.merge:
+        print(f"no row of {check_history(folder)} committed versions is gone")
 
 def _leaks(_: argparse.Namespace) -> None:
     from mltrading.validation.leaks import benchmark, refuse_benchmark, tell

@@ -46,7 +46,7 @@ def run(processes: ForkServerContext, path: Path, said: Path, flags: str = "") -
     process.start()
     process.join()
     assert process.exitcode == 0, said.read_text()[-9000:]
-    assert said.read_text().endswith("Success.\n")
+    assert "Success." in said.read_text().splitlines()  # a library may grumble after it
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=[str(p.relative_to(ROOT / "nbs")) for p in LIBRARY])

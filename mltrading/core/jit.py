@@ -51,13 +51,12 @@ def njit(
     parallel: bool = False,  # loops written with `prange` run over independent rows in parallel
     nogil: bool = False,     # release the interpreter's lock, so that calls run side by side
     error_model: str = "python",  # "numpy": a division by zero gives infinity or NaN instead of an exception
-    inner: bool = False,     # a module's function is called by compiled functions alone, and not from Python
     signature: Any = None,   # types to compile a module's function for at once; None: those of the first call
 ) -> Any:
     """Compile a function without Python objects. `@njit` and `@njit(parallel=True)` both work."""
     def wrap(f: Callable[..., Any]) -> Any:
         module = f.__module__ != "__main__"
-        options = {"cache": module, "parallel": parallel, "nogil": nogil, "error_model": error_model, "no_cfunc_wrapper": True, "no_cpython_wrapper": inner and module}
+        options = {"cache": module, "parallel": parallel, "nogil": nogil, "error_model": error_model, "no_cfunc_wrapper": True}
         return numba.njit(signature, **options)(f) if signature is not None and module else numba.njit(f, **options)
     return wrap(function) if function is not None else wrap
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..core.errors import unknown
 from ..core.jit import njit
 from .expressions import Expr, composed, node
 
@@ -40,7 +41,7 @@ def demean_across(x: Expr) -> Expr:
 
 # %% ../../nbs/features/04_across.ipynb #c5cc9e85
 _LOW = np.uint64((1 << 32) - 1)
-_helper = njit(nogil=True, error_model="numpy", inner=True)
+_helper = njit(nogil=True, error_model="numpy")
 
 @_helper
 def _words(value: Any, key: Any, word: Any) -> None:
@@ -196,8 +197,10 @@ def across(
     x: Any,     # (N, T)
     out: Any,   # (N, T) written
 ) -> None:
-    """Carry out an operation across symbols, each instant on its own."""
+    """Carry out an operation across symbols, each instant on its own. Raises `ParameterError` on another operation."""
     if op == "rank_across":
         _rank(x, out)
-    else:
+    elif op in ("mean_across", "std_across"):
         _moment(x, out, op == "std_across")
+    else:
+        raise unknown("operation", op, ["mean_across", "rank_across", "std_across"], "across")

@@ -43,7 +43,7 @@ def read_clock(
         raise unknown("clock", name, list(CLOCKS), "clock")
     return CLOCKS[name](times, calendar)
 
-# %% ../../nbs/features/07_clocks.ipynb #cd5e9ce1
+# %% ../../nbs/features/07_clocks.ipynb #2ba34dea
 @functools.cache
 def _points(period: int, wave: str) -> Row:
     "A coordinate of evenly spaced points on a circle."
@@ -68,18 +68,22 @@ def _month(times: Times) -> NDArray[np.int64]:
 
 @clocked
 def weekday_sin(times: Times, calendar: str) -> Row:
+    "Sine of the day of the week, Monday 0."
     return circle(_weekday(times), 7, "sin")
 
 @clocked
 def weekday_cos(times: Times, calendar: str) -> Row:
+    "Cosine of the day of the week, Monday 0."
     return circle(_weekday(times), 7, "cos")
 
 @clocked
 def month_sin(times: Times, calendar: str) -> Row:
+    "Sine of the month, January 0."
     return circle(_month(times), 12, "sin")
 
 @clocked
 def month_cos(times: Times, calendar: str) -> Row:
+    "Cosine of the month, January 0."
     return circle(_month(times), 12, "cos")
 
 @clocked
@@ -90,7 +94,7 @@ def turn_of_month(times: Times, calendar: str) -> Row:
     left = np.busday_count(day, (start + 1).astype("datetime64[D]"))
     return ((passed < 3) | (left <= 2)).astype(np.float64)
 
-# %% ../../nbs/features/07_clocks.ipynb #3a2a9ab2
+# %% ../../nbs/features/07_clocks.ipynb #cad1780a
 def once(
     function: Callable[[Times, str], tuple[Row, ...]],  # of instants and the name of a calendar
 ) -> Callable[[Times, str], tuple[Row, ...]]:

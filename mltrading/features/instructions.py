@@ -25,7 +25,7 @@ POINT = ("add", "sub", "mul", "div", "min", "max", "gt", "ge", "eq", "where", "a
 ADD, SUB, MUL, DIV, MIN, MAX, GT, GE, EQ, WHERE, ABS, SIGN, LOG, EXP, SQRT, ATAN, FILL, KNOWN, GIVEN, AVG, COM, LIN = range(len(POINT))
 HUGE = 1e300
 
-kernel = njit(nogil=True, error_model="numpy", inner=True)
+kernel = njit(nogil=True, error_model="numpy")
 
 @kernel
 def arithmetic(op: Any, o: Any, h: Any, a: Any, x: Any, b: Any, y: Any, R: Any, m: Any) -> None:

@@ -200,7 +200,7 @@ class Shared:
 
 # %% ../../nbs/features/08_machine.ipynb #cd3312c9
 class Machine:
-    """Computes a plan's formulas over a growing history of some symbols."""
+    """Computes a plan's formulas over a growing history of some symbols. It keeps their state, so one thread at a time may use it."""
 
     def __init__(
         self,
@@ -226,8 +226,10 @@ class Machine:
         out: NDArray[Any],               # (F, N, >= base + w) written, double or single precision
         base: int,                       # first column written
     ) -> None:
-        """Take the bars of some more instants."""
-        w = len(times)
+        """Take the bars of some more instants. Raises `ParameterError` on more of them than the machine has room for, and on blocks of another shape."""
+        w, most = len(times), min(self.width, fields.shape[2] - first, out.shape[2] - base)
+        if not 0 < w <= most or fields.shape[:2] != (len(self.plan.fields), self.symbols) or out.shape[:2] != (len(self.plan.exprs), self.symbols):
+            raise ParameterError("advance", f"{w} instants do not fit: room for {most}, fields of shape {fields.shape}, results of shape {out.shape}", "give the plan's fields and results for all symbols, and no more instants at once than `width`")
         rows, shape = self.shared.rows(times, fields, first), (self.plan.blocks, self.symbols, w)
         blocks = self.room[: math.prod(shape)].reshape(shape)
         double = out.dtype == np.float64

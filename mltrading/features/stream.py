@@ -45,7 +45,7 @@ def _gathered(bars: Bars, names: Sequence[str], symbols: Sequence[str], at: np.d
 
 # %% ../../nbs/features/12_stream.ipynb #f81bd9b9
 class Stream:
-    """Features of a growing history, one instant at a time."""
+    """Features of a growing history, one instant at a time; for one thread at a time."""
 
     def __init__(
         self,

@@ -170,7 +170,7 @@ class _Opening(_Figures):
     def opening(self) -> Markdown:
         """Title, what the system is, and the verdict."""
         facts, last = read_json(self.stage.input("panel") / "facts.json"), self.returns.index
-        said = verdict("The system", self.sharpe(self.system.model), float(self.deflated["dsr"].to_dict()[self.system.model]), int(self.deflated["n_trials"].iloc[0]), self.against,
+        said = verdict("The system", self.sharpe(self.system.model), float(self.deflated["dsr"].to_dict()[self.system.model]), float(self.deflated["effective_trials"].iloc[0]), self.against,
                        {a: NAMES.get(a, a).lower() for a in self.returns.columns} | {INDEX: "the index", HOLD: "buying and holding the same symbols", "constant": "the constant forecast"})
         return Markdown(f"# {self.system.title}\n\n> {self.system.about}\n\n{said}\n\nOut of sample from {last[0]:%Y-%m-%d} to {last[-1]:%Y-%m-%d}, on {len(self.setting['symbols'])} symbols of the "
                         f"{facts['source']} snapshot, with the parameter profile `{self.stage.profile}`. Past performance says little about the future, and nothing here is advice.")
@@ -189,8 +189,9 @@ class _Opening(_Figures):
             rows.append({"Sharpe ratio": (value, low, high), "deflated": np.nan if d is None else d["dsr"], "years needed": np.nan if d is None else d["min_track_record_years"],
                          "system less this": "–" if gap is None else (gap["diff"], gap["low"], gap["high"]), "p": np.nan if gap is None else gap["p_value"]})
         frame = pd.DataFrame(rows, index=pd.Index(self.called(list(self.returns.columns)), name="account"))
+        held = int((self.trials["weeks"] != "").sum())
         n, alone, best = int(self.deflated["n_trials"].iloc[0]), *(float(x) for x in self.deflated[["effective_trials", "expected_max_sharpe_annual"]].iloc[0])
-        note = (f"{self.level} intervals from {self.params.n_boot:,} stationary-bootstrap resamples. Deflated: probability that the true ratio is above {best:.2f}, which is what the best of {alone:.1f} independent trials without any skill would be expected to show; {n} are on record, and some resemble each other. "
+        note = (f"{self.level} intervals from {self.params.n_boot:,} stationary-bootstrap resamples. Deflated: probability that the true ratio is above {best:.2f}, which is what the best of {alone:.1f} independent trials without any skill would be expected to show; {n} are on record, and the weekly returns of {held} of them, which tell how alike they are. "
                 "Years needed: length of such a record at which an undeflated ratio would be believable at 95 %. p: one-sided, that the system is not better.")
         if not np.isnan(chosen := trials.search_overfitting(self.trials)):
             note += f" Whoever picks the best of these trials on half of the weeks finds it in the lower half of the field on the other half in {100 * chosen:.0f} % of the ways to halve them."

@@ -96,7 +96,7 @@ def verdict(
     name: str,                    # of the account
     sharpe: tuple[float, float, float],  # annual value, low, high
     dsr: float,                   # deflated Sharpe ratio, a probability
-    n_trials: int,
+    n_trials: float,              # independent ones, as the deflation counts them
     against: pd.DataFrame,        # from `beats`
     names: Mapping[str, str],     # account -> what people call it
 ) -> str:
@@ -106,9 +106,9 @@ def verdict(
     value, low, high = (f"{x:.2f}".replace("-", "−") for x in sharpe)
     said = f"{name} had a Sharpe ratio of {value} a year, with an interval from {low} to {high}. "
     if dsr >= 0.95:
-        said += f"After deflation for {n_trials} trials the probability that its true value is above what luck would give is {100 * dsr:.0f} %: luck alone is an unlikely explanation. "
+        said += f"After deflation for {n_trials:.0f} independent trials the probability that its true value is above what luck would give is {100 * dsr:.0f} %: luck alone is an unlikely explanation. "
     else:
-        said += f"After deflation for {n_trials} trials the probability that its true value is above what luck would give is {100 * dsr:.0f} %: that is not enough to rule out luck. "
+        said += f"After deflation for {n_trials:.0f} independent trials the probability that its true value is above what luck would give is {100 * dsr:.0f} %: that is not enough to rule out luck. "
     better = [names.get(str(a), str(a)) for a, r in against.iterrows() if r["low"] > 0]
     worse = [names.get(str(a), str(a)) for a, r in against.iterrows() if r["high"] < 0]
     open_ = [names.get(str(a), str(a)) for a, r in against.iterrows() if r["low"] <= 0 <= r["high"]]

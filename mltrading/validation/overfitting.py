@@ -20,8 +20,8 @@ from .many import checked_trials
 # %% auto #0
 __all__ = ['Overfitting', 'backtest_overfitting']
 
-# %% ../../nbs/validation/24_overfitting.ipynb #0125747c
-@njit(nogil=True, error_model="numpy", inner=True)
+# %% ../../nbs/validation/24_overfitting.ipynb #0d069f2a
+@njit(nogil=True, error_model="numpy")
 def _perform(total: NDArray[np.float64], square: NDArray[np.float64], n: float, shift: NDArray[np.float64], scale: NDArray[np.float64], ratio: bool, out: NDArray[np.float64]) -> None:
     "Fill `out` (N,) with the performance of all trials on `n` bars, from their standardized sums."
     for j in range(len(out)):
@@ -31,7 +31,7 @@ def _perform(total: NDArray[np.float64], square: NDArray[np.float64], n: float, 
             variance = (square[j] - n * mean * mean) / (n - 1)
             out[j] = out[j] / (scale[j] * np.sqrt(variance)) if variance > 1e-12 else 0.0
 
-@njit(nogil=True, error_model="numpy", inner=True)
+@njit(nogil=True, error_model="numpy")
 def _rank(past: NDArray[np.float64], future: NDArray[np.float64]) -> tuple[int, float]:
     "The best on the past, and its rank on the future, ties in the middle."
     best = np.argmax(past)
@@ -40,7 +40,7 @@ def _rank(past: NDArray[np.float64], future: NDArray[np.float64]) -> tuple[int, 
         below, same = below + (y < future[best]), same + (y == future[best])
     return int(best), below + 0.5 * (same + 1)
 
-# %% ../../nbs/validation/24_overfitting.ipynb #0d069f2a
+# %% ../../nbs/validation/24_overfitting.ipynb #8824173d
 @njit(nogil=True, error_model="numpy")
 def _split(sums: NDArray[np.float64], squares: NDArray[np.float64], bars: NDArray[np.float64], halves: NDArray[np.int64], shift: NDArray[np.float64],
            scale: NDArray[np.float64], ratio: bool, best: NDArray[np.int64], inside: NDArray[np.float64], outside: NDArray[np.float64], rank: NDArray[np.float64]) -> None:

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import hashlib
 import json
+import os
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -89,8 +91,10 @@ def trial(
     row: dict[str, Any] = {"system": system, "model": model, "params_id": params_id(params), "data_id": data_id, "returns_id": "", "start": None, "end": None,
                            "n_bars": 0, "bars_per_year": float(bars_per_year), "sharpe_bar": None, "skew": None, "kurtosis": None, "fits": int(fits), "weeks": "", "week_scale": None, "status": "failed", "error": error}
     if returns is not None:
-        if not isinstance(returns.index, pd.DatetimeIndex):
+        if not isinstance(returns.index, pd.DatetimeIndex) or returns.index.hasnans:
             raise DataError(f"trial of {system}/{model}", "the returns have no instants", "index them by the close of their bars")
+        if not (returns.index.is_monotonic_increasing and returns.index.is_unique):
+            raise DataError(f"trial of {system}/{model}", "the returns are not in the order of time", "sort them, one value for each instant")
         try:
             r = checked(returns)
         except DataError as found:
@@ -149,6 +153,14 @@ def _identity(row: dict[str, Any]) -> tuple[str, ...]:
         return row["system"], row["model"], "ok", row["returns_id"]
     return row["system"], row["model"], "failed", row["params_id"], row["data_id"]
 
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    "Hold others off who record in the same ledger, threads and processes, so that no row is lost between reading and writing."
+    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    with (Path(tempfile.gettempdir()) / f"mltrading-{os.getuid()}-{name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
 def record(
     path: str | Path,                # the ledger; made where it does not exist
     rows: Iterable[dict[str, Any]],  # made by `trial`
@@ -157,16 +169,17 @@ def record(
 
     Raises `DataError` on a ledger whose chain is broken."""
     path = Path(path)
-    old = read_rows(path) if path.exists() else []
-    seen, chain = {_identity(r) for r in old}, list(old)
-    for row in rows:
-        if (key := _identity(row)) not in seen:
-            seen.add(key)
-            chain.append(_link(row, len(chain) + 1, chain[-1]["hash"] if chain else _START))
-    if len(chain) > len(old):
-        lines = [*chain, {"rows": len(chain), "head": chain[-1]["hash"]}]
-        with atomic(path) as part:
-            part.write_bytes(b"".join(_canonical(line) + b"\n" for line in lines))
+    with _alone(path):
+        old = read_rows(path) if path.exists() else []
+        seen, chain = {_identity(r) for r in old}, list(old)
+        for row in rows:
+            if (key := _identity(row)) not in seen:
+                seen.add(key)
+                chain.append(_link(row, len(chain) + 1, chain[-1]["hash"] if chain else _START))
+        if len(chain) > len(old):
+            lines = [*chain, {"rows": len(chain), "head": chain[-1]["hash"]}]
+            with atomic(path) as part:
+                part.write_bytes(b"".join(_canonical(line) + b"\n" for line in lines))
     return len(chain) - len(old)
 
 # %% ../../nbs/validation/30_trials.ipynb #214cd4a3
@@ -241,20 +254,25 @@ def join_sides(
 
 # %% ../../nbs/validation/30_trials.ipynb #ba2d8de9
 def check_history(
-    path: str | Path,  # a ledger in a repository
-) -> int:              # versions that were compared
-    """Refuse a ledger that lacks a row which any commit on the way to here held.
+    folder: str | Path,  # that holds ledgers, in a repository
+) -> int:                # versions of ledgers that were compared
+    """Refuse a folder of ledgers that lacks a row which any commit on the way to here held, merges and files that are gone included.
 
-    Raises `DataError` naming the row and the commit, and outside a repository."""
-    path = Path(path).resolve()
-    today = {_identity(r) for r in read_rows(path)}
-    commits = _git(path.parent, "log", "--full-history", "--format=%h", "--diff-filter=AM", "--", path.name).split()
-    for commit in commits:
-        for line in _git(path.parent, "show", f"{commit}:./{path.name}").splitlines():
-            row = json.loads(line)
-            if "number" in row and _identity(row) not in today:
-                raise DataError(f"{path}", f"row {row['number']} of commit {commit} ({row['system']}/{row['model']}) is gone", _FIX)
-    return len(commits)
+    Raises `DataError` naming the row and the commit, on a clone without its history, and outside a repository."""
+    folder, seen = Path(folder).resolve(), 0
+    if _git(folder, "rev-parse", "--is-shallow-repository").strip() == "true":
+        raise DataError(str(folder), "stands in a clone without its history", "fetch it: git fetch --unshallow")
+    today = {_identity(r) for path in sorted(folder.glob("*.jsonl")) for r in read_rows(path)}
+    for line in _git(folder, "log", "--full-history", "-m", "--raw", "--no-abbrev", "--no-renames", "--format=commit %h", "--", ".").splitlines():
+        if line.startswith("commit "):
+            commit = line.split()[1]
+        elif line.startswith(":") and line.endswith(".jsonl") and (blob := line.split()[3]).strip("0"):
+            seen += 1
+            for text in _git(folder, "cat-file", "blob", blob).splitlines():
+                row = json.loads(text)
+                if "number" in row and _identity(row) not in today:
+                    raise DataError(str(folder), f"row {row['number']} of {line.split(chr(9))[1]} in commit {commit} ({row['system']}/{row['model']}) is gone", _FIX)
+    return seen
 
 # %% ../../nbs/validation/30_trials.ipynb #5c7ce7be
 def read(
@@ -345,11 +363,13 @@ _ENOUGH = 4  # trials: a median of fewer says nothing
 def search_overfitting(
     ledger: pd.DataFrame,  # from `read`
     blocks: int = 16,      # of weeks, even
-) -> float:                # probability; NaN where the ledger holds the weekly returns of fewer than four trials, or too few weeks that they share
+) -> float:                # probability; NaN with fewer than four trials whose weekly returns are on record, move, and span nine tenths of the longest's, or with too few weeks
     """Probability of backtest overfitting over the trials of a ledger.
 
     Source: Bailey, Borwein, López de Prado and Zhu (2017)."""
-    weekly = weekly_returns(ledger).dropna()
+    weekly = weekly_returns(ledger)
+    weekly = weekly.loc[:, weekly.count() >= 0.9 * weekly.count().max()].dropna()  # one short record shall not cut the weeks of all
+    weekly = weekly.loc[:, weekly.max() > weekly.min()]
     if weekly.shape[1] < _ENOUGH or len(weekly) < 4 * blocks:
         return float("nan")
     return float(backtest_overfitting(weekly, blocks, bars_per_year=52).pbo)
