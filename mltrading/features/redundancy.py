@@ -23,7 +23,7 @@ from ..core.jit import njit
 from .machine import FeatureBlock
 
 # %% auto #0
-__all__ = ['LEVELS', 'MISSING', 'LEAST_ROWS', 'rank_correlation', 'pooled_ic', 'clusters', 'return_grid', 'rank_across', 'ic',
+__all__ = ['LEVELS', 'MISSING', 'LEAST_ROWS', 'rank_correlation', 'pooled_ic', 'clusters', 'return_grid', 'ic_by_instant', 'ic',
            'ic_summary', 'ic_decay', 'persistence', 'stability', 'selection_stability', 'luck', 'SelectionParams',
            'eligible', 'select_features']
 
@@ -190,7 +190,7 @@ def _centred_ranks(v: Any) -> Any:
     return out
 
 @njit(nogil=True, error_model="numpy")
-def _rank_across(values: Any, other: Any, least: int, out: Any) -> None:
+def _ic_by_instant(values: Any, other: Any, least: int, out: Any) -> None:
     "Rank correlation over symbols of (F, N, T) with (1 or F, N, T), at each instant into (F, T)."
     n = values.shape[1]
     a, b = np.empty(n), np.empty(n)
@@ -210,7 +210,7 @@ def _rank_across(values: Any, other: Any, least: int, out: Any) -> None:
                     out[f, t] = (p * q).sum() / np.sqrt(pp * qq)
 
 # %% ../../nbs/features/90_redundancy.ipynb #189bfffd
-def rank_across(
+def ic_by_instant(
     values: NDArray[Any],      # (F, N, T), NaN where absent
     other: NDArray[Any],       # (F, N, T), or (1, N, T) for all of them
     least: int,                # symbols at an instant, at the least
@@ -221,7 +221,7 @@ def rank_across(
     out = np.empty((values.shape[0], values.shape[2]))
 
     def some(part: slice) -> None:
-        _rank_across(values[part], other[part] if len(other) > 1 else other, least, out[part])
+        _ic_by_instant(values[part], other[part] if len(other) > 1 else other, least, out[part])
     _in_parts(some, len(out), 8)
     return out
 
@@ -237,7 +237,7 @@ def ic(
     Known at: the end of each instant's labels."""
     if returns.shape != block.values.shape[1:]:
         raise DataError("returns", f"have shape {returns.shape}, the features {block.values.shape[1:]}", "lay them on the block's grid with `return_grid`")
-    found = rank_across(block.values, returns[None], least)
+    found = ic_by_instant(block.values, returns[None], least)
     return pd.DataFrame(found.T, index=pd.DatetimeIndex(block.times).tz_localize("UTC"), columns=list(block.names))
 
 # %% ../../nbs/features/90_redundancy.ipynb #2fa58c80
@@ -282,7 +282,7 @@ def persistence(
     """Mean rank correlation, over symbols, of each feature with itself some instants earlier.
 
     Known at: the end of the sample."""
-    found = rank_across(block.values[:, :, lag:], block.values[:, :, :-lag], least)
+    found = ic_by_instant(block.values[:, :, lag:], block.values[:, :, :-lag], least)
     return pd.DataFrame(found.T, columns=list(block.names)).mean().rename("persistence")
 
 # %% ../../nbs/features/90_redundancy.ipynb #56c30d41

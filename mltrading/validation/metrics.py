@@ -14,7 +14,7 @@ from scipy.stats import rankdata
 
 from ..core.errors import DataError
 from ..core.jit import njit
-from ..features.redundancy import rank_across
+from ..features.redundancy import ic_by_instant
 
 # %% auto #0
 __all__ = ['METRICS', 'checked', 'equity_curve', 'returns_of', 'rate_per_bar', 'cagr', 'vol_annual', 'sharpe_annual',
@@ -390,7 +390,7 @@ def ic_by_time(
     row = table.groupby("time").cumcount().to_numpy()
     grid = np.full((2, row.max(initial=-1) + 1, len(instants)), np.nan)
     grid[:, row, column] = table[["a", "b"]].T
-    return pd.Series(rank_across(grid[:1], grid[1:], 3)[0], pd.Index(instants, name="time"), name="ic").dropna()
+    return pd.Series(ic_by_instant(grid[:1], grid[1:], 3)[0], pd.Index(instants, name="time"), name="ic").dropna()
 
 # %% ../../nbs/validation/10_metrics.ipynb #cf108e2e
 def forecast_quality(
