@@ -430,3 +430,15 @@ def test_rounding_is_no_gain_of_a_forecast():
     for other in (loss, loss + 1e-16 * np.arange(500)):
         found = inference.paired_loss(loss, other, np.repeat(np.arange(100), 5), 0)
         assert (found["diff"], found["low"], found["high"], found["p_value"]) == (0, 0, 0, 1)
+
+
+@pytest.mark.parametrize("test", [many.superior_ability, many.reality_check, many.stepwise_superior])
+@pytest.mark.parametrize("noise", [0.0, 1e-18, 1e-16, "random"])
+@pytest.mark.parametrize("size", [1e-6, 1, 1e6])
+def test_rounding_is_no_gain_over_the_baseline(test, noise, size):
+    rng = np.random.default_rng(3)
+    base, other = 0.01 * rng.normal(size=(2, 300))
+    twin = base + (1e-17 * rng.uniform(size=300) if noise == "random" else noise)
+    with pytest.raises(DataError, match=r"trials minus baseline, column 1: .*variance is zero"):
+        test(size * np.column_stack([other, twin]), 0, size * base, 99)
+    test(size * np.column_stack([other, base + 1e-9 * rng.normal(size=300)]), 0, size * base, 99)
