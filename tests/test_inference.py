@@ -365,3 +365,80 @@ def test_more_blocks_than_bars_are_refused():
 def test_what_has_no_long_run_variance_is_refused(test, bad):
     with pytest.raises(DataError):
         test(bad)
+
+
+@pytest.mark.parametrize("call", [lambda c: inference.min_track_record_bars(0.1, confidence=c), lambda c: inference.min_track_record_bars(-0.1, confidence=c)])
+@pytest.mark.parametrize("confidence", [0, 1, 95, -0.5, math.nan])
+def test_a_confidence_outside_of_0_to_1_is_refused(call, confidence):
+    with pytest.raises(ParameterError, match="confidence"):
+        call(confidence)
+
+
+@pytest.mark.parametrize("bars_per_year", [0, 0.5, -252, math.inf, math.nan])
+def test_less_than_a_bar_per_year_is_refused(bars_per_year):
+    for test in (lambda: inference.robust_sharpe(GOOD[:, 0], bars_per_year), lambda: inference.annualization_factor([0.1], bars_per_year)):
+        with pytest.raises(ParameterError, match="bars_per_year"):
+            test()
+
+
+# ---------------------------------------------------------------- where a formula or rounding would mislead
+
+@pytest.mark.parametrize(("sharpe", "skew", "kurtosis"), [(0.1, -1, 6), (-0.05, 0, 3), (0.0, 1, 5)])
+def test_having_tried_more_never_raises_the_probability(sharpe, skew, kurtosis):
+    found = [inference.deflated_sharpe(sharpe, 500, skew, kurtosis, n, 0.002) for n in (1, 1 + 1e-12, 1.01, 1.1, 1.25, 1.29, 1.3, 1.5, 2, 3.7, 10, 1e4, 1e9)]
+    assert found[0] == inference.probabilistic_sharpe(sharpe, 500, skew, kurtosis)
+    assert all(a >= b for a, b in pairwise(found))
+    assert found[-1] < found[0]
+
+
+def test_a_fractional_number_of_bars_per_year():
+    x = GOOD[:, 0] + 0.003
+    assert inference.robust_sharpe(x, 365.0) == inference.robust_sharpe(x, 365)
+    few, some, many_ = (inference.robust_sharpe(x, q) for q in (365, 365.25, 366))
+    assert all(min(few[k], many_[k]) <= some[k] <= max(few[k], many_[k]) for k in ("value", "error", "time_aggregated"))
+
+
+@pytest.mark.parametrize("n", [50, 1000, 10_000])
+@pytest.mark.parametrize("more", [0.001, -0.001])
+def test_a_constant_difference_of_means_is_certain(n, more):
+    b = 0.01 * np.random.default_rng(0).normal(size=n)
+    found = inference.paired_difference(b + more, b, 0, metric="mean", n_boot=99)
+    assert found["diff"] == found["low"] == found["high"] == pytest.approx(252 * more, rel=1e-9)
+    assert found["p_value"] == (0.01 if more > 0 else 1.0)
+    lost = inference.paired_loss(b, b + more, np.arange(n), 0, n_boot=99)
+    assert lost["diff"] == lost["low"] == lost["high"] == pytest.approx(more, rel=1e-9)
+    assert lost["p_value"] == (0.01 if more > 0 else 1.0)
+
+
+def test_a_constant_difference_raises_a_sharpe_ratio():
+    b = 0.01 * np.random.default_rng(0).normal(size=1000)
+    found = inference.paired_difference(b + 0.001, b, 0)
+    assert 0 < found["low"] < found["diff"] < found["high"]
+    assert found["p_value"] < 0.01
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1 / 3, 3, 20])
+@pytest.mark.parametrize("other", [1e-4, 1, 3])
+def test_leverage_is_no_difference_of_sharpe_ratios(scale, other):
+    b = 0.0005 + 0.01 * np.random.default_rng(1).normal(size=1000)
+    found = inference.paired_difference(scale * b, other * b, 0)
+    assert (found["diff"], found["low"], found["high"], found["p_value"]) == (0, 0, 0, 1)
+
+
+def test_rounding_is_no_gain_of_a_forecast():
+    loss = np.random.default_rng(2).uniform(size=500)
+    for other in (loss, loss + 1e-16 * np.arange(500)):
+        found = inference.paired_loss(loss, other, np.repeat(np.arange(100), 5), 0)
+        assert (found["diff"], found["low"], found["high"], found["p_value"]) == (0, 0, 0, 1)
+
+
+@pytest.mark.parametrize("test", [many.superior_ability, many.reality_check, many.stepwise_superior])
+@pytest.mark.parametrize("noise", [0.0, 1e-18, 1e-16, "random"])
+@pytest.mark.parametrize("size", [1e-6, 1, 1e6])
+def test_rounding_is_no_gain_over_the_baseline(test, noise, size):
+    rng = np.random.default_rng(3)
+    base, other = 0.01 * rng.normal(size=(2, 300))
+    twin = base + (1e-17 * rng.uniform(size=300) if noise == "random" else noise)
+    with pytest.raises(DataError, match=r"trials minus baseline, column 1: .*variance is zero"):
+        test(size * np.column_stack([other, twin]), 0, size * base, 99)
+    test(size * np.column_stack([other, base + 1e-9 * rng.normal(size=300)]), 0, size * base, 99)

@@ -12,13 +12,13 @@ from mltrading.backtest.engine import BacktestParams, simulate
 from mltrading.cli import main
 from mltrading.market.panel import Panel
 from mltrading.market.simulate import random_walk
-from mltrading.validation import leaks_accounts
+from mltrading.validation import leaks, leaks_accounts
 from mltrading.validation.leaks import CHECKS, Pair, audit_pipeline, benchmark
 from mltrading.validation.leaks_accounts import PAIRS
 from mltrading.validation.leaks_pairs import market, releases
 
 FEW = ("survivors only", "weeks stamped at their start", "macro as restated", "scaler across folds", "labels overlap the test window", "purged by rows", "folds shuffled across time",
-       "weights not shifted", "filled at the close that decides", "profit from the decision on", "stop filled at its level through a gap", "largest fill from the days volume", "tomorrow in one month")
+       "weights not shifted", "filled at the close that decides", "filled while halted", "profit from the decision on", "stop filled at its level through a gap", "largest fill from the days volume", "tomorrow in one month")
 
 
 def score(leak: bool, panel: Panel) -> dict[str, pd.DataFrame]:
@@ -98,3 +98,23 @@ def test_the_ledger_of_the_engine_passes_as_it_is(fill: Literal["open", "close"]
         ledger = simulate(p, weights, costs, params)
         return {"orders": ledger.orders, "fills": ledger.fills, "equity": ledger.equity}
     assert audit_pipeline(pipeline, random_walk(3, 120, seed=2, ragged=False), fill=fill, cuts=4) == []
+
+
+@pytest.mark.parametrize("when", ["halted", "off the axis", "another symbol"])
+@pytest.mark.parametrize("stop", [None, 1.0])
+def test_a_fill_without_a_bar_is_refused(when: str, stop: float | None) -> None:
+    p = random_walk(3, 60, seed=2, ragged=False)
+    there = ~((np.arange(3) == 0)[:, None] & (np.arange(60) == 30))
+    halted = Panel(p.times, p.symbols, {f: np.where(there, x, np.nan) for f, x in p.fields.items()})
+    bar = {"halted": p.index[30], "off the axis": p.index[29] + pd.Timedelta(hours=1), "another symbol": p.index[31]}[when]
+    symbol = "NOBODY" if when == "another symbol" else p.symbols[0]
+
+    def pipeline(panel: Panel, bar: pd.Timestamp = bar, symbol: str = symbol) -> dict[str, pd.DataFrame]:
+        order = pd.DataFrame({"decision_time": [p.index[28]], "fill_time": [bar], "symbol": [symbol], "quantity": [1.0], "stop": [np.nan if stop is None else stop]})
+        return {"orders": order, "fills": pd.DataFrame({"timestamp": [bar], "symbol": [symbol], "quantity": [1.0], "fill_price": [1e6]})}
+
+    found = list(leaks._price_faults(pipeline(halted), halted, "open"))
+    assert len(found) == 1
+    assert f"fill of {symbol} at {bar}" in found[0]
+    assert "a bar which the symbol does not have" in found[0]
+    assert list(leaks._price_faults(pipeline(halted, p.index[29], p.symbols[0]), halted, "open")) == []

@@ -157,7 +157,7 @@ def test_inner_folds_never_meet_an_outer_test_window(table, outside, inside):
     for outer in or_nothing_to_learn(outside, t, end, axis):
         around = open_windows(t, end, [np.array(w) for w in outer.windows])
         try:
-            inner = list(inner_folds(outer, inside, t, end))
+            inner = list(inner_folds(outer, inside, t, end, axis))
         except DataError as error:
             if error.where.startswith(f"inside fold {outer.number}, "):
                 continue
@@ -169,6 +169,26 @@ def test_inner_folds_never_meet_an_outer_test_window(table, outside, inside):
             assert not any(touches(t[i], end[i], around) for i in np.append(fold.train, fold.test))
             assert not any(touches(t[i], end[i], within) for i in fold.train)
             assert all(touches(t[i], end[i], within) for i in fold.purged if isinstance(inside, (PurgedKFold, CombinatorialPurged)))
+
+
+@pytest.mark.parametrize("whole_axis", [False, True])
+def test_bars_of_an_inner_walk_are_bars_of_the_axis(whole_axis):
+    axis = pd.date_range("2020-01-01", periods=121, freq="D", unit="us")
+    at = np.setdiff1d(np.arange(120), np.arange(3, 120, 7)) if whole_axis else np.arange(120)
+    t, end, bars = axis[at], axis[at + 1], axis[:120] if whole_axis else None
+    outer = PurgedKFold(3).folds(t, end, bars)[1]
+    hole = at[outer.test]
+    inner = list(inner_folds(outer, WalkForward(30, 30), t, end, bars))
+    assert [int(at[f.test[0]]) // 30 for f in inner] == [1, 2, 3]
+    for fold, begin in zip(inner, (30, 60, 90), strict=True):
+        assert ((at[fold.train] >= begin - 30) & (at[fold.train] < begin)).all()
+        assert ((at[fold.test] >= begin) & (at[fold.test] < begin + 30)).all()
+        assert not np.isin(at[np.append(fold.train, fold.test)], hole).any()
+    with pytest.raises(DataError, match=r"inside fold 1, fold 2: no row between"):
+        list(inner_folds(outer, WalkForward(20, 20), t, end, bars))
+    assert len(list(inner_folds(outer, WalkForward(20, 20, anchored=True), t, end, bars))) > 2
+    found = nested_search([outer], WalkForward(30, 30), t, end, {"one": 1}, lambda c, train, test: float(at[test[0]] - at[train[0]]), bars)
+    assert found["inner"].item() == np.mean([at[f.test[0]] - at[f.train[0]] for f in inner])
 
 
 @settings(max_examples=50, deadline=None)

@@ -208,25 +208,27 @@ def min_track_record_bars(
 ) -> float:                       # bars; infinite where the ratio is not above the benchmark
     """Bars needed to believe, with a confidence, that the true Sharpe ratio is above a benchmark.
 
+    Raises `ParameterError` on a confidence that is not a share.
+
     Source: Bailey and López de Prado (2012)."""
+    if not 0 < confidence < 1:
+        raise ParameterError("confidence", f"{confidence:g} is not a share", "use 0.95 for 95 %")
     if sharpe_bar <= benchmark_bar:
         return math.inf
     return 1 + _shape_term(sharpe_bar, skew, kurtosis) * float(ndtri(confidence) / (sharpe_bar - benchmark_bar)) ** 2
 
 # %% ../../nbs/validation/20_inference.ipynb #6d0f31a5
 def expected_max_sharpe(
-    n_trials: float,     # independent trials, >= 1
+    n_trials: float,     # independent trials, >= 1; an effective number need not be whole
     variance: float,     # of their Sharpe ratios, in the unit wanted squared, >= 0
-) -> float:              # in the unit of the root of `variance`; 0 for one trial
+) -> float:              # in the unit of the root of `variance`, >= 0; 0 for one trial
     """What the best of many worthless trials is expected to show.
 
     Source: Bailey and López de Prado (2014)."""
     if not (n_trials >= 1 and variance >= 0):
         raise DataError("trials", f"{n_trials} trials with variance {variance}", "there is at least one trial, and a variance is not negative")
-    if n_trials == 1:
-        return 0.0
     g = float(np.euler_gamma)
-    return math.sqrt(variance) * float((1 - g) * ndtri(1 - 1 / n_trials) + g * ndtri(1 - 1 / (n_trials * math.e)))
+    return math.sqrt(variance) * max(0.0, float((1 - g) * ndtri(1 - 1 / n_trials) + g * ndtri(1 - 1 / (n_trials * math.e)))) if n_trials > 1 else 0.0
 
 def deflated_sharpe(
     sharpe_bar: float,       # Sharpe ratio per bar of the trial that is shown
@@ -279,14 +281,16 @@ def long_run_variance(
 # %% ../../nbs/validation/20_inference.ipynb #4bf9b82d
 def annualization_factor(
     autocorrelations: Any,   # (m,) of lags 1 … m; those of longer lags count as 0
-    bars_per_year: int,      # q, >= 1
+    bars_per_year: float,    # q, >= 1; need not be whole
 ) -> float:                  # the root of `bars_per_year` where all are 0
     """What a Sharpe ratio per bar is multiplied by for a ratio per year.
 
-    Raises `DataError` on correlations that no series can have.
+    Raises `DataError` on correlations that no series can have, `ParameterError` on less than a bar per year.
 
     Source: Lo (2002)."""
-    rho = np.asarray(autocorrelations, dtype=np.float64)[: max(bars_per_year - 1, 0)]
+    if not 1 <= bars_per_year < math.inf:
+        raise ParameterError("bars_per_year", f"{bars_per_year:g} make no year", "use 252 for daily bars")
+    rho = np.asarray(autocorrelations, dtype=np.float64)[: round(bars_per_year) - 1]
     variance = bars_per_year + 2 * ((bars_per_year - np.arange(1, len(rho) + 1)) * rho).sum()
     if not variance > 0:
         raise DataError("autocorrelations", f"give a sum of {bars_per_year} bars the variance {variance:g}", "no series has such correlations: weigh estimates down with their lag")
@@ -316,15 +320,17 @@ def robust_mean(
 
 def robust_sharpe(
     returns: Any,                # (T,) simple returns per bar, net of costs
-    bars_per_year: int = 252,
+    bars_per_year: float = 252,  # >= 1
     lags: int | None = None,     # of the error; None: `automatic_lags`
     level: float = 0.95,
 ) -> dict[str, float]:           # value, error, low, high (root rule, annual), p_value (one-sided, small: above 0), lags, time_aggregated (the annual ratio by Lo's factor)
     """The annual Sharpe ratio with an error that allows for autocorrelation, and beside it the one whose way from bar to year does, too.
 
-    Raises `DataError` on returns that cannot be measured.
+    Raises `DataError` on returns that cannot be measured, `ParameterError` on less than a bar per year.
 
     Source: Lo (2002)."""
+    if not 1 <= bars_per_year < math.inf:
+        raise ParameterError("bars_per_year", f"{bars_per_year:g} make no year", "use 252 for daily bars")
     r, root = checked(returns), math.sqrt(bars_per_year)
     mean, sd = float(r.mean()), float(r.std())
     psi = (r - mean) / sd - mean / (2 * sd**3) * ((r - mean) ** 2 - sd**2)
@@ -361,6 +367,13 @@ def _paired(x: NDArray[np.float64], y: NDArray[np.float64], of: Callable[..., ND
     against = ~(drawn - diff < diff)  # an undefined resample counts against
     return {"diff": diff, "low": low, "high": high, "p_value": float((1 + against.sum()) / (1 + n_boot)), "block": float(block)}
 
+def _gap(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+    "`x` minus `y`: one number everywhere, or zero, where no more than rounding says otherwise."
+    gap, rounding = x - y, 1e-12 * max(np.abs(x).max(), np.abs(y).max())
+    if np.ptp(gap) > rounding:
+        return np.asarray(gap)
+    return np.full(len(gap), gap.mean() if abs(gap.mean()) > rounding else 0.0)
+
 # %% ../../nbs/validation/20_inference.ipynb #5c270056
 def paired_difference(
     a: Any,                       # (T,) simple returns per bar of the one that claims to be better
@@ -370,7 +383,7 @@ def paired_difference(
     bars_per_year: float = 252,
     n_boot: int = 1000,
     level: float = 0.95,
-    block: float | None = None,   # mean length of a block in bars; None: `optimal_block` of the difference
+    block: float | None = None,   # mean length of a block in bars; None: `optimal_block` of the difference, of `a` where that is constant
 ) -> dict[str, float]:            # diff, low, high (annual, a minus b), p_value (one-sided, small: a is better), block (bars)
     """Whether one strategy beats another on the same bars.
 
@@ -378,11 +391,13 @@ def paired_difference(
     if metric not in ("sharpe", "mean"):
         raise unknown("metric", metric, ["mean", "sharpe"], "paired_difference")
     x, y = _pair(a, b)
-    of, scale = (_ratio, math.sqrt(bars_per_year)) if metric == "sharpe" else (_mean, float(bars_per_year))
-    gap = x / x.std() - y / y.std() if metric == "sharpe" else x - y
-    if np.ptp(gap) <= 1e-12 * np.ptp(x):
-        return {"diff": scale * float(of(x) - of(y)), "low": 0.0, "high": 0.0, "p_value": 1.0, "block": 1.0}
-    return _paired(x, y, of, scale, optimal_block(gap) if block is None else block, n_boot, level, seed)
+    if metric == "sharpe":
+        x, y = x / x.std(), y / y.std()
+    gap = _gap(x, y)
+    block = optimal_block(gap if np.ptp(gap) else x) if block is None else block
+    if metric == "sharpe":
+        return _paired(x, x - gap, _ratio, math.sqrt(bars_per_year), block, n_boot, level, seed)
+    return _paired(gap, np.zeros(len(gap)), _mean, float(bars_per_year), block, n_boot, level, seed)
 
 # %% ../../nbs/validation/20_inference.ipynb #39676190
 def paired_loss(
@@ -396,18 +411,16 @@ def paired_loss(
 ) -> dict[str, float]:            # diff (baseline minus loss, > 0: better), low, high, p_value (one-sided), block (instants), n_times
     """Whether one forecaster's loss is lower than another's on the same rows, by instant.
 
-    Raises `DataError` on NaN and unequal lengths."""
+    Raises `DataError` on NaN, unequal lengths and fewer than two instants."""
     a, b, t = np.asarray(loss, np.float64), np.asarray(loss_baseline, np.float64), np.asarray(times)
     if not (a.shape == b.shape == t.shape and a.ndim == 1):
         raise DataError("losses", f"{a.shape} and {b.shape} values for {t.shape} times", "one loss per row and forecaster")
     if (bad := ~np.isfinite(a + b)).any():
         i = int(np.argmax(bad))
         raise DataError(f"losses, row {i}", "is not a number", "leave rows without a complete label out")
-    gain = np.asarray(pd.Series(b - a).groupby(t, sort=True).mean(), dtype=np.float64)
-    if len(gain) < 2 or np.ptp(gain) == 0:
-        same = len(gain) >= 2 and gain[0] == 0
-        if not same:
-            raise DataError("losses", f"{len(gain)} instant(s) without any spread are too few", "compare forecasts over more instants")
-        return {"diff": 0.0, "low": 0.0, "high": 0.0, "p_value": 1.0, "block": 1.0, "n_times": len(gain)}
-    block = min(max(optimal_block(gain), horizon_bars), len(gain))
+    mine, other = (np.asarray(pd.Series(x).groupby(t, sort=True).mean(), dtype=np.float64) for x in (a, b))
+    gain = _gap(other, mine)
+    if len(gain) < 2:
+        raise DataError("losses", f"{len(gain)} instant(s) are too few", "compare forecasts over more instants")
+    block = min(max(optimal_block(gain) if np.ptp(gain) else 1.0, horizon_bars), len(gain))
     return _paired(gain, np.zeros(len(gain)), _mean, 1.0, block, n_boot, level, seed) | {"n_times": len(gain)}

@@ -32,7 +32,7 @@ class Finding(NamedTuple):
 
 CHECKS = {
     "order": "every fill was ordered before its bar, in at least its size",
-    "price": "no fill is better than the order could have had, and no stop is left out",
+    "price": "every fill has a bar, none is better than the order could have had, and no stop is left out",
     "books": "equity grows by no more than what the fills and the closes give",
     "linear": "what a bar earns is linear in its closes: what is held was decided before",
     "future": "nothing moves when what comes later is changed",
@@ -132,17 +132,19 @@ def _stop_faults(tables: Mapping[str, pd.DataFrame], panel: Panel) -> Iterator[s
             return
 
 def _price_faults(tables: Mapping[str, pd.DataFrame], panel: Panel, fill: str) -> Iterator[str]:
-    "Fills at a better price than the bar gave."
+    "Fills where there was no bar, and fills at a better price than the bar gave."
     f = _ordered(tables)
-    column, row = np.searchsorted(panel.index, pd.DatetimeIndex(f["timestamp"])), pd.Index(panel.symbols).get_indexer(pd.Index(f["symbol"]))
-    side, stop = np.sign(f["quantity"].to_numpy()), f["stop"].to_numpy(np.float64)
-    given = fill_price(panel, fill)[row, column]
+    column, row = panel.index.get_indexer(pd.DatetimeIndex(f["timestamp"])), pd.Index(panel.symbols).get_indexer(pd.Index(f["symbol"]))
+    there = (column >= 0) & (row >= 0)
+    side, stop, given = np.sign(f["quantity"].to_numpy()), f["stop"].to_numpy(np.float64), np.where(there, fill_price(panel, fill)[row, column], np.nan)
+    nowhere = ~np.isfinite(given)
     given = np.where(np.isnan(stop), given, np.where(side > 0, np.fmax(stop, given), np.fmin(stop, given)))
     reached = np.where(side > 0, panel["high"][row, column] >= stop, panel["low"][row, column] <= stop) if np.isfinite(stop).any() else np.ones(len(f), bool)
-    for bad, what, fix in (((f["fill_price"] - given) * side < -1e-9 * given, "is better than what the bar gave", "fill at the bar's open, a stop at the worse of its level and the open"),
-                           (~(reached | np.isnan(stop)), "is that of a stop whose level the bar did not reach", "compare the level with the bar's high or low")):
+    for bad, what, fix in ((nowhere, "is that of a bar which the symbol does not have", "fill in a bar in which the symbol traded, and let the order lapse in any other"),
+                           (~nowhere & ~((f["fill_price"] - given) * side >= -1e-9 * given), "is better than what the bar gave", "fill at the bar's open, a stop at the worse of its level and the open"),
+                           (~(nowhere | reached | np.isnan(stop)), "is that of a stop whose level the bar did not reach", "compare the level with the bar's high or low")):
         if (at := np.flatnonzero(bad)).size:
-            yield _sentence(f.iloc[at[0]], f"its price {f['fill_price'].iloc[at[0]]:g} {what} ({given[at[0]]:g})", fix)
+            yield _sentence(f.iloc[at[0]], f"its price {f['fill_price'].iloc[at[0]]:g} {what}" + ("" if bad is nowhere else f" ({given[at[0]]:g})"), fix)
 
 # %% ../../nbs/validation/40_leaks.ipynb #5fee8e12
 def _books_faults(tables: Mapping[str, pd.DataFrame], panel: Panel) -> Iterator[str]:
@@ -204,7 +206,7 @@ def audit_pipeline(
     cuts: int = 10,                     # instants, >= 1, on top of those at which folds begin
     seed: int = 0,
     first: bool = False,                # stop at the first finding
-) -> list[Finding]:                     # at most two per check; empty: nothing was found
+) -> list[Finding]:                     # a few per check; empty: nothing was found
     """Whether a pipeline knows the future, or trades as nobody can.
 
     Raises `DataError` on a pipeline that gives two results for one input, fails in an experiment or tells nothing; `ParameterError` on no cuts."""

@@ -20,8 +20,9 @@ from .splits import WalkForward
 # %% auto #0
 __all__ = ['filled_at_the_close_that_decides', 'filled_at_the_open_before_the_signal', 'weights_not_shifted',
            'day_traded_by_its_own_close', 'losing_days_taken_for_errors', 'bought_low_and_sold_high',
-           'filled_at_the_mean_of_the_day', 'profit_from_the_decision_on', 'stop_filled_at_its_level_through_a_gap',
-           'stop_filled_at_the_better_price', 'stop_skipped_where_the_bar_recovers', 'volatility_target_of_the_sample',
+           'filled_at_the_mean_of_the_day', 'filled_while_halted', 'profit_from_the_decision_on',
+           'stop_filled_at_its_level_through_a_gap', 'stop_filled_at_the_better_price',
+           'stop_skipped_where_the_bar_recovers', 'volatility_target_of_the_sample',
            'largest_fill_from_the_days_volume', 'leverage_from_the_worst_drawdown',
            'weights_scaled_by_the_largest_signal', 'hedged_with_the_beta_of_the_sample',
            'portfolio_of_the_samples_risk', 'costs_from_later_spreads', 'strategy_picked_by_final_equity',
@@ -131,6 +132,12 @@ def filled_at_the_mean_of_the_day(leak: bool, p: Panel) -> _Tables:
     opened, typical = p["open"].T, (p["high"].T + p["low"].T + p["close"].T) / 3
     worse = np.abs(typical - opened) if leak else 0.001 * opened
     return _account(p, _trend(p), opened + worse, opened - worse)
+
+@planted("execution")
+def filled_while_halted(leak: bool, p: Panel) -> _Tables:
+    "Closes are carried forward over missing bars, for the features, and the simulator fills at the carried ones: an order finds a price on a day without any trade."
+    opened = p.view("open")
+    return _account(p, _trend(p), (opened.fillna(p.view("close").ffill()) if leak else opened).to_numpy())
 
 @planted("execution")
 def profit_from_the_decision_on(leak: bool, p: Panel) -> _Tables:

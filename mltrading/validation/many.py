@@ -24,10 +24,11 @@ __all__ = ['checked_trials', 'resampled_deviations', 'bootstrap_scale', 'superio
 def checked_trials(
     values: Any,                             # (T, N) one column per trial, any unit, higher is better
     where: str = "trials",                   # name for messages
+    size: Any = 0.0,                         # (N,) largest of the numbers that `values` were computed from, where greater than these
 ) -> tuple[NDArray[np.float64], list[Any]]:  # (T, N) contiguous; the names of the columns, or their numbers
     """Trials side by side, as arrays that can be compared.
 
-    Raises `DataError` on fewer than two bars or trials, NaN or infinity, and a trial without any variance."""
+    Raises `DataError` on fewer than two bars or trials, NaN or infinity, and a trial without any variance but that of rounding."""
     x = np.ascontiguousarray(values, dtype=np.float64)
     if x.ndim != 2 or x.shape[0] < 2:
         raise DataError(where, f"have the shape {x.shape}", "one row per bar and one column per trial, at least two bars")
@@ -37,7 +38,7 @@ def checked_trials(
     if not (finite := np.isfinite(x)).all():
         t, i = np.argwhere(~finite)[0]
         raise DataError(f"{where}, column {names[i]}, position {t}", f"{x[t, i]} is not a number", "cut all trials to the bars that they share")
-    if (flat := x.min(axis=0) == x.max(axis=0)).any():
+    if (flat := np.ptp(x, axis=0) <= 1e-12 * np.maximum(np.abs(x).max(axis=0), size)).any():
         i = int(np.argmax(flat))
         raise DataError(f"{where}, column {names[i]}", f"is {x[0, i] + 0.0:g} on all {len(x)} bars: its variance is zero", "leave out what never trades, and what equals the baseline")
     return x, names
@@ -49,8 +50,9 @@ def _gains(values: Any, baseline: Any) -> tuple[NDArray[np.float64], list[Any]]:
     b = np.asarray(baseline, dtype=np.float64)
     if b.shape != np.shape(values)[:1]:
         raise DataError("baseline", f"has the shape {b.shape} beside trials of the shape {np.shape(values)}", "one value per bar, on the same bars")
-    gains = np.asarray(values, dtype=np.float64) - b[:, None]
-    return checked_trials(pd.DataFrame(gains, columns=values.columns) if isinstance(values, pd.DataFrame) else gains, "trials minus baseline")
+    x = np.asarray(values, dtype=np.float64)
+    gains, size = x - b[:, None], np.maximum(np.abs(x).max(axis=0), np.abs(b).max())
+    return checked_trials(pd.DataFrame(gains, columns=values.columns) if isinstance(values, pd.DataFrame) else gains, "trials minus baseline", size)
 
 # %% ../../nbs/validation/22_many.ipynb #45bf7933
 _TILE = 64  # trials that are summed side by side
@@ -135,7 +137,7 @@ def superior_ability(
     n_boot: int = 1000,
     block: float | None = None,   # mean length of a block in bars; None: the median `optimal_block` of the trials
     studentized: bool = True,     # gains in units of their own scale
-) -> dict[str, Any]:              # best (name), statistic, p_lower, p_value (consistent), p_upper, block (bars)
+) -> dict[str, Any]:              # best (name), statistic (0 where none has gained anything), p_lower, p_value (consistent), p_upper, block (bars)
     """Whether the best of many beats the baseline, all that were tried counted in.
 
     Raises `DataError` on trials that cannot be compared, one trial alone included.
@@ -154,8 +156,8 @@ def reality_check(
     baseline: Any = None,         # (T,) values of the baseline on the same bars; None: zero
     n_boot: int = 1000,
     block: float | None = None,   # mean length of a block in bars; None: the median `optimal_block` of the trials
-) -> dict[str, Any]:              # best (name), statistic, p_value, block (bars)
-    """White's test of the best of many against a baseline. Prefer `superior_ability`: it sees more.
+) -> dict[str, Any]:              # best (name), statistic (0 where none has gained anything, p_value 1 then), p_value, block (bars)
+    """White's test of the best of many against a baseline, its statistic cut off at 0 as Hansen's is. Prefer `superior_ability`: it sees more.
 
     Raises `DataError` on trials that cannot be compared, one trial alone included.
 

@@ -27,16 +27,19 @@ def inner_folds(
     inner: Splitter,
     times: Any,        # (n,) decision instants of the whole table
     label_end: Any,    # (n,) instants at which the labels are known
+    bars: Any = None,  # (T,) the time axis that bars are counted on; None: the distinct `times`
 ) -> Iterator[Fold]:   # their rows are rows of the whole table, all of them training rows of `outer`
     """Folds made from the training rows of a fold. Each has passed `check_fold`.
 
-    Raises `LeakError` where the outer fold leaks, and what the inner splitter raises, with the number of the outer fold.
+    Raises `LeakError` where the outer fold leaks, and what the inner splitter raises, with the number of the outer fold: `DataError` where the training window of an inner walk lies in a hole that the outer test rows left.
 
     Known at: with a walk-forward outside, before the `test_start` of the outer fold."""
     check_fold(outer, times, label_end)
     t, end, own = instants(times, "times"), instants(label_end, "label_end"), outer.train
+    axis = np.unique(t) if bars is None else instants(bars, "bars")
+    axis = axis[(axis >= t[own[0]]) & (axis <= t[own[-1]])]
     try:
-        for fold in inner.folds(t[own], end[own]):
+        for fold in inner.folds(t[own], end[own], axis):
             yield replace(fold, train=own[fold.train], test=own[fold.test], purged=own[fold.purged], embargoed=own[fold.embargoed])
     except MLTradingError as error:
         raise type(error)(f"inside fold {outer.number}, {error.where}", error.what, error.fix) from error
@@ -49,6 +52,7 @@ def nested_search(
     label_end: Any,               # (n,) instants at which the labels are known
     candidates: Mapping[str, T],  # name -> what `score` makes a model of
     score: Callable[[T, NDArray[np.int64], NDArray[np.int64]], float],  # (candidate, training rows, test rows) -> greater is better
+    bars: Any = None,             # (T,) the time axis that bars are counted on; None: the distinct `times`
 ) -> pd.DataFrame:                # one row per fold and candidate: fold, candidate, inner (mean score), spread (over inner folds), chosen, outer (of the chosen one, else NaN)
     """In each fold, choose on folds inside its training rows, then judge the choice once.
 
@@ -61,7 +65,7 @@ def nested_search(
         raise ParameterError("nested_search.candidates", "there are none", "give at least one")
     found = []
     for fold in folds:
-        small = list(inner_folds(fold, inner, times, label_end))
+        small = list(inner_folds(fold, inner, times, label_end, bars))
         scores = np.array([[_finite(score(c, f.train, f.test), f"inside fold {fold.number}, fold {f.number}, {name}") for f in small] for name, c in candidates.items()])
         names, best = list(candidates), int(np.argmax(scores.mean(axis=1)))
         judged = _finite(score(candidates[names[best]], fold.train, fold.test), f"fold {fold.number}, {names[best]}")
