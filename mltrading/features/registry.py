@@ -148,10 +148,11 @@ def lookup(
         found |= {f.name: f for f in some if f.name not in found}
     return list(found.values())
 
-def catalogue() -> pd.DataFrame:  # one row per feature: name, family, about, formula, unit, warmup, needs, source
+def catalogue() -> pd.DataFrame:  # one row per feature: name, family, sets, about, formula, unit, warmup, needs, source
     """All registered features."""
-    rows = [(f.name, f.family, f.about, f.formula, f.unit, f.warmup, ", ".join(f.needs), f.source) for f in lookup()]
-    return pd.DataFrame(rows, columns=["name", "family", "about", "formula", "unit", "warmup", "needs", "source"])
+    features, members = lookup(), {name: {f.name for f in lookup(name)} for name in SETS}
+    rows = [(f.name, f.family, ", ".join(s for s, held in members.items() if f.name in held), f.about, f.formula, f.unit, f.warmup, ", ".join(f.needs), f.source) for f in features]
+    return pd.DataFrame(rows, columns=["name", "family", "sets", "about", "formula", "unit", "warmup", "needs", "source"])
 
 # %% ../../nbs/features/10_registry.ipynb #b16fea55
 def is_intraday(
