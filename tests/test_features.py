@@ -477,3 +477,13 @@ def test_a_reader_who_leaves_ends_a_command_quietly(root: Path, words: list[str]
         running.stdout.close()
         assert running.stderr.read() == ""
     assert running.returncode == 141
+
+
+def test_the_front_page_shows_what_runs(root: Path, tmp_path: Path) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```$", (root / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 2
+    to_frame(random_walk(4, 200, seed=1, closes_only=0)).to_parquet(tmp_path / "prices.parquet")
+    code = "\n".join([*blocks, "print(*table.columns)"])
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == ["timestamp", "symbol", "calm_20", "calm_60", *SETS["sequence60"](), "har_5"]

@@ -48,7 +48,7 @@ _SCRIPT = """
 (() => {
   const bar = document.querySelector(".find"), box = bar.querySelector("input"), told = bar.querySelector("output");
   const families = [...document.querySelectorAll(".family")].map(part => [part, [...part.querySelectorAll("tbody tr")].map(row => [row, [part.dataset.name, ...[...row.cells].map(cell => cell.textContent)].join(" ").toLowerCase()])]);
-  const has = (text, word) => /^\\d+$/.test(word) ? new RegExp("(^|[^a-z0-9])" + word + "(?!\\d)").test(text) : text.includes(word);
+  const has = (text, word) => /^\\d+$/.test(word) ? new RegExp("(^|[^a-z0-9])" + word + "(?![0-9])").test(text) : text.includes(word);
   const all = families.reduce((sum, [, rows]) => sum + rows.length, 0);
   const show = () => {
     const words = box.value.toLowerCase().split(/\\s+/).filter(Boolean);
