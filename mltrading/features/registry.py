@@ -162,20 +162,17 @@ def is_intraday(
     return len(panel) > 1 and bool(np.median(np.diff(panel.times)) < np.timedelta64(20, "h"))
 
 def needed_fields(
-    exprs: Mapping[str, Expr],           # name -> formula
-    macro: pd.DataFrame | None = None,
+    exprs: Mapping[str, Expr],      # name -> formula
     benchmark: str | None = None,
-    names: Names | None = None,          # how the formulas were asked for; each by itself unless told
-) -> dict[str, str]:                     # field -> the first formula asked for by itself that needs it
-    """The fields that have to be there. Raises `ParameterError` on a formula that needs a benchmark or releases where none were given at all."""
+    names: Names | None = None,     # how the formulas were asked for; each by itself unless told
+) -> dict[str, str]:                # field -> the first formula asked for by itself that needs it
+    """The fields that have to be there. Raises `ParameterError` on a formula that needs a benchmark where none was given."""
     alone = exprs if names is None else set(_entries(names))
     fields: dict[str, str] = {}
     for name, expr in exprs.items():
         for need in needs(expr):
             if need == "benchmark" and benchmark is None:
                 raise ParameterError("features.benchmark", f"`{name}` needs a benchmark", "name one of the symbols, or leave the feature out")
-            if need.startswith("macro:") and macro is None:
-                raise ParameterError("features.names", f"`{name}` needs macro releases", "give a table of them, or leave the feature out")
             if ":" not in need and need not in ("benchmark", "others") and name in alone:
                 fields.setdefault(need, name)
     return fields
@@ -198,7 +195,10 @@ def choose(
     features, bars = lookup(names), int(expect_panel(panel).alive.sum(axis=1).max(initial=0))
     if _entries(names) == ["all"]:
         return [f for f in filter(_can_feed(panel, macro, benchmark), features) if short or f.warmup < bars]
-    for field, name in needed_fields({f.name: f.expr for f in features}, macro, benchmark, names).items():
+    fields = needed_fields({f.name: f.expr for f in features}, benchmark, names)
+    if macro is None and (lacking := next((f.name for f in features if any(n.startswith("macro:") for n in f.needs)), None)):
+        raise ParameterError("features.names", f"`{lacking}` needs macro releases", "give a table of them, or leave the feature out")
+    for field, name in fields.items():
         if field not in panel.fields:
             raise DataError("panel", f"has no field `{field}`, which `{name}` needs", "give a panel with the field, or leave the feature out of features.names")
     slow = max(features, key=lambda f: f.warmup, default=None)

@@ -63,7 +63,7 @@ class Stream:
         self,
         features: Names | Mapping[str, Expr],  # registered features, sets and families; or formulas by name
         symbols: Sequence[str],                # of all bars to come
-        macro: pd.DataFrame | None = None,     # releases so far: timestamp (release instant, UTC), series, value, reference
+        macro: pd.DataFrame | None = None,     # releases so far, others come by `publish`: timestamp (release instant, UTC), series, value, reference
         benchmark: str | None = None,          # one of the symbols
         calendar: str = "24/7",                # of exchange_calendars: what a session is
     ) -> None:
@@ -71,7 +71,7 @@ class Stream:
         self.names, self.symbols, self.plan = tuple(exprs), tuple(symbols), plan(tuple(exprs.values()))
         if benchmark is not None and benchmark not in symbols:
             raise unknown("symbol", benchmark, list(symbols), "features.benchmark")
-        needed = needed_fields(exprs, macro, benchmark, asked)
+        needed = needed_fields(exprs, benchmark, asked)
         self.needed = {"close": "says where there is a bar"} | {field: f"`{name}` needs" for field, name in needed.items()}
         self.last: np.datetime64 | None = None
         self.releases = macro
