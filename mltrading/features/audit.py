@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from ..core.errors import DataError, LeakError, ParameterError
 from .machine import FeatureBlock
-from .registry import choose, compute, lookup
-from ..market.panel import PRICES, Panel, until
+from .registry import Names, choose, compute, lookup
+from ..market.panel import PRICES, Panel, expect_panel, until
 
 # %% auto #0
 __all__ = ['ROUNDING', 'PART_BYTES', 'other_future', 'other_releases', 'audit_function', 'refuse', 'check_causal', 'audit',
@@ -374,7 +374,7 @@ def audit_function(
 def _audited(call: _Run, panel: Panel, macro: pd.DataFrame | None, known: str, cuts: int, warmup: int, seed: int, name: str, slack: float) -> tuple[pd.DataFrame, _Blocks]:
     "The table of an audit, and the blocks as they were."
     rng = np.random.default_rng(seed)
-    plan = list(_plan(panel, macro, _columns(panel, cuts, warmup, rng).tolist(), known))
+    plan = list(_plan(panel, macro, _columns(expect_panel(panel), cuts, warmup, rng).tolist(), known))
     whole = _blocks(call(panel, macro), panel, name)
     _again(call, panel, macro, whole, name)
     return _summary(_experiments(call, panel, macro, plan, known, rng, whole, name, slack), list(whole), len(plan), known), whole
@@ -422,7 +422,7 @@ def check_causal(
 # %% ../../nbs/features/80_audit.ipynb #1c262991
 PART_BYTES = 1 << 30  # of the features that are computed together
 
-def _parts(panel: Panel, names: Sequence[str] | str, macro: pd.DataFrame | None, benchmark: str | None) -> list[Sequence[str]]:
+def _parts(panel: Panel, names: Names, macro: pd.DataFrame | None, benchmark: str | None) -> list[Sequence[str]]:
     "The features that the panel can feed, as many at a time as fit."
     found = [f.name for f in choose(panel, names, macro, benchmark, short=True)]
     size = max(1, PART_BYTES // (8 * max(1, len(panel) * len(panel.symbols))))
@@ -440,7 +440,7 @@ def _first_bar(
 # %% ../../nbs/features/80_audit.ipynb #f2eb7ce7
 def audit(
     panel: Panel,
-    names: Sequence[str] | str = "all",  # features, the name of one or of a set, or `all` that the panel can feed
+    names: Names = "all",                # features, sets and families, or `all` that the panel can feed
     macro: pd.DataFrame | None = None,   # long: timestamp (release instant, UTC), series, value, reference
     benchmark: str | None = None,        # a symbol of the panel that stands for the market
     calendar: str = "24/7",              # of exchange_calendars: what a session is
@@ -450,8 +450,8 @@ def audit(
 ) -> pd.DataFrame:                       # as `audit_function`, and warmup, first_bar, warmup_holds (no value at all: False)
     """Whether registered features depend on the future, and whether they begin when they say.
 
-    Raises `DataError` on a panel of fewer than three instants."""
-    before = np.cumsum(panel.alive, axis=1) - 1
+    Raises `DataError` on a panel of fewer than three instants, and where it lacks a field that one of the features needs, of a set too: what has no values cannot be tried."""
+    before = np.cumsum(expect_panel(panel).alive, axis=1) - 1
     tables = []
     for part in _parts(panel, names, macro, benchmark):
         def call(p: Panel, m: pd.DataFrame | None, part: Sequence[str] = part) -> FeatureBlock:
