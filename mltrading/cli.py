@@ -187,8 +187,9 @@ def _data_options(data: argparse.ArgumentParser) -> None:
     for name, what in (("macro", "SOURCE:SERIES,SERIES; may be repeated"), ("news", "SOURCE:words; may be repeated")):
         data.add_argument(f"--{name}", action="append", default=[], help=what)
 
+# %% ../nbs/90_cli.ipynb #7af8e036
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; return the exit code. Whoever stops reading what it prints ends it quietly, as `| head` does."""
+    """Run a command; return the exit code, 141 where nobody reads on."""
     given = parser().parse_args(argv)
     try:
         given.run(given)

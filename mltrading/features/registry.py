@@ -121,6 +121,7 @@ def _natural(f: Feature) -> tuple[Any, ...]:
     "Sort key: family, then name with its numbers as numbers."
     return f.family, [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", f.name)]
 
+# %% ../../nbs/features/10_registry.ipynb #37eedda6
 Names = Sequence[str] | str  # of features, sets and families; or `all`
 
 def _entries(names: Names) -> list[str]:
@@ -148,6 +149,7 @@ def lookup(
         found |= {f.name: f for f in some if f.name not in found}
     return list(found.values())
 
+# %% ../../nbs/features/10_registry.ipynb #86981335
 def catalogue() -> pd.DataFrame:  # one row per feature: name, family, sets, about, formula, unit, warmup, needs, source
     """All registered features."""
     features, members = lookup(), {name: {f.name for f in lookup(name)} for name in SETS}
@@ -184,6 +186,7 @@ def _can_feed(panel: Panel, macro: pd.DataFrame | None, benchmark: str | None) -
     within = is_intraday(panel)
     return lambda f: all(n in given or (n.startswith("clock:") and (within or n != "clock:session")) for n in f.needs)
 
+# %% ../../nbs/features/10_registry.ipynb #4748bd9e
 def choose(
     panel: Panel,
     names: Names = "all",
