@@ -205,10 +205,13 @@ class _Opening(_Figures):
         frame = pd.DataFrame(rows, index=pd.Index(self.called(list(self.returns.columns)), name="account"))
         held = int((self.trials["weeks"] != "").sum())
         n, alone, best = int(self.deflated["n_trials"].iloc[0]), *(float(x) for x in self.deflated[["effective_trials", "expected_max_sharpe_annual"]].iloc[0])
-        note = (f"{self.level} intervals from {self.params.n_boot:,} stationary-bootstrap resamples. Deflated: probability that the true ratio is above {best:.2f}, which is what the best of {alone:.1f} independent trials without any skill would be expected to show; {n} are on record, and the weekly returns of {held} of them, which tell how alike they are. "
+        unknown = f"The other {n - held} have none, and each counts as independent: a strict reading. " if held < n else ""
+        note = (f"{self.level} intervals from {self.params.n_boot:,} stationary-bootstrap resamples. Deflated: probability that the true ratio is above {best:.2f}, which is what the best of {alone:.1f} independent trials without any skill would be expected to show; {n} are on record, and the weekly returns of {held} of them, which tell how alike they are. {unknown}"
                 "Years needed: length of such a record at which an undeflated ratio would be believable at 95 %. p: one-sided, that the system is not better.")
         if not np.isnan(chosen := trials.search_overfitting(self.trials)):
             note += f" Whoever picks the best of these trials on half of the weeks finds it in the lower half of the field on the other half in {100 * chosen:.0f} % of the ways to halve them."
+        else:
+            note += " Too few weekly returns are on record to say how often the best of these trials in one half of the weeks is a poor one in the other."
         return Table(frame, {"Sharpe ratio": "signed:2", "deflated": "percent:0", "years needed": "number:0", "system less this": "signed:2", "p": "number:3"}, "How sure is any of this?", note, mark=[frame.index[0]])
 
     def intervals(self) -> Figure:
