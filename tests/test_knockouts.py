@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from scipy.special import ndtr
 
 from mltrading.backtest.knockouts import (
-    KnockoutTerms,
     Knockouts,
+    KnockoutTerms,
     barrier_for_probability,
     financing_levels,
     knockout_bars,
@@ -230,7 +230,7 @@ def test_bars_know_nothing_of_the_future():
     assert np.isfinite(whole.settlement).any(axis=1).sum() >= 3
     for cut in (30, 60, 90, 158):
         same(whole, knockout_bars(until(panel, panel.times[cut]), products), cut + 1)
-        same(whole, knockout_bars(other_future(panel, panel.times[cut], 7), products), cut + 1)
+        same(whole, knockout_bars(other_future(panel, panel.times[cut], np.random.default_rng(7)), products), cut + 1)
 
 
 @settings(max_examples=25)
