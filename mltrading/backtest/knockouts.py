@@ -198,7 +198,7 @@ def knockout_value(
 
     Raises `ParameterError` on NaN, on a price, level or volatility that is not positive, and on negative years or dividends.
 
-    Source: Rubinstein and Reiner, Breaking Down the Barriers, Risk 4 (1991); Merton, Theory of Rational Option Pricing (1973), eq. 55."""
+    Source: Rubinstein and Reiner, Breaking Down the Barriers, Risk 4 (1991); Merton, Theory of Rational Option Pricing (1973)."""
     return _over(price_values, [
         check_side(side), _check("spot", spot, positive=True), _check("strike", strike, positive=True), _check("barrier", barrier, positive=True), _check("years", years, least=0.0),
         _check("vol_annual", vol_annual, positive=True), _check("rate_annual", rate_annual), _check("dividend_annual", dividend_annual, least=0.0), _check("growth_annual", growth_annual)], threads)
