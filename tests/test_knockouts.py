@@ -228,6 +228,8 @@ def test_bars_know_nothing_of_the_future():
     products = chain(panel)
     whole = knockout_bars(panel, products)
     assert np.isfinite(whole.settlement).any(axis=1).sum() >= 3
+    assert whole.actions["value"].tolist() == whole.settlement.T[np.isfinite(whole.settlement.T)].tolist()
+    assert whole.actions["timestamp"].is_monotonic_increasing
     for cut in (30, 60, 90, 158):
         same(whole, knockout_bars(until(panel, panel.times[cut]), products), cut + 1)
         issued = {name: terms for name, terms in products.items() if terms.issued <= panel.index[cut]}

@@ -445,12 +445,18 @@ class Knockouts:
     strike: NDArray[np.float64]      # (N, T) financing level in force during the bar, NaN before the issue and after the knock-out
     barrier: NDArray[np.float64]     # (N, T) the same of the barrier
 
+    @property
+    def actions(self) -> pd.DataFrame:
+        """The settlements as a table of timestamp, symbol, kind (`settlement`) and value, sorted: what an engine takes beside the bars."""
+        column, row = np.nonzero(np.isfinite(self.settlement.T))
+        return pd.DataFrame({"timestamp": self.panel.index[column], "symbol": np.array(self.panel.symbols, dtype=object)[row], "kind": "settlement", "value": self.settlement[row, column]})
+
 def knockout_bars(
     underlying: Panel,
     products: Mapping[str, KnockoutTerms],       # name, as a symbol of its own -> terms
     quoted: NDArray[np.bool_] | None = None,     # (T,) bars in which the issuer makes prices; None: all
 ) -> Knockouts:
-    """The bars of knock-out options, and what is paid when they end. Fill the account's orders on `panel`, and hand `settlement` to the engine.
+    """The bars of knock-out options, and what is paid when they end. An account trades `panel` and is handed `actions`.
 
     Raises `DataError` on an underlying that the panel does not have, `ParameterError` on a product whose barrier lies beyond the underlying's last close at the issue, or a `quoted` of another length.
 
