@@ -253,13 +253,13 @@ def test_bars_are_bars_and_end_once(seed, unquoted):
         strike, barrier = financing_levels(terms, panel.times)
         with np.errstate(invalid="ignore"):
             worst = np.fmin.reduce([terms.side * panel[f][i] for f in ("open", "high", "low", "close")])
-            dead = np.flatnonzero(worst <= terms.side * barrier)
+            dead = np.flatnonzero((worst <= terms.side * barrier) & (panel.index > terms.issued))
         end = dead[0] if len(dead) else len(panel)
         assert np.array_equal(np.flatnonzero(np.isfinite(out.settlement[k])), dead[:1])
         assert not alive[k, end + 1:].any()
-        assert not alive[k, panel.index <= terms.issued].any()
+        assert not alive[k, panel.index < terms.issued].any()
         assert np.isnan(out.strike[k, end + 1:]).all()
-        live = np.isfinite(panel["close"][i]) & (panel.index > terms.issued) & (np.arange(len(panel)) < end) & (True if quoted is None else quoted)
+        live = np.isfinite(panel["close"][i]) & (panel.index >= terms.issued) & (np.arange(len(panel)) < end) & (True if quoted is None else quoted)
         assert np.array_equal(alive[k, :end], live[:end])
         value = terms.ratio * terms.side * (panel["close"][i] - strike) + terms.premium
         np.testing.assert_allclose(out.panel["close"][k, live], value[live], atol=1e-6)

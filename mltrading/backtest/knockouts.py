@@ -32,7 +32,7 @@ class KnockoutTerms:
     """One product: what the issuer's sheet says on the day it is issued."""
 
     underlying: str             # symbol
-    issued: pd.Timestamp        # with a zone; the levels hold at this instant, and the product trades from the next bar on
+    issued: pd.Timestamp        # with a zone; the levels hold at this instant, from which it is quoted and watched
     side: Literal[1, -1]        # 1 long, -1 short
     strike: float               # financing level, > 0
     barrier: float              # knock-out level: at the financing level, or before it, as seen from the price
@@ -103,7 +103,7 @@ def _levels(days: Any, months: Any, side: int, strike: float, barrier: float, ra
 def financing_levels(
     terms: KnockoutTerms,
     times: NDArray[np.datetime64],  # (T,) stamps of bars, UTC
-) -> NDArray[np.float64]:           # (2, T): financing level and barrier in force during each bar, NaN up to the issue
+) -> NDArray[np.float64]:           # (2, T): financing level and barrier in force during each bar, NaN before the issue
     """Where a product's levels are.
 
     Known at: the issue."""
@@ -111,10 +111,10 @@ def financing_levels(
         return (t - np.timedelta64(1, "us")).astype("datetime64[D]")
     issue = terms.issued.tz_convert("UTC").tz_localize(None).as_unit("us").to_datetime64()
     one, levels = np.timedelta64(1, "D"), np.full((2, len(times)), np.nan)
-    after = int(np.searchsorted(times, issue, side="right"))
-    today = day(times[after:])
+    first = int(np.searchsorted(times, issue))
+    today = day(times[first:])
     days, months = ((d - day(issue)) / one for d in (today, today.astype("datetime64[M]").astype("datetime64[D]")))
-    _levels(days, months, terms.side, terms.strike, terms.barrier, terms.financing_annual / 360.0, levels[:, after:])
+    _levels(days, months, terms.side, terms.strike, terms.barrier, terms.financing_annual / 360.0, levels[:, first:])
     return levels
 
 # %% ../../nbs/backtest/06_knockouts.ipynb #8824173d
@@ -411,11 +411,15 @@ def _quote(price: float, side: int, strike: float, ratio: float, premium: float,
     return max(np.rint((ratio * side * (price - strike) + premium) / tick), 1.0) * tick
 
 @njit(nogil=True, error_model="numpy")
-def _product(bars: Any, i: int, levels: Any, quoted: Any, side: int, ratio: float, premium: float, tick: float, unwind: float, own: Any, settled: Any) -> int:
+def _product(bars: Any, i: int, issue: int, levels: Any, quoted: Any, side: int, ratio: float, premium: float, tick: float, unwind: float, own: Any, settled: Any) -> int:
     "Write a product's own bars and its settlement; column of the knock-out, T where there is none."
     for t in range(len(settled)):
         strike, barrier, opened = levels[0, t], levels[1, t], bars[OPEN, i, t]
         if np.isnan(bars[CLOSE, i, t]) or np.isnan(strike):
+            continue
+        if t == issue and quoted[t]:
+            own[:, t] = _quote(bars[CLOSE, i, t], side, strike, ratio, premium, tick)
+        if t == issue:
             continue
         extreme = bars[LOW if side > 0 else HIGH, i, t]
         known = np.isfinite(extreme)
@@ -440,7 +444,7 @@ def _product(bars: Any, i: int, levels: Any, quoted: Any, side: int, ratio: floa
 class Knockouts:
     """Products as symbols, on the time axis of their underlyings."""
 
-    panel: Panel                     # their bars; none up to the issue, and none after the knock-out
+    panel: Panel                     # their bars; none before the issue, and none after the knock-out
     settlement: NDArray[np.float64]  # (N, T) money per product at the bar of the knock-out, NaN everywhere else
     strike: NDArray[np.float64]      # (N, T) financing level in force during the bar, NaN before the issue and after the knock-out
     barrier: NDArray[np.float64]     # (N, T) the same of the barrier
@@ -476,11 +480,12 @@ def knockout_bars(
         i = underlying.symbols.index(terms.underlying)
         levels[:, row] = financing_levels(terms, underlying.times)
         first = int(np.isnan(levels[0, row]).sum())
-        before = bars[CLOSE, i, :first]
-        before = before[np.isfinite(before)]
-        if first < m and len(before) and terms.side * before[-1] <= terms.side * terms.barrier:
-            raise ParameterError(f"knockouts, `{name}`", f"the barrier {terms.barrier:g} is on the wrong side of the price {before[-1]:g} at the issue", "a long product has it below, a short one above")
-        end = _product(bars, i, levels[:, row], open_hours, terms.side, terms.ratio, terms.premium, terms.tick, terms.unwind, own[:, row], settlement[row])
+        at_close = first < m and underlying.index[first] == terms.issued
+        past = bars[CLOSE, i, :first + at_close]
+        past = past[np.isfinite(past)]
+        if first < m and len(past) and terms.side * past[-1] <= terms.side * terms.barrier:
+            raise ParameterError(f"knockouts, `{name}`", f"the barrier {terms.barrier:g} is on the wrong side of the price {past[-1]:g} at the issue", "a long product has it below, a short one above")
+        end = _product(bars, i, first if at_close else -1, levels[:, row], open_hours, terms.side, terms.ratio, terms.premium, terms.tick, terms.unwind, own[:, row], settlement[row])
         levels[:, row, end + 1:] = np.nan
     fields = {f: own[k] for k, f in ((OPEN, "open"), (HIGH, "high"), (LOW, "low"), (CLOSE, "close")) if f in underlying.fields}
     return Knockouts(Panel(underlying.times, names, fields), settlement, levels[0], levels[1])
