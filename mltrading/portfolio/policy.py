@@ -8,17 +8,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..core.errors import DataError, ParameterError
+from ..core.errors import DataError, ParameterError, unknown
 from ..core.jit import njit
 
 # %% auto #0
-__all__ = ['Vector', 'Mask', 'Remarks', 'Forecast', 'Record', 'Account', 'Market', 'Targets', 'Situation', 'Effect', 'Step',
+__all__ = ['Vector', 'Mask', 'T', 'Remarks', 'Forecast', 'Record', 'Account', 'Market', 'Targets', 'Situation', 'Effect', 'Step',
            'Sizing', 'Guard', 'Limit', 'Policy', 'trailing_volatility']
 
 # %% ../../nbs/portfolio/00_policy.ipynb #16825985
@@ -82,7 +82,9 @@ class Targets:
     halt: str = ""                # a reason to halt the account, to be kept in its record until it is released
     barred: Vector | None = None  # (N,) to be handed back as `Account.barred` at the next bar
 
-# %% ../../nbs/portfolio/00_policy.ipynb #be103267
+# %% ../../nbs/portfolio/00_policy.ipynb #7495cfb2
+T = TypeVar("T")
+
 @dataclass(frozen=True, eq=False)
 class Situation:
     """Everything that a step may look at."""
@@ -98,6 +100,36 @@ class Situation:
     def stuck(self) -> Mask:
         "(N,) symbols without a bar at t: they are left as they are."
         return ~self.market.alive
+
+    def need(
+        self,
+        part: T | None,   # of the account or the market
+        name: str,        # its name, for the message
+    ) -> T:
+        """A part that a step cannot do without. Raises `DataError` where it is missing."""
+        if part is None or (isinstance(part, tuple) and not part):
+            raise DataError(f"policy at {self.t}, `{name}`", "is missing, and a step of this policy needs it", "give it, or leave the step out")
+        return part
+
+    def signal(self, name: str) -> Vector:
+        """(N,) a named signal of the market. Raises `DataError` on one that does not exist."""
+        if name not in self.market.signals:
+            raise unknown("signal", name, list(self.market.signals), f"policy at {self.t}, `market.signals`", DataError)
+        return self.market.signals[name]
+
+    def per_symbol(
+        self,
+        usual: float,                 # for every symbol …
+        by_group: Mapping[str, float], # … but those of these groups
+    ) -> Vector:                      # (N,)
+        """A number for each symbol. Raises `DataError` on a group that no symbol is in: a limit with a misspelt name would hold for nothing."""
+        out = np.full(len(self.account.weights), usual)
+        for group, value in by_group.items():
+            where = np.array(self.need(self.market.groups, "market.groups")) == group
+            if not where.any():
+                raise unknown("group", group, sorted(set(self.market.groups)), f"policy at {self.t}, `market.groups`", DataError)
+            out[where] = value
+        return out
 
 Remarks = list[tuple[str, Mask]]
 
