@@ -13,7 +13,7 @@ from .policy import Effect, Mask, Situation, Sizing, Vector
 
 # %% auto #0
 __all__ = ['Direction', 'Conviction', 'FixedWeight', 'EqualWeight', 'InverseVolatility', 'book_variance', 'VolatilityTarget',
-           'shrunk_edge', 'Kelly', 'Layer', 'Multipliers']
+           'edge_multiple', 'Kelly', 'Layer', 'Multipliers']
 
 # %% ../../nbs/portfolio/10_sizing.ipynb #1b80032f
 class Direction(Sizing):
@@ -101,39 +101,36 @@ class VolatilityTarget(Sizing):
         sized = np.divide(risk * scale, vol, out=np.zeros_like(risk), where=usable)
         return Effect(np.where(now.stuck, w, sized), [("no volatility yet: flat", blind)])
 
-# %% ../../nbs/portfolio/10_sizing.ipynb #ddec629c
-def shrunk_edge(
-    edge: Vector,          # (N,) estimated mean return
-    sigma: Vector,         # (N,) its standard deviation over the same horizon, > 0
-    observations: float,   # independent returns behind the estimate
-) -> Vector:               # (N,)
-    """An edge less what its error is worth: times `max(0, 1 - s² / edge²)` with the standard error `s = sigma / sqrt(observations)`.
+# %% ../../nbs/portfolio/10_sizing.ipynb #eeb08f03
+def edge_multiple(
+    observations: float,   # independent returns behind the estimate of an edge
+    edge_prior: float,     # usual size of a true edge over the standard deviation of the return
+) -> float:                # 0 to 1
+    """What is left of an estimated edge when its error is taken into account: `n k² / (1 + n k²)`.
 
-    Source: Baker and McHale, Decision Analysis 10 (2013), with an unbiased estimate in place of the unknown squared edge."""
-    error = sigma**2 / observations
-    safe = np.where(edge == 0, 1.0, edge)
-    return edge * np.where(edge**2 > error, 1 - error / safe**2, 0.0)
+    Source: the mean of a normal prior's posterior; as a multiple of Kelly bets: Baker and McHale, Decision Analysis 10 (2013)."""
+    information = observations * edge_prior**2
+    return information / (1 + information)
 
 class Kelly(Sizing):
     """A fraction of the bets with the largest expected growth, edges shrunk by their error, the book scaled for correlation."""
 
     fraction: float = Field(gt=0, le=1, description="part of the bet that is made")
     observations: float = Field(ge=1, description="independent returns behind each forecast; their number sets the error of the edge")
+    edge_prior: float = Field(gt=0, description="usual size of a true edge over the deviation of the return, both over the horizon")
     correlation: float = Field(ge=0, lt=1, description="correlation assumed between any two symbols")
 
     def __call__(self, w: Vector, now: Situation) -> Effect:
         f, free = now.forecast, ~now.stuck & (w != 0)
         known = np.isfinite(f.score) & np.isfinite(f.sigma) & (f.sigma > 0)
+        contrary = free & known & (np.sign(f.score) != np.sign(w))
         sigma = np.where(known, f.sigma, 1.0)
-        score = np.where(known & free, f.score, 0.0)
-        contrary = free & known & (np.sign(score) != np.sign(w))
-        edge = shrunk_edge(np.where(contrary, 0.0, score), sigma, self.observations)
+        edge = np.where(free & known & ~contrary, f.score, 0.0) * edge_multiple(self.observations, self.edge_prior)
         risk = edge / sigma
         variance = book_variance(risk, self.correlation)
         scale = self.fraction * float((risk**2).sum()) / variance if variance > 0 else 0.0
         out = np.where(now.stuck, w, np.abs(w) * scale * edge / sigma**2)
-        return Effect(out, [("no edge or no deviation forecast: flat", free & ~known), ("score and direction disagree: flat", contrary),
-                            ("edge within its standard error: flat", free & known & ~contrary & (edge == 0))])
+        return Effect(out, [("no edge or no deviation forecast: flat", free & ~known), ("score and direction disagree: flat", contrary)])
 
 # %% ../../nbs/portfolio/10_sizing.ipynb #64833004
 class Layer(BaseModel):
