@@ -100,8 +100,10 @@ def test_limits_hold_and_nothing_is_touched(seed: int) -> None:
         again = policy.decide(NOW, forecast, account, market)
         assert before == bytes_of(forecast, account, market)
         assert bytes_of(out) == bytes_of(again)
-        assert out.reasons == again.reasons and out.halt == again.halt
-        assert np.isfinite(out.weights).all() and out.barred is not None
+        assert out.reasons == again.reasons
+        assert out.halt == again.halt
+        assert np.isfinite(out.weights).all()
+        assert out.barred is not None
         assert set(out.barred) <= {-1.0, 0.0, 1.0}
         np.testing.assert_array_equal(out.weights[~market.alive], account.weights[~market.alive])
         check_limits(policy, out, forecast, account, market)
@@ -175,7 +177,8 @@ def test_after_an_exit_the_side_waits_for_the_signal(seed: int) -> None:
             waiting = 0.0
         if "stop loss: closed" in out.reasons[0]:
             waiting = float(np.sign(held[0]))
-        assert out.barred is not None and out.barred[0] == waiting
+        assert out.barred is not None
+        assert out.barred[0] == waiting
         assert waiting == 0 or np.sign(out.weights[0]) != waiting
         barred, wanted = out.barred, (out.weights * equity if out.decided else shares * price)
 
@@ -214,7 +217,9 @@ def test_several_fills_in_one_bar_are_booked_in_order() -> None:
     first = book_fill(0.0, np.nan, 0.0, 10.0, 50.0)
     assert first == (10.0, 50.0, 0.0, True, pytest.approx(np.nan, nan_ok=True))
     stopped = book_fill(*first[:3], -10.0, 48.0)
-    assert stopped[0] == 0.0 and stopped[4] == -20.0 and not stopped[3]
+    assert stopped[0] == 0.0
+    assert stopped[4] == -20.0
+    assert not stopped[3]
 
 
 @SLOW
@@ -238,19 +243,23 @@ def test_a_halt_lasts_until_it_is_released() -> None:
     forecast, market = Forecast(*[np.full(2, 0.9)] * 3), Market(np.array([True, False]), np.full(2, 0.01))
     fallen = Record(90.0, 90.0, 100.0, 110.0)
     out = policy.decide(NOW, forecast, Account(np.array([0.5, 0.2]), 95.0, 1, record=fallen), market)  # between two decisions
-    assert out.decided and out.halt.startswith("drawdown of 13.6%")
+    assert out.decided
+    assert out.halt.startswith("drawdown of 13.6%")
     record = halt(fallen, out.halt)
     for bar in range(6):
         still = policy.decide(NOW, forecast, Account(np.array([0.0, 0.2]), 200.0, bar, record=record), market)
-        assert still.weights.tolist() == [0.0, 0.2] and "halted (drawdown" in still.reasons[0]
+        assert still.weights.tolist() == [0.0, 0.2]
+        assert "halted (drawdown" in still.reasons[0]
     again = policy.decide(NOW, forecast, Account(np.array([0.0, 0.2]), 95.0, 3, record=release(record, 95.0)), market)
-    assert again.weights.tolist() == [0.5, 0.2] and not again.halt
+    assert again.weights.tolist() == [0.5, 0.2]
+    assert not again.halt
 
 
 def test_the_block_in_params_yaml_is_a_policy() -> None:
     params = block(PolicyParams, load_params("multiasset")["policy"], "policy")
     steps = build_policy(params).steps
     assert [s.title() for s in steps] == [name for name, value in params.model_dump().items() if isinstance(value, dict)]
-    assert isinstance(steps[0], Sizing) and isinstance(steps[-1], Limit)
+    assert isinstance(steps[0], Sizing)
+    assert isinstance(steps[-1], Limit)
     with pytest.raises(ParameterError, match="did you mean `cap_gross`"):
         block(PolicyParams, {**params.model_dump(exclude_none=True), "cap_gros": {"max_gross": 1}}, "policy")

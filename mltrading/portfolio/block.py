@@ -8,10 +8,42 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..core.errors import ParameterError
-from .exits import Exit, HealthCollapse, MaxHolding, Reentry, StopLoss, TakeProfit, TimeStop, TrailingStop, VolatilityStop
-from .limits import CapCount, CapGroup, CapGross, CapNet, CapPosition, CapTurnover, CashReserve, CoolDown, DrawdownStop, LossLimits, MinOrder, NoTradeBand
+from mltrading.portfolio.exits import (
+    Exit,
+    HealthCollapse,
+    MaxHolding,
+    Reentry,
+    StopLoss,
+    TakeProfit,
+    TimeStop,
+    TrailingStop,
+    VolatilityStop,
+)
+from mltrading.portfolio.limits import (
+    CapCount,
+    CapGross,
+    CapGroup,
+    CapNet,
+    CapPosition,
+    CapTurnover,
+    CashReserve,
+    CoolDown,
+    DrawdownStop,
+    LossLimits,
+    MinOrder,
+    NoTradeBand,
+)
 from .policy import Guard, Policy, Sizing, Step
-from .sizing import Conviction, Direction, EqualWeight, FixedWeight, InverseVolatility, Kelly, Multipliers, VolatilityTarget
+from mltrading.portfolio.sizing import (
+    Conviction,
+    Direction,
+    EqualWeight,
+    FixedWeight,
+    InverseVolatility,
+    Kelly,
+    Multipliers,
+    VolatilityTarget,
+)
 
 # %% auto #0
 __all__ = ['SIZES', 'PolicyParams', 'build_policy']

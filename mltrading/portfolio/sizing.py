@@ -5,7 +5,6 @@
 # %% ../../nbs/portfolio/10_sizing.ipynb #35e0d873
 from __future__ import annotations
 
-
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
