@@ -33,7 +33,7 @@ from mltrading.portfolio.limits import (
     MinOrder,
     NoTradeBand,
 )
-from .policy import Guard, Policy, Sizing, Step
+from .policy import Guard, Limit, Policy, Sizing
 from mltrading.portfolio.sizing import (
     Conviction,
     Direction,
@@ -95,10 +95,10 @@ def build_policy(
     params: PolicyParams,
 ) -> Policy:
     """The policy that a block of parameters describes. Raises `ParameterError` unless exactly one rule of sizing is named."""
-    named = [value for name in PolicyParams.model_fields if isinstance(value := getattr(params, name), Step)]
-    sizes = [s.title() for s in named if isinstance(s, SIZES)]
+    named = [getattr(params, name) for name in PolicyParams.model_fields]
+    sizing, guards, limits = ([s for s in named if isinstance(s, kind)] for kind in (Sizing, Guard, Limit))
+    sizes = [s.title() for s in sizing if isinstance(s, SIZES)]
     if len(sizes) != 1:
         raise ParameterError("policy", f"names {' and '.join(f'`{s}`' for s in sizes) or 'no rule of sizing'}", f"name one of {', '.join(s.title() for s in SIZES)}")
-    sizing, guards = ([s for s in named if isinstance(s, kind)] for kind in (Sizing, Guard))
-    exits: list[Step] = [Reentry()] if any(isinstance(s, Exit) for s in guards) else []
-    return Policy([*sizing, *exits, *guards, *named[len(sizing) + len(guards):]], params.rebalance_bars, params.vol_bars, params.bars_per_year)
+    first = [Reentry()] if any(isinstance(s, Exit) for s in guards) else []
+    return Policy([*sizing, *first, *guards, *limits], params.rebalance_bars, params.vol_bars, params.bars_per_year)

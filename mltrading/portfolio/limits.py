@@ -89,6 +89,7 @@ class CapGroup(Limit):
             remarks.append((f"scaled by the limit of group `{name}`", scaled))
         return Effect(w, remarks)
 
+# %% ../../nbs/portfolio/20_limits.ipynb #b6075292
 class CapGross(Limit):
     """No sum of |weights| over `max_gross`: what can be traded is scaled down together."""
 
@@ -201,7 +202,7 @@ def _stand_down(w: Vector, why: str, action: str, now: Situation) -> Effect:
     if action == "freeze":
         out = np.where(now.stuck, w, reduced(w, now.account.weights))
         return Effect(out, [(f"{why}: nothing opened or enlarged", ~now.stuck & (out != w))])
-    return Effect(np.where(now.stuck, w, 0.0), [(f"{why}: closed", ~now.stuck)], halt=why if action == "halt" else "")
+    return Effect(np.where(now.stuck, w, 0.0), [(f"{why}: flat", ~now.stuck)], halt=why if action == "halt" else "")
 
 class LossLimits(Guard):
     """Act when the account has lost too much since the end of the last day, week or month."""
@@ -219,6 +220,7 @@ class LossLimits(Guard):
                 return _stand_down(w, f"loss of {loss:.1%} this {name}, limit {limit:.1%}", self.action, now)
         return Effect(w, [])
 
+# %% ../../nbs/portfolio/20_limits.ipynb #75e8cf59
 class CoolDown(Guard):
     """Open and enlarge nothing for a while after a series of losing trades, and after each further loss, until a trade gains."""
 

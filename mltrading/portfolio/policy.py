@@ -131,6 +131,7 @@ class Situation:
             out[where] = value
         return out
 
+# %% ../../nbs/portfolio/00_policy.ipynb #4ebd6675
 Remarks = list[tuple[str, Mask]]
 
 class Effect(NamedTuple):
@@ -248,7 +249,7 @@ class Policy:
 
     def __init__(
         self,
-        steps: Sequence[Step],     # sizing steps, then guards, then limits
+        steps: Sequence[Sizing | Guard | Limit],  # sizing steps, then guards, then limits
         rebalance_bars: int = 1,   # decide on every k-th bar of the axis, counted from bar 0
         vol_bars: int = 60,        # returns in the window of `Market.vol_daily`, for those who make it
         bars_per_year: float = 252,
@@ -283,7 +284,7 @@ class Policy:
         run = _Run(now, [c for s in self.steps for c in s.columns])
         if account.record is not None and account.record.halt:
             run.w = np.where(now.stuck, held, 0.0)
-            run.remark([(f"account halted ({account.record.halt}): closed", ~now.stuck), ("no bar: held as it is", now.stuck)])
+            run.remark([(f"account halted ({account.record.halt}): flat", ~now.stuck), ("no bar: held as it is", now.stuck)])
             return run.result(barred)
         if between:
             run.w = held

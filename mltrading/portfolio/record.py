@@ -121,6 +121,7 @@ def advance(
         peak=max(record.peak, equity), losses=losses, since_loss=since, halt=record.halt, halted=record.halted + 1 if record.halt else 0)
     return release(out, equity) if release_after is not None and out.halt and out.halted >= release_after else out
 
+# %% ../../nbs/portfolio/05_record.ipynb #b2a60614
 def halt(
     record: Record,
     why: str,        # from `Targets.halt`, or a person's own words; "": nothing happens
