@@ -458,7 +458,7 @@ def replay(
 
     Known at: an order or decision at its bar's close, everything else at its `timestamp`."""
     tape, blocks, rates = lay_tape(panel, costs), forecast_blocks(panel, forecasts), _rates(costs, params)
-    vol = np.ascontiguousarray(trailing_volatility(panel["close"], policy.params.vol_bars).T)
+    vol = np.ascontiguousarray(trailing_volatility(panel["close"], policy.vol_bars).T)
     steps, n = tape.close.shape
     shares, orders, last, missing, cash = np.zeros(n), np.zeros(n), np.full(n, np.nan), np.zeros(n, np.int64), params.initial_cash
     out, log, targets = np.zeros((steps, 9)), np.zeros((8, steps, n)), np.full((steps, n), np.nan)
