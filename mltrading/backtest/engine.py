@@ -17,7 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from .costs import CostParams, fill_order, liquidity
+from .costs import CostParams, cost_rates, fill_order, liquidity
 from ..core.errors import DataError, unknown
 from ..core.jit import njit
 from ..core.storage import read_parquet, write_parquet
@@ -25,10 +25,10 @@ from ..market.panel import Panel, fill_price
 from ..portfolio.policy import Account, Forecast, Market, Policy, Targets, trailing_volatility
 
 # %% auto #0
-__all__ = ['CASH', 'VALUE', 'EQUITY', 'GROSS', 'NET', 'TRADED', 'COSTS', 'BORROW', 'LOST', 'ORDER', 'FILLED', 'REFERENCE',
-           'PRICE', 'COMMISSION', 'SPREAD', 'IMPACT', 'SHARES', 'Grid', 'TABLES', 'PREDICTED', 'BacktestParams', 'Tape',
-           'lay_tape', 'settle', 'place', 'Ledger', 'simulate', 'equity_curve', 'sweep', 'forecast_blocks', 'replay',
-           'decided_targets']
+__all__ = ['LENDING', 'HAIRCUT', 'CASH', 'VALUE', 'EQUITY', 'GROSS', 'NET', 'TRADED', 'COSTS', 'BORROW', 'LOST', 'ORDER',
+           'FILLED', 'REFERENCE', 'PRICE', 'COMMISSION', 'SPREAD', 'SLIPPAGE', 'IMPACT', 'SHARES', 'Grid', 'TABLES',
+           'PREDICTED', 'BacktestParams', 'Tape', 'lay_tape', 'settle', 'place', 'Ledger', 'simulate', 'equity_curve',
+           'sweep', 'forecast_blocks', 'replay', 'decided_targets']
 
 # %% ../../nbs/backtest/10_engine.ipynb #aaaff9fd
 class BacktestParams(BaseModel):
@@ -70,9 +70,10 @@ def lay_tape(
     close, reference, vol, adv = (np.ascontiguousarray(block.T) for block in (panel["close"], fill_price(panel, costs.fill), vol, adv))
     return Tape(panel, close, reference, vol, adv, years, first)
 
-# %% ../../nbs/backtest/10_engine.ipynb #8f461a40
+# %% ../../nbs/backtest/10_engine.ipynb #fb25d292
+LENDING, HAIRCUT = 7, 8  # behind the rates of a fill
 CASH, VALUE, EQUITY, GROSS, NET, TRADED, COSTS, BORROW, LOST = range(9)
-ORDER, FILLED, REFERENCE, PRICE, COMMISSION, SPREAD, IMPACT, SHARES = range(8)
+ORDER, FILLED, REFERENCE, PRICE, COMMISSION, SPREAD, SLIPPAGE, IMPACT, SHARES = range(9)
 Grid = NDArray[np.float64]
 
 @njit(nogil=True)
@@ -81,11 +82,11 @@ def _fill(
 ) -> tuple[float, float, float]:  # money paid, value at the reference price, costs
     "Fill one symbol's order during bar t, with what was known about its liquidity at t-1."
     ref = reference[t, n]
-    price, commission, spread, impact = fill_order(quantity, ref, vol[t - 1, n], adv[t - 1, n], rates[0], rates[1], rates[2])
+    price, commission, spread, slip, impact = fill_order(quantity, ref, vol[t - 1, n], adv[t - 1, n], rates)
     if log.shape[1]:
         log[FILLED, t, n], log[REFERENCE, t, n], log[PRICE, t, n] = quantity, ref, price
-        log[COMMISSION, t, n], log[SPREAD, t, n], log[IMPACT, t, n] = commission, spread, impact
-    return quantity * price + commission, abs(quantity) * ref, commission + spread + impact
+        log[COMMISSION, t, n], log[SPREAD, t, n], log[SLIPPAGE, t, n], log[IMPACT, t, n] = commission, spread, slip, impact
+    return quantity * price + commission, abs(quantity) * ref, commission + spread + impact + slip
 
 @njit(nogil=True)
 def _delist(
@@ -102,12 +103,12 @@ def _delist(
 def settle(
     t: int,
     close: Grid, reference: Grid, vol: Grid, adv: Grid, years: Grid,  # the tape
-    rates: Grid,                # commission, half spread and impact as in the costs; borrow per year and haircut as fractions
+    rates: Grid,                # as `cost_rates` gives them; then borrow per year and haircut as fractions
     patience: int,              # instants without a bar before a position is settled
     shares: Grid, orders: Grid, last: Grid, missing: NDArray[np.int64],  # (N,) the account's state, changed in place
     cash: float,                # before the bar
     out: Grid,                  # (T, 9) row t is written
-    log: Grid,                  # (8, T, N) or (8, 0, 0)
+    log: Grid,                  # (9, T, N) or (9, 0, 0)
 ) -> float:                     # cash after the bar
     """Take the account through bar `t`: borrow, fills, delistings, marking."""
     short = traded = costs = lost = value = gross = 0.0
@@ -123,13 +124,13 @@ def settle(
         else:
             missing[n] += 1
             if shares[n] != 0.0 and missing[n] >= patience:
-                received, loss = _delist(t, n, shares[n], last[n], rates[4], log)
+                received, loss = _delist(t, n, shares[n], last[n], rates[HAIRCUT], log)
                 cash, lost, shares[n] = cash + received, lost + loss, 0.0
         orders[n] = 0.0
         if shares[n] != 0.0:
             value += shares[n] * last[n]
             gross += abs(shares[n]) * last[n]
-    borrow = short * rates[3] * years[t]
+    borrow = short * rates[LENDING] * years[t]
     cash -= borrow
     out[t, CASH], out[t, VALUE], out[t, EQUITY], out[t, GROSS], out[t, NET] = cash, value, cash + value, gross, value
     out[t, TRADED], out[t, COSTS], out[t, BORROW], out[t, LOST] = traded, costs, borrow, lost
@@ -176,7 +177,7 @@ def _run(
 
 def _rates(costs: CostParams, params: BacktestParams) -> Grid:
     "The numbers that the kernels need."
-    return np.array([costs.commission_bps, costs.half_spread_bps, costs.impact_coefficient, costs.borrow_bps_annual * 1e-4, params.delist_haircut])
+    return np.append(cost_rates(costs), [costs.borrow_bps_annual * 1e-4, params.delist_haircut])
 
 # %% ../../nbs/backtest/10_engine.ipynb #983730cd
 @njit(nogil=True)
@@ -273,7 +274,7 @@ class _Books(NamedTuple):
 
     tape: Tape
     out: Grid                                # (T, 9)
-    log: Grid                                # (8, T, N)
+    log: Grid                                # (9, T, N)
     targets: Grid                            # (T, N)
     reasons: Mapping[int, Sequence[str]]     # bar of the decision -> one reason per symbol
     params: BacktestParams
@@ -301,7 +302,7 @@ def _fills(books: _Books) -> pd.DataFrame:
     "The table of fills."
     row, column = np.nonzero(books.log[FILLED])
     kind = np.where(np.isnan(books.tape.close[row, column]), "delisting", "order")
-    names = {"quantity": FILLED, "reference_price": REFERENCE, "fill_price": PRICE, "commission": COMMISSION, "spread_cost": SPREAD, "impact_cost": IMPACT}
+    names = {"quantity": FILLED, "reference_price": REFERENCE, "fill_price": PRICE, "commission": COMMISSION, "spread_cost": SPREAD, "slippage_cost": SLIPPAGE, "impact_cost": IMPACT}
     return pd.DataFrame({"timestamp": books.tape.panel.index[row], "symbol": _names(books, column), "kind": pd.Series(kind, dtype="str"),
                          **{name: books.log[k][row, column] for name, k in names.items()}})
 
@@ -345,7 +346,7 @@ def simulate(
     Known at: an order at its `decision_time`, everything else at its `timestamp`."""
     tape, table = lay_tape(panel, costs), _as_array(panel, targets)
     decided = _decisions(tape, table, params)
-    out, log = np.zeros((len(table), 9)), np.zeros((8, *table.shape))
+    out, log = np.zeros((len(table), 9)), np.zeros((9, *table.shape))
     _run(tape.close, tape.reference, tape.vol, tape.adv, tape.years, _rates(costs, params), params.delist_after_bars, table, decided, params.delay_bars,
          params.initial_cash, out, log)
     begin = int(decided.argmax()) if params.start == "decision" else 0
@@ -365,7 +366,7 @@ def equity_curve(
     decided = _decisions(tape, table, params)
     out = np.zeros((len(table), 9))
     _run(tape.close, tape.reference, tape.vol, tape.adv, tape.years, _rates(costs, params), params.delist_after_bars, table, decided, params.delay_bars,
-         params.initial_cash, out, np.zeros((8, 0, 0)))
+         params.initial_cash, out, np.zeros((9, 0, 0)))
     return np.ascontiguousarray(out[:, EQUITY])
 
 def sweep(
@@ -461,7 +462,7 @@ def replay(
     vol = np.ascontiguousarray(trailing_volatility(panel["close"], policy.params.vol_bars).T)
     steps, n = tape.close.shape
     shares, orders, last, missing, cash = np.zeros(n), np.zeros(n), np.full(n, np.nan), np.zeros(n, np.int64), params.initial_cash
-    out, log, targets = np.zeros((steps, 9)), np.zeros((8, steps, n)), np.full((steps, n), np.nan)
+    out, log, targets = np.zeros((steps, 9)), np.zeros((9, steps, n)), np.full((steps, n), np.nan)
     diary, reasons, begin = _Diary(panel), {}, int((~np.isnan(blocks["prob_up"])).any(axis=1).argmax())
     for t in range(steps):
         cash = settle(t, tape.close, tape.reference, tape.vol, tape.adv, tape.years, rates, params.delist_after_bars, shares, orders, last, missing, cash, out, log)
