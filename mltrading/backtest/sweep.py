@@ -229,7 +229,8 @@ def _sources(panel: Panel, rule: Rule, features: FeatureBlock | None) -> list[ND
 def _tracks(panel: Panel, rule: Rule, features: FeatureBlock | None, costs: CostParams) -> list[_Track]:
     "One track per symbol."
     sources, alive = _sources(panel, rule, features), panel.alive
-    blocks = (panel["close"], fill_price(panel, costs.fill), *liquidity(panel, costs))
+    unused = np.broadcast_to(1.0, alive.shape)  # where nothing is charged for impact, nobody asks for liquidity
+    blocks = (panel["close"], fill_price(panel, costs.fill), *(liquidity(panel, costs) if costs.impact_coefficient > 0 else (unused, unused)))
     out = []
     for i, name in enumerate(panel.symbols):
         bars = np.flatnonzero(alive[i])
@@ -275,13 +276,14 @@ def _account(
     equity: NDArray[np.float64], traded: NDArray[np.float64], sums: NDArray[np.float64],  # (M,), (M,), (5,): written
 ) -> None:
     "Take one account through all bars."
-    shares, order, last, began, bars = 0.0, 0.0, 0.0, cash, len(out)
+    shares, order, last, began, costs, held, bars = 0.0, 0.0, 0.0, cash, 0.0, 0, len(out)
     sums[:] = 0.0
     for t in range(len(close)):
-        before, traded[t] = cash, 0.0
+        traded[t] = 0.0
         if shares < 0.0:
-            cash += shares * last * borrow * years[t]
-        sums[COSTS] += before - cash
+            fee = -shares * last * borrow * years[t]
+            cash -= fee
+            costs += fee
         if t < bars:
             if order != 0.0:
                 ref = reference[t]
@@ -291,21 +293,22 @@ def _account(
                 cash -= order * filled[0] + filled[1]
                 shares += order
                 traded[t] = abs(order) * ref
-                sums[COSTS] += cost
+                costs += cost
             last = close[t]
         elif shares != 0.0 and t - bars + 1 >= patience:
             lost = abs(shares) * last * haircut
             began = _book(shares, -shares, cash + shares * last, lost, began, sums)
             cash += shares * last - lost
-            sums[COSTS] += lost
+            costs += lost
             shares = 0.0
         equity[t] = cash + shares * last
-        sums[HELD] += shares != 0.0
+        held += shares != 0.0
         order = 0.0
         if equity[t] <= 0.0:
             order = -shares
         elif delay <= t < bars + delay and not isnan(out[t - delay]):
             order = _order(out[t - delay], equity[t], shares, last)
+    sums[COSTS], sums[HELD] = costs, held
 
 # %% ../../nbs/backtest/12_sweep.ipynb #cce6c6c4
 MEASURES = ("total_return", "annual_return", "vol_annual", "sharpe_annual", "max_drawdown", "turnover_annual")
@@ -313,35 +316,47 @@ MEASURES = ("total_return", "annual_return", "vol_annual", "sharpe_annual", "max
 @njit(nogil=True, error_model="numpy")
 def _measure(equity: NDArray[np.float64], traded: NDArray[np.float64], cash: float, bars_per_year: float, r: NDArray[np.float64], row: NDArray[np.float64]) -> None:
     "Fill `row` (6,) with MEASURES of an account; `r` (M,) is overwritten."
-    n, before, peak, worst, turned, mean = len(equity), cash, cash, 0.0, 0.0, 0.0
+    n, peak, low, turned = len(equity), cash, 1.0, 0.0
+    r[0] = equity[0] / cash - 1.0
+    for t in range(1, n):
+        r[t] = equity[t] / equity[t - 1] - 1.0
     for t in range(n):
-        value = max(equity[t], 0.0)
-        r[t] = value / before - 1.0 if before > 0.0 else 0.0
-        if traded[t] != 0.0 and before > 0.0:
-            turned += traded[t] / before
-        mean += r[t]
-        peak = max(peak, value)
-        worst = min(worst, value / peak - 1.0)
-        before = value
-    mean /= n
-    square = 0.0
+        if equity[t] > peak:
+            peak = equity[t]
+        elif equity[t] < low * peak:
+            low = max(equity[t], 0.0) / peak
+        if traded[t] != 0.0:
+            before = equity[t - 1] if t else cash
+            turned += traded[t] / before if before > 0.0 else 0.0
+    if low == 0.0:
+        for t in range(n):
+            before = equity[t - 1] if t else cash
+            r[t] = max(equity[t], 0.0) / before - 1.0 if before > 0.0 else 0.0
+    total, square = 0.0, 0.0
     for t in range(n):
-        square += (r[t] - mean) ** 2
-    deviation = np.sqrt(square / (n - 1))
-    row[0], row[1] = equity[-1] / cash - 1.0, (before / cash) ** (bars_per_year / n) - 1.0
+        total += r[t]
+        square += r[t] * r[t]
+    mean = total / n
+    deviation = np.sqrt(max(square - total * mean, 0.0) / (n - 1))
+    row[0], row[1] = equity[-1] / cash - 1.0, (max(equity[-1], 0.0) / cash) ** (bars_per_year / n) - 1.0
     row[2], row[3] = np.sqrt(bars_per_year) * deviation, np.sqrt(bars_per_year) * mean / deviation if deviation > 1e-12 else np.nan
-    row[4], row[5] = worst, turned / n * bars_per_year
+    row[4], row[5] = low - 1.0, turned / n * bars_per_year
 
 @njit(nogil=True)
 def _add(at: NDArray[np.int64], equity: NDArray[np.float64], traded: NDArray[np.float64], cash: float, total: NDArray[np.float64], flow: NDArray[np.float64]) -> None:
     "Add an account to the portfolio, on the panel's axis: its cash before its first bar, what it was last worth in between."
-    value, j = cash, 0
-    for t in range(len(total)):
-        if j < len(at) and at[j] == t:
-            value = equity[j]
-            flow[t] += traded[j]
-            j += 1
-        total[t] += value
+    first, bars = at[0], len(at)
+    for t in range(first):
+        total[t] += cash
+    for j in range(bars):
+        flow[at[j]] += traded[j]
+    if len(total) - first == bars:
+        for j in range(bars):
+            total[first + j] += equity[j]
+    else:
+        for j in range(bars):
+            for t in range(at[j], at[j + 1] if j + 1 < bars else len(total)):
+                total[t] += equity[j]
 
 # %% ../../nbs/backtest/12_sweep.ipynb #ac487e1d
 class _Terms(NamedTuple):
