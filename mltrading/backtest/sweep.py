@@ -452,7 +452,7 @@ def _check_reach(rule: Rule, rows: NDArray[np.float64], config: NDArray[np.float
             with np.errstate(all="ignore"):
                 rule.signal.py_func(rows[:, :bars].copy(), config, np.full(bars, np.nan))  # type: ignore[attr-defined]
         except IndexError as error:
-            raise ParameterError(_label(rule, config), f"reaches outside of its bars where there are only {bars}: {error}", "let its loops end at the number of bars") from error
+            raise ParameterError(_label(rule, config), f"reaches outside of its bars where there are only {bars}: {error}", "let its loops begin where its windows are full and end with the bars") from error
 
 def _check_future(panel: Panel, rule: Rule, symbol: str, track: _Track, configs: NDArray[np.float64], cuts: NDArray[np.int64]) -> None:
     "Compare the decisions up to each cut with those on other futures."
@@ -465,7 +465,8 @@ def _check_future(panel: Panel, rule: Rule, symbol: str, track: _Track, configs:
                 a, b = expected[:cut + 1], _decide(rule, other, config)[:cut + 1]
                 if (changed := ~((a == b) | (np.isnan(a) & np.isnan(b)))).any():
                     t = int(np.argmax(changed))
-                    raise LeakError(f"{_label(rule, config)}, symbol {symbol}, bar {t} ({panel.index[track.at[t]]})", f"decides {a[t]:g}, but {b[t]:g} when the bars after bar {cut} are {kind}",
+                    was, now = ("nothing" if isnan(w) else f"{w:g}" for w in (a[t], b[t]))
+                    raise LeakError(f"{_label(rule, config)}, symbol {symbol}, bar {t} ({panel.index[track.at[t]]})", f"decides {was}, but {now} when the bars after bar {cut} are {kind}",
                                     "out[t] may use bars[:, :t + 1] only; a negative index counts from the end")
 
 def _check(panel: Panel, rule: Rule, tracks: Sequence[_Track], configs: NDArray[np.float64]) -> None:
@@ -619,9 +620,10 @@ def heatmap(
     others = {p: v for p, v in b.config.items() if p not in (across, down)}
     table = sweep.portfolio[(sweep.configs[list(others)] == pd.Series(others)).all(axis=1)].pivot(index=down, columns=across, values=measure).sort_index(ascending=False)
     fixed = "".join(f", {p} {v:g}" for p, v in others.items())
-    fig, ax = figure(height=1.5 + 0.3 * len(table), title=f"{sweep.rule.name}: {measure.replace('_', ' ')} of {len(sweep.configs)} settings",
+    fig, ax = figure(height=1.5 + 0.3 * len(table), title=f"{sweep.rule.name}: {measure} of {len(sweep.configs)} settings",
                      subtitle=f"Portfolio of all symbols, after costs{fixed}. Framed: the best Sharpe ratio, {b.sharpe_annual:.2f}; the best of {b.n_trials} worthless ones would show {b.expected_max_sharpe_annual:.2f}. Deflated Sharpe ratio {b.dsr:.2f}, probability of overfitting {b.pbo:.2f}")
-    sns.heatmap(table, ax=ax, cmap="cividis", annot=table.size <= 150, fmt=".2f", linewidths=1.0, linecolor=PALETTE["paper"], cbar=table.size > 150)
+    text = table.map(lambda v: "" if isnan(v) else f"{v:.2f}".replace("-", "−"))
+    sns.heatmap(table, ax=ax, cmap="cividis", annot=text if table.size <= 150 else None, fmt="", linewidths=1.0, linecolor=PALETTE["paper"], cbar=table.size > 150)
     ax.add_patch(Rectangle((table.columns.get_loc(b.config[across]), table.index.get_loc(b.config[down])), 1, 1, fill=False, edgecolor=PALETTE["baseline"], linewidth=3, clip_on=False))
     ax.grid(False)
     ax.tick_params(length=0)
