@@ -14,17 +14,9 @@ from hypothesis import strategies as st
 
 from mltrading.backtest.baselines import equal_weight, hold
 from mltrading.backtest.costs import CostParams
-from mltrading.backtest.engine import (
-    TABLES,
-    BacktestParams,
-    Ledger,
-    decided_targets,
-    equity_curve,
-    lay_tape,
-    replay,
-    simulate,
-    sweep,
-)
+from mltrading.backtest.engine import BacktestParams, equity_curve, lay_tape, simulate, sweep
+from mltrading.backtest.ledger import TABLES, Ledger
+from mltrading.backtest.replay import decided_targets, replay
 from mltrading.core.errors import DataError, ParameterError
 from mltrading.market.panel import Panel, from_frame, until
 from mltrading.market.simulate import random_walk

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from math import isnan, nan
+from math import copysign, isnan, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,9 +19,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from .costs import CostParams, cost_rates, fill_order, liquidity
-from .engine import BacktestParams
+from .engine import BacktestParams, account_charges, tradable
 from ..core.errors import DataError, LeakError, ParameterError, unknown
 from ..core.jit import njit
+from ..core.style import PALETTE, figure
 from ..features.machine import FeatureBlock
 from ..market.panel import Panel, fill_price
 from ..validation.overfitting import backtest_overfitting
@@ -206,10 +207,11 @@ def _configurations(rule: Rule, configs: pd.DataFrame) -> NDArray[np.float64]:
 class _Track(NamedTuple):
     "M instants of one symbol, from its first bar; the first `len(rows[0])` of them are bars."
 
-    at: NDArray[np.int64]           # (M,) their places on the panel's axis
+    when: NDArray[np.int64]         # (M,) their places on the panel's axis
     rows: NDArray[np.float64]       # (fields, bars) what the rule reads
     close: NDArray[np.float64]      # (M,)
     reference: NDArray[np.float64]  # (M,) price before costs at which an order is filled
+    room: NDArray[np.float64]       # (M,) most units that can be traded
     vol: NDArray[np.float64]        # (M,) daily volatility known at the bar
     adv: NDArray[np.float64]        # (M,) average daily value known at the bar
     years: NDArray[np.float64]      # (M,) years of 365 days since the instant before
@@ -230,7 +232,8 @@ def _tracks(panel: Panel, rule: Rule, features: FeatureBlock | None, costs: Cost
     "One track per symbol."
     sources, alive = _sources(panel, rule, features), panel.alive
     unused = np.broadcast_to(1.0, alive.shape)  # where nothing is charged for impact, nobody asks for liquidity
-    blocks = (panel["close"], fill_price(panel, costs.fill), *(liquidity(panel, costs) if costs.impact_coefficient > 0 else (unused, unused)))
+    room = tradable(panel["volume"], costs.participation) if "volume" in panel.fields else np.broadcast_to(np.inf, alive.shape)
+    blocks = (panel["close"], fill_price(panel, costs.fill), room, *(liquidity(panel, costs) if costs.impact_coefficient > 0 else (unused, unused)))
     out = []
     for i, name in enumerate(panel.symbols):
         bars = np.flatnonzero(alive[i])
@@ -240,10 +243,21 @@ def _tracks(panel: Panel, rule: Rule, features: FeatureBlock | None, costs: Cost
         rows = np.array([block[i, bars] for block in sources], dtype=np.float64)
         rows.flags.writeable = False
         years = np.diff(panel.times[at], prepend=panel.times[at[:1]]) / np.timedelta64(365, "D")
-        out.append(_Track(at, rows, *(np.ascontiguousarray(block[i, at]) for block in blocks), years))
+        close, reference, most, vol, adv = (np.ascontiguousarray(block[i, at]) for block in blocks)
+        out.append(_Track(at, rows, close, reference, most, vol, adv, years))
     return out
 
-# %% ../../nbs/backtest/12_sweep.ipynb #df36dec2
+# %% ../../nbs/backtest/12_sweep.ipynb #ac487e1d
+class _Terms(NamedTuple):
+    "What is the same for all accounts."
+
+    rates: NDArray[np.float64]    # (7,) as `cost_rates` gives them
+    charges: NDArray[np.float64]  # (4,) as `account_charges` gives them
+    patience: int                 # instants without a bar before a position is settled
+    delay: int                    # bars
+    cash: float
+    bars_per_year: float
+
 COSTS, HELD, TRADES, CLOSED, WON = range(5)
 _SUMS = 5
 
@@ -261,8 +275,8 @@ def _book(before: float, order: float, worth: float, cost: float, began: float, 
 
 @njit(nogil=True)
 def _order(w: float, equity: float, shares: float, last: float) -> float:
-    "What takes the account from its shares to an exposure."
-    if w == 0.0 or equity <= 0.0:
+    "What takes the account from its shares to an exposure, `equity` above zero."
+    if w == 0.0:
         return -shares
     quantity = w * equity / last - shares
     return quantity if abs(quantity) * last >= 1e-9 * equity else 0.0
@@ -270,43 +284,39 @@ def _order(w: float, equity: float, shares: float, last: float) -> float:
 # %% ../../nbs/backtest/12_sweep.ipynb #1f2d84fa
 @njit(nogil=True)
 def _account(
-    out: NDArray[np.float64],                                            # (bars,) decisions
-    close: NDArray[np.float64], reference: NDArray[np.float64], vol: NDArray[np.float64], adv: NDArray[np.float64], years: NDArray[np.float64],  # (M,) the track
-    rates: NDArray[np.float64], borrow: float, haircut: float, patience: int, delay: int, cash: float,
+    out: NDArray[np.float64],                                                             # (bars,) decisions
+    track: _Track, terms: _Terms,
     equity: NDArray[np.float64], traded: NDArray[np.float64], sums: NDArray[np.float64],  # (M,), (M,), (5,): written
 ) -> None:
     "Take one account through all bars."
-    shares, order, last, began, costs, held, bars = 0.0, 0.0, 0.0, cash, 0.0, 0, len(out)
+    shares, order, last, cash, costs, held, bars, delay = 0.0, 0.0, 0.0, terms.cash, 0.0, 0, len(out), terms.delay
+    began, (borrow, interest, haircut, call) = cash, (terms.charges[0], terms.charges[1], terms.charges[2], terms.charges[3])
     sums[:] = 0.0
-    for t in range(len(close)):
+    for t in range(len(equity)):
         traded[t] = 0.0
-        if shares < 0.0:
-            fee = -shares * last * borrow * years[t]
-            cash -= fee
-            costs += fee
+        fee = (max(-shares, 0.0) * last * borrow + max(-cash, 0.0) * interest) * track.years[t]
+        cash, costs = cash - fee, costs + fee
         if t < bars:
-            if order != 0.0:
-                ref = reference[t]
-                filled = fill_order(order, ref, vol[t - 1], adv[t - 1], rates)
-                cost = filled[1] + order * (filled[0] - ref)
-                began = _book(shares, order, cash + shares * ref, cost, began, sums)
-                cash -= order * filled[0] + filled[1]
-                shares += order
-                traded[t] = abs(order) * ref
+            if order != 0.0 and track.room[t] > 0.0:
+                quantity, ref = order if abs(order) <= track.room[t] else copysign(track.room[t], order), track.reference[t]
+                filled = fill_order(quantity, ref, track.vol[t - 1], track.adv[t - 1], terms.rates)
+                cost = filled[1] + quantity * (filled[0] - ref)
+                began = _book(shares, quantity, cash + shares * ref, cost, began, sums)
+                cash -= quantity * filled[0] + filled[1]
+                shares += quantity
                 costs += cost
-            last = close[t]
-        elif shares != 0.0 and t - bars + 1 >= patience:
+                traded[t] = abs(quantity) * ref
+            last = track.close[t]
+        elif shares != 0.0 and t - bars + 1 >= terms.patience:
             lost = abs(shares) * last * haircut
             began = _book(shares, -shares, cash + shares * last, lost, began, sums)
-            cash += shares * last - lost
-            costs += lost
-            shares = 0.0
+            cash, costs, shares = cash + shares * last - lost, costs + lost, 0.0
         equity[t] = cash + shares * last
         held += shares != 0.0
         order = 0.0
-        if equity[t] <= 0.0:
+        if equity[t] <= call * abs(shares) * last:
             order = -shares
-        elif delay <= t < bars + delay and not isnan(out[t - delay]):
+        elif delay <= t < bars + delay and equity[t] > 0.0 and not isnan(out[t - delay]):
             order = _order(out[t - delay], equity[t], shares, last)
     sums[COSTS], sums[HELD] = costs, held
 
@@ -358,18 +368,7 @@ def _add(at: NDArray[np.int64], equity: NDArray[np.float64], traded: NDArray[np.
             for t in range(at[j], at[j + 1] if j + 1 < bars else len(total)):
                 total[t] += equity[j]
 
-# %% ../../nbs/backtest/12_sweep.ipynb #ac487e1d
-class _Terms(NamedTuple):
-    "What is the same for all accounts."
-
-    rates: NDArray[np.float64]  # as `cost_rates` gives them
-    borrow: float               # per year, fraction
-    haircut: float              # fraction of the last close
-    patience: int               # instants without a bar before a position is settled
-    delay: int                  # bars
-    cash: float
-    bars_per_year: float
-
+# %% ../../nbs/backtest/12_sweep.ipynb #f154bf13
 @njit(nogil=True)
 def _fault(out: NDArray[np.float64]) -> int:
     "Place of the first decision that is no exposure, −1 where there is none."
@@ -386,12 +385,11 @@ def _fault(out: NDArray[np.float64]) -> int:
 def _judge(out: NDArray[np.float64], track: _Track, terms: _Terms, scratch: NDArray[np.float64], row: NDArray[np.float64], total: NDArray[np.float64], flow: NDArray[np.float64]) -> None:
     "Run and measure one account; `row` (11,) gets MEASURES and sums, `total` and `flow` (T,) what it adds to the portfolio."
     equity, traded = scratch[0], scratch[1]
-    _account(out, track.close, track.reference, track.vol, track.adv, track.years, terms.rates, terms.borrow, terms.haircut, terms.patience, terms.delay, terms.cash,
-             equity, traded, row[6:])
+    _account(out, track, terms, equity, traded, row[6:])
     _measure(equity, traded, terms.cash, terms.bars_per_year, scratch[2], row)
     row[6 + COSTS] /= terms.cash
     row[6 + HELD] /= len(equity)
-    _add(track.at, equity, traded, terms.cash, total, flow)
+    _add(track.when, equity, traded, terms.cash, total, flow)
 
 # %% ../../nbs/backtest/12_sweep.ipynb #e8f81566
 @lru_cache(maxsize=64)
@@ -399,7 +397,7 @@ def _runner(signal: Callable[..., None]) -> Any:
     "The loop over configurations around one signal: the first configuration, bar and value that are no exposure, or −1."
     @njit(nogil=True, cache=False)
     def run(track: _Track, configs: Any, terms: _Terms, table: Any, totals: Any, flows: Any) -> Any:
-        out, scratch = np.empty(track.rows.shape[1]), np.empty((3, len(track.at)))
+        out, scratch = np.empty(track.rows.shape[1]), np.empty((3, len(track.when)))
         for k in range(len(configs)):
             out[:] = np.nan
             signal(track.rows, configs[k], out)
@@ -432,7 +430,7 @@ def _run_all(panel: Panel, rule: Rule, tracks: Sequence[_Track], configs: NDArra
         for i, track in enumerate(tracks):
             bad, t, value = run(track, configs[these], terms, table[i, these], totals[these], flows)
             if bad >= 0:
-                raise ParameterError(f"{_label(rule, configs[lo + bad])}, symbol {panel.symbols[i]}, bar {t} ({panel.index[track.at[t]]})", f"wants an exposure of {value:g}", "write numbers from -1 to 1, and NaN for no decision")
+                raise ParameterError(f"{_label(rule, configs[lo + bad])}, symbol {panel.symbols[i]}, bar {t} ({panel.index[track.when[t]]})", f"wants an exposure of {value:g}", "write numbers from -1 to 1, and NaN for no decision")
         _measure_portfolios(totals[these], flows, n * terms.cash, terms.bars_per_year, rows[these])
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(part, range(0, k, size)))
@@ -466,7 +464,7 @@ def _check_future(panel: Panel, rule: Rule, symbol: str, track: _Track, configs:
                 if (changed := ~((a == b) | (np.isnan(a) & np.isnan(b)))).any():
                     t = int(np.argmax(changed))
                     was, now = ("nothing" if isnan(w) else f"{w:g}" for w in (a[t], b[t]))
-                    raise LeakError(f"{_label(rule, config)}, symbol {symbol}, bar {t} ({panel.index[track.at[t]]})", f"decides {was}, but {now} when the bars after bar {cut} are {kind}",
+                    raise LeakError(f"{_label(rule, config)}, symbol {symbol}, bar {t} ({panel.index[track.when[t]]})", f"decides {was}, but {now} when the bars after bar {cut} are {kind}",
                                     "out[t] may use bars[:, :t + 1] only; a negative index counts from the end")
 
 def _check(panel: Panel, rule: Rule, tracks: Sequence[_Track], configs: NDArray[np.float64]) -> None:
@@ -515,14 +513,15 @@ class Sweep:
     @cached_property
     def best(self) -> Best:
         "The highest Sharpe ratio, and what it is worth. Raises `DataError` where no configuration ever traded."
-        sharpe = self.portfolio["sharpe_annual"]
-        if sharpe.isna().all():
+        sharpe = self.portfolio["sharpe_annual"].to_numpy()
+        if np.isnan(sharpe).all():
             raise DataError(f"sweep of `{self.rule.name}`", "no configuration ever traded", "check the parameters against the length of the history")
-        k = int(sharpe.idxmax())
-        verdict = deflated(self.returns[k], self.trials, self.bars_per_year)
-        moving = self.returns.loc[:, sharpe.notna().to_numpy()]
+        k = int(np.nanargmax(sharpe))
+        v = deflated(self.returns[k], self.trials, self.bars_per_year)
+        moving = self.returns.loc[:, ~np.isnan(sharpe)]
         enough = moving.shape[1] >= 4 and len(moving) >= 64
-        return Best(k, self.configs.loc[k].to_dict(), **verdict, pbo=backtest_overfitting(moving, bars_per_year=self.bars_per_year).pbo if enough else nan)
+        pbo = backtest_overfitting(moving, bars_per_year=self.bars_per_year).pbo if enough else nan
+        return Best(k, self.configs.loc[k].to_dict(), v["sharpe_annual"], v["expected_max_sharpe_annual"], v["psr"], v["dsr"], int(v["n_trials"]), v["effective_trials"], pbo)
 
     def __repr__(self) -> str:
         b = self.best
@@ -537,7 +536,7 @@ def _trials(sweep: Sweep, error: str = "") -> list[dict[str, Any]]:
     return [trial(marks["system"], sweep.rule.name, {"config": config} | marks["settings"], marks["data_id"], None if error else sweep.returns[k], sweep.bars_per_year, 0, error)
             for k, config in enumerate(each)]
 
-def _tables(rule: Rule, configs: pd.DataFrame, panel: Panel, accounts: NDArray[np.float64], portfolios: NDArray[np.float64]) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _tables(configs: pd.DataFrame, panel: Panel, accounts: NDArray[np.float64], portfolios: NDArray[np.float64]) -> tuple[pd.DataFrame, pd.DataFrame]:
     "The two tables of a sweep."
     k, n = len(configs), len(panel.symbols)
     names = [*MEASURES, "costs", "exposure", "trades", "closed", "won"]
@@ -581,7 +580,7 @@ def sweep_rule(
     tracks = _tracks(panel, rule, features, costs)
     if check:
         _check(panel, rule, tracks, numbers)
-    terms = _Terms(cost_rates(costs), costs.borrow_bps_annual * 1e-4, params.delist_haircut, params.delist_after_bars, params.delay_bars, params.initial_cash, float(bars_per_year))
+    terms = _Terms(cost_rates(costs), account_charges(costs, params), params.delist_after_bars, params.delay_bars, params.initial_cash, float(bars_per_year))
     table = configs[list(rule.parameters)].reset_index(drop=True)
     marks = {"system": system, "data_id": data_id, "settings": {"costs": costs.model_dump(), "account": settings, "symbols": list(panel.symbols)}}
     made = Sweep(rule, table, table, table, table, bars_per_year, None if ledger is None else Path(ledger), marks)
@@ -593,7 +592,8 @@ def sweep_rule(
         raise
     value = np.maximum(np.column_stack([np.full(len(numbers), len(tracks) * params.initial_cash), totals]), 0.0)
     returns = np.divide(value[:, 1:], value[:, :-1], out=np.ones_like(totals), where=value[:, :-1] > 0) - 1.0
-    made = replace(made, **dict(zip(("table", "portfolio"), _tables(rule, table, panel, accounts, portfolios), strict=True)), returns=pd.DataFrame(returns.T, index=panel.index))
+    each, whole = _tables(table, panel, accounts, portfolios)
+    made = replace(made, table=each, portfolio=whole, returns=pd.DataFrame(returns.T, index=panel.index))
     if made.ledger is not None:
         record(made.ledger, _trials(made))
     return made
@@ -624,7 +624,7 @@ def heatmap(
                      subtitle=f"Portfolio of all symbols, after costs{fixed}. Framed: the best Sharpe ratio, {b.sharpe_annual:.2f}; the best of {b.n_trials} worthless ones would show {b.expected_max_sharpe_annual:.2f}. Deflated Sharpe ratio {b.dsr:.2f}, probability of overfitting {b.pbo:.2f}")
     text = table.map(lambda v: "" if isnan(v) else f"{v:.2f}".replace("-", "−"))
     sns.heatmap(table, ax=ax, cmap="cividis", annot=text if table.size <= 150 else None, fmt="", linewidths=1.0, linecolor=PALETTE["paper"], cbar=table.size > 150)
-    ax.add_patch(Rectangle((table.columns.get_loc(b.config[across]), table.index.get_loc(b.config[down])), 1, 1, fill=False, edgecolor=PALETTE["baseline"], linewidth=3, clip_on=False))
+    ax.add_patch(Rectangle((float(np.argmax(table.columns == b.config[across])), float(np.argmax(table.index == b.config[down]))), 1, 1, fill=False, edgecolor=PALETTE["baseline"], linewidth=3, clip_on=False))
     ax.grid(False)
     ax.tick_params(length=0)
     ax.set_yticks(np.arange(len(table)) + 0.5, [f"{v:g}" for v in table.index], rotation=0)
