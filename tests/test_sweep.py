@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from mltrading.backtest.costs import CostParams
 from mltrading.backtest.engine import BacktestParams, Ledger, simulate
-from mltrading.backtest.sweep import BREAKOUT, MEAN_REVERSION, MOMENTUM, SMA_CROSS, Rule, grid, heatmap, sweep_rule
+from mltrading.backtest.rules import BREAKOUT, MEAN_REVERSION, MOMENTUM, SMA_CROSS, Rule, decide, grid
+from mltrading.backtest.sweep import heatmap, sweep_rule
 from mltrading.core.errors import DataError, LeakError, ParameterError
 from mltrading.core.jit import njit
 from mltrading.features.machine import FeatureBlock
@@ -170,8 +171,7 @@ def test_threads_and_company_change_nothing() -> None:
 def test_the_rules_do_what_they_say(rule: Rule, config: pd.DataFrame) -> None:
     """Each rule's decisions, from the closes up to then, by pandas."""
     panel = random_walk(1, 200, seed=7, ragged=False)
-    rows, out = np.array([panel[f][0] for f in rule.needs]), np.full(200, np.nan)
-    rule.signal(rows, config.to_numpy(float)[0], out)
+    out = decide(rule, np.array([panel[f][0] for f in rule.needs]), config.to_numpy(float)[0])
     held = pd.Series(out).ffill().fillna(0.0).to_numpy()
     c, width = pd.Series(panel["close"][0]), config.to_numpy(float)[0, 1]
     if rule is SMA_CROSS:

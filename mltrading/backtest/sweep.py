@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from .costs import CostParams, cost_rates, fill_order, liquidity
 from .engine import BacktestParams, account_charges, tradable
-from ..core.errors import DataError, LeakError, ParameterError, unknown
+from .rules import Rule, check_rule, label, numbers_of
+from ..core.errors import DataError, ParameterError, unknown
 from ..core.jit import njit
 from ..core.style import PALETTE, figure
 from ..features.machine import FeatureBlock
@@ -32,176 +33,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['SMA_CROSS', 'MOMENTUM', 'BREAKOUT', 'MEAN_REVERSION', 'COSTS', 'HELD', 'TRADES', 'CLOSED', 'WON', 'MEASURES',
-           'rolling_mean', 'rolling_std', 'rolling_max', 'rolling_min', 'Rule', 'grid', 'Best', 'Sweep', 'sweep_rule',
-           'heatmap']
-
-# %% ../../nbs/backtest/12_sweep.ipynb #e29cc27f
-@njit(nogil=True)
-def rolling_mean(
-    x: NDArray[np.float64],  # (T,) no NaN
-    bars: int,               # >= 1
-) -> NDArray[np.float64]:    # (T,) NaN until the window is full
-    """Mean of the last `bars` values. Known at: each bar's stamp."""
-    out, total = np.full(len(x), np.nan), 0.0
-    for t in range(len(x)):
-        total += x[t]
-        if t >= bars:
-            total -= x[t - bars]
-        if t >= bars - 1:
-            out[t] = total / bars
-    return out
-
-@njit(nogil=True)
-def rolling_std(
-    x: NDArray[np.float64],  # (T,) no NaN
-    bars: int,               # >= 2
-) -> NDArray[np.float64]:    # (T,) NaN until the window is full
-    """Standard deviation of the last `bars` values, bars - 1 in the denominator. Known at: each bar's stamp."""
-    out, mean, square = np.full(len(x), np.nan), 0.0, 0.0
-    for t in range(len(x)):
-        if t < bars:
-            gap = x[t] - mean
-            mean += gap / (t + 1)
-            square += gap * (x[t] - mean)
-        else:
-            gap, old = x[t] - x[t - bars], x[t - bars] - mean
-            mean += gap / bars
-            square += gap * (x[t] - mean + old)
-        if t >= bars - 1:
-            out[t] = np.sqrt(max(square, 0.0) / (bars - 1))
-    return out
-
-# %% ../../nbs/backtest/12_sweep.ipynb #0edf1108
-@njit(nogil=True)
-def rolling_max(
-    x: NDArray[np.float64],  # (T,) no NaN
-    bars: int,               # >= 1
-) -> NDArray[np.float64]:    # (T,) NaN until the window is full
-    """Highest of the last `bars` values. Known at: each bar's stamp."""
-    out, queue = np.full(len(x), np.nan), np.empty(len(x), np.int64)
-    first, after = 0, 0
-    for t in range(len(x)):
-        while after > first and x[queue[after - 1]] <= x[t]:
-            after -= 1
-        queue[after] = t
-        after += 1
-        if queue[first] <= t - bars:
-            first += 1
-        if t >= bars - 1:
-            out[t] = x[queue[first]]
-    return out
-
-@njit(nogil=True)
-def rolling_min(
-    x: NDArray[np.float64],  # (T,) no NaN
-    bars: int,               # >= 1
-) -> NDArray[np.float64]:    # (T,) NaN until the window is full
-    """Lowest of the last `bars` values. Known at: each bar's stamp."""
-    return -rolling_max(-x, bars)
-
-# %% ../../nbs/backtest/12_sweep.ipynb #f2267b21
-@dataclass(frozen=True)
-class Rule:
-    """A compiled signal, and what tells one of its configurations from another. Raises `ParameterError` on a signal that is not compiled, or does not take `bars, config, out`."""
-
-    name: str
-    signal: Callable[..., None]         # signal(bars, config, out), made with `mltrading.core.jit.njit`
-    parameters: tuple[str, ...]         # (P,) names of the numbers in `config`
-    needs: tuple[str, ...] = ("close",)  # fields of the panel, or features: the rows of `bars`
-
-    def __post_init__(self) -> None:
-        where = f"rule `{self.name}`"
-        if not hasattr(self.signal, "py_func"):
-            raise ParameterError(where, "its signal is not compiled", "put `@njit` from mltrading.core.jit above it")
-        if (n := self.signal.py_func.__code__.co_argcount) != 3:
-            raise ParameterError(where, f"its signal takes {n} arguments", "signal(bars, config, out)")
-        if not self.parameters or len(set(self.parameters)) < len(self.parameters):
-            raise ParameterError(where, f"its parameters are {self.parameters}", "name each number of `config` once")
-
-# %% ../../nbs/backtest/12_sweep.ipynb #f8646d0a
-@njit(nogil=True)
-def _sma_cross(bars: Any, config: Any, out: Any) -> None:
-    close, fast, slow = bars[0], int(config[0]), int(config[1])
-    quick, calm, above = 0.0, 0.0, False
-    for t in range(len(close)):
-        quick += close[t] - (close[t - fast] if t >= fast else 0.0)
-        calm += close[t] - (close[t - slow] if t >= slow else 0.0)
-        now = t >= slow - 1 and quick * slow > calm * fast
-        if now != above:
-            out[t], above = 1.0 if now else 0.0, now
-
-SMA_CROSS = Rule("sma_cross", _sma_cross, ("fast", "slow"))
-
-# %% ../../nbs/backtest/12_sweep.ipynb #983730cd
-@njit(nogil=True)
-def _momentum(bars: Any, config: Any, out: Any) -> None:
-    close, lookback, every = bars[0], int(config[0]), int(config[1])
-    for t in range(lookback, len(close), every):
-        out[t] = np.sign(close[t] - close[t - lookback])
-
-MOMENTUM = Rule("momentum", _momentum, ("lookback", "every"))
-
-# %% ../../nbs/backtest/12_sweep.ipynb #a79a169a
-@njit(nogil=True)
-def _breakout(bars: Any, config: Any, out: Any) -> None:
-    high, low, close, entry, leave = bars[0], bars[1], bars[2], int(config[0]), int(config[1])
-    top, bottom, held = rolling_max(high, entry), rolling_min(low, leave), False
-    for t in range(1, len(close)):
-        if not held and close[t] > top[t - 1]:
-            out[t], held = 1.0, True
-        elif held and close[t] < bottom[t - 1]:
-            out[t], held = 0.0, False
-
-BREAKOUT = Rule("breakout", _breakout, ("entry", "exit"), ("high", "low", "close"))
-
-# %% ../../nbs/backtest/12_sweep.ipynb #899e9bd6
-@njit(nogil=True)
-def _mean_reversion(bars: Any, config: Any, out: Any) -> None:
-    close, window, width = bars[0], int(config[0]), config[1]
-    mean, spread, held = rolling_mean(close, window), rolling_std(close, window), 0.0
-    for t in range(window - 1, len(close)):
-        gap, now = close[t] - mean[t], held
-        if held * gap >= 0.0:
-            now = 0.0
-        if abs(gap) > width * spread[t]:
-            now = -np.sign(gap)
-        if now != held:
-            out[t], held = now, now
-
-MEAN_REVERSION = Rule("mean_reversion", _mean_reversion, ("window", "width"))
-
-# %% ../../nbs/backtest/12_sweep.ipynb #348e70f3
-def grid(
-    **values: Sequence[float],  # what each parameter may be
-) -> pd.DataFrame:              # one row per combination, the last parameter moving fastest
-    """All combinations of the values of some parameters; rows that make no sense are dropped with `query`.
-
-    Raises `ParameterError` on a parameter without a value."""
-    for name, given in values.items():
-        if not len(given):
-            raise ParameterError(f"grid, `{name}`", "has no values", "give at least one")
-    if not values:
-        raise ParameterError("grid", "has no parameters", "grid(fast=[5, 10], slow=[50, 100])")
-    return pd.MultiIndex.from_product(list(values.values()), names=list(values)).to_frame(index=False)
-
-def _configurations(rule: Rule, configs: pd.DataFrame) -> NDArray[np.float64]:
-    "(K, P) numbers in the order of the rule's parameters, checked."
-    where = f"configurations of `{rule.name}`"
-    for name in configs.columns:
-        if name not in rule.parameters:
-            raise unknown("parameter", str(name), list(rule.parameters), where)
-    if missing := [p for p in rule.parameters if p not in configs.columns]:
-        raise ParameterError(where, f"have no column `{missing[0]}`", f"one column for each of {', '.join(rule.parameters)}")
-    if configs.empty:
-        raise ParameterError(where, "are none: the table is empty", "keep at least one row")
-    out = np.ascontiguousarray(configs[list(rule.parameters)].to_numpy(np.float64, na_value=nan))
-    if (bad := ~np.isfinite(out).all(axis=1)).any():
-        i = int(np.argmax(bad))
-        raise ParameterError(f"{where}, row {i}", f"{dict(zip(rule.parameters, out[i].tolist(), strict=True))} holds something that is not a number", "give finite numbers")
-    if (twice := configs.duplicated(list(rule.parameters)).to_numpy()).any():
-        raise ParameterError(f"{where}, row {int(np.argmax(twice))}", "stands there twice", "drop_duplicates(): the same trial counts once")
-    return out
+__all__ = ['COSTS', 'HELD', 'TRADES', 'CLOSED', 'WON', 'MEASURES', 'Best', 'Sweep', 'sweep_rule', 'heatmap']
 
 # %% ../../nbs/backtest/12_sweep.ipynb #3a1facb7
 class _Track(NamedTuple):
@@ -281,7 +113,7 @@ def _order(w: float, equity: float, shares: float, last: float) -> float:
     quantity = w * equity / last - shares
     return quantity if abs(quantity) * last >= 1e-9 * equity else 0.0
 
-# %% ../../nbs/backtest/12_sweep.ipynb #1f2d84fa
+# %% ../../nbs/backtest/12_sweep.ipynb #e29cc27f
 @njit(nogil=True)
 def _account(
     out: NDArray[np.float64],                                                             # (bars,) decisions
@@ -368,7 +200,7 @@ def _add(at: NDArray[np.int64], equity: NDArray[np.float64], traded: NDArray[np.
             for t in range(at[j], at[j + 1] if j + 1 < bars else len(total)):
                 total[t] += equity[j]
 
-# %% ../../nbs/backtest/12_sweep.ipynb #f154bf13
+# %% ../../nbs/backtest/12_sweep.ipynb #0edf1108
 @njit(nogil=True)
 def _fault(out: NDArray[np.float64]) -> int:
     "Place of the first decision that is no exposure, −1 where there is none."
@@ -415,10 +247,7 @@ def _measure_portfolios(totals: NDArray[np.float64], flows: NDArray[np.float64],
     for k in range(len(totals)):
         _measure(totals[k], flows[k], cash, bars_per_year, r, rows[k])
 
-# %% ../../nbs/backtest/12_sweep.ipynb #0e25373d
-def _label(rule: Rule, config: NDArray[np.float64]) -> str:
-    return f"rule `{rule.name}`, " + ", ".join(f"{p} {v:g}" for p, v in zip(rule.parameters, config, strict=True))
-
+# %% ../../nbs/backtest/12_sweep.ipynb #04fdad4d
 def _run_all(panel: Panel, rule: Rule, tracks: Sequence[_Track], configs: NDArray[np.float64], terms: _Terms, threads: int) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     "(N, K, 11) numbers of the accounts, (K, 6) of the portfolios, (K, T) equity of the portfolios."
     k, n, run = len(configs), len(tracks), _runner(rule.signal)
@@ -430,51 +259,18 @@ def _run_all(panel: Panel, rule: Rule, tracks: Sequence[_Track], configs: NDArra
         for i, track in enumerate(tracks):
             bad, t, value = run(track, configs[these], terms, table[i, these], totals[these], flows)
             if bad >= 0:
-                raise ParameterError(f"{_label(rule, configs[lo + bad])}, symbol {panel.symbols[i]}, bar {t} ({panel.index[track.when[t]]})", f"wants an exposure of {value:g}", "write numbers from -1 to 1, and NaN for no decision")
+                raise ParameterError(f"{label(rule, configs[lo + bad])}, symbol {panel.symbols[i]}, bar {t} ({panel.index[track.when[t]]})", f"wants an exposure of {value:g}", "write numbers from -1 to 1, and NaN for no decision")
         _measure_portfolios(totals[these], flows, n * terms.cash, terms.bars_per_year, rows[these])
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(part, range(0, k, size)))
     return table, rows, totals
 
-# %% ../../nbs/backtest/12_sweep.ipynb #5b1a03ba
-def _decide(rule: Rule, rows: NDArray[np.float64], config: NDArray[np.float64]) -> NDArray[np.float64]:
-    rows, out = np.ascontiguousarray(rows), np.full(rows.shape[1], np.nan)
-    rows.flags.writeable = False
-    rule.signal(rows, config, out)
-    return out
-
-def _check_reach(rule: Rule, rows: NDArray[np.float64], config: NDArray[np.float64]) -> None:
-    "Run the signal as it was written, uncompiled, on very short histories."
-    for bars in range(1, min(4, rows.shape[1]) + 1):
-        try:
-            with np.errstate(all="ignore"):
-                rule.signal.py_func(rows[:, :bars].copy(), config, np.full(bars, np.nan))  # type: ignore[attr-defined]
-        except IndexError as error:
-            raise ParameterError(_label(rule, config), f"reaches outside of its bars where there are only {bars}: {error}", "let its loops begin where its windows are full and end with the bars") from error
-
-def _check_future(panel: Panel, rule: Rule, symbol: str, track: _Track, configs: NDArray[np.float64], cuts: NDArray[np.int64]) -> None:
-    "Compare the decisions up to each cut with those on other futures."
-    rng, rows = np.random.default_rng(0), track.rows
-    whole = [_decide(rule, rows, config) for config in configs]
-    for cut in cuts:
-        later = rows[:, cut + 1:][:, rng.permutation(rows.shape[1] - cut - 1)]
-        for kind, other in (("missing", rows[:, :cut + 1]), ("higher", np.hstack([rows[:, :cut + 1], 1.7 * later])), ("lower", np.hstack([rows[:, :cut + 1], 0.6 * later]))):
-            for config, expected in zip(configs, whole, strict=True):
-                a, b = expected[:cut + 1], _decide(rule, other, config)[:cut + 1]
-                if (changed := ~((a == b) | (np.isnan(a) & np.isnan(b)))).any():
-                    t = int(np.argmax(changed))
-                    was, now = ("nothing" if isnan(w) else f"{w:g}" for w in (a[t], b[t]))
-                    raise LeakError(f"{_label(rule, config)}, symbol {symbol}, bar {t} ({panel.index[track.when[t]]})", f"decides {was}, but {now} when the bars after bar {cut} are {kind}",
-                                    "out[t] may use bars[:, :t + 1] only; a negative index counts from the end")
-
-def _check(panel: Panel, rule: Rule, tracks: Sequence[_Track], configs: NDArray[np.float64]) -> None:
-    "Try a rule out on the two symbols with most bars and on the first, the middle and the last configuration."
+# %% ../../nbs/backtest/12_sweep.ipynb #d5e42a5c
+def _try_out(panel: Panel, rule: Rule, tracks: Sequence[_Track], configs: NDArray[np.float64]) -> None:
+    "Check a rule on a few symbols and configurations."
     few = configs[np.unique([0, len(configs) // 2, len(configs) - 1])]
     for i in sorted(range(len(tracks)), key=lambda i: (-tracks[i].rows.shape[1], i))[:2]:
-        bars = tracks[i].rows.shape[1]
-        for config in few:
-            _check_reach(rule, tracks[i].rows, config)
-        _check_future(panel, rule, panel.symbols[i], tracks[i], few, np.unique(np.linspace(bars // 4, bars - 2, 8).astype(int)) if bars > 2 else np.array([], int))
+        check_rule(rule, tracks[i].rows, few, panel.index[tracks[i].when], f", symbol {panel.symbols[i]}")
 
 # %% ../../nbs/backtest/12_sweep.ipynb #75b973d6
 class Best(NamedTuple):
@@ -521,7 +317,7 @@ class Sweep:
         moving = self.returns.loc[:, ~np.isnan(sharpe)]
         enough = moving.shape[1] >= 4 and len(moving) >= 64
         pbo = backtest_overfitting(moving, bars_per_year=self.bars_per_year).pbo if enough else nan
-        return Best(k, self.configs.loc[k].to_dict(), v["sharpe_annual"], v["expected_max_sharpe_annual"], v["psr"], v["dsr"], int(v["n_trials"]), v["effective_trials"], pbo)
+        return Best(k, {str(p): float(v) for p, v in self.configs.loc[k].items()}, v["sharpe_annual"], v["expected_max_sharpe_annual"], v["psr"], v["dsr"], int(v["n_trials"]), v["effective_trials"], pbo)
 
     def __repr__(self) -> str:
         b = self.best
@@ -573,13 +369,13 @@ def sweep_rule(
     Raises `ParameterError` on unknown, missing or impossible parameters and on a signal that writes anything but exposures, `LeakError` on a signal that looks ahead, `DataError` on a panel that lacks what the rule needs and on a ledger without a `data_id`.
 
     Known at: the end of the panel; a configuration chosen by it may be used afterwards only."""
-    numbers, settings = _configurations(rule, configs), params.model_dump() | ({} if delay_bars is None else {"delay_bars": delay_bars})
+    numbers, settings = numbers_of(rule, configs), params.model_dump() | ({} if delay_bars is None else {"delay_bars": delay_bars})
     if ledger is not None and not data_id:
         raise DataError("sweep, `data_id`", "is empty beside a ledger", "name the data: a trial is a configuration on certain data")
     params, costs = BacktestParams.model_validate(settings), costs.scaled(cost_scale)
     tracks = _tracks(panel, rule, features, costs)
     if check:
-        _check(panel, rule, tracks, numbers)
+        _try_out(panel, rule, tracks, numbers)
     terms = _Terms(cost_rates(costs), account_charges(costs, params), params.delist_after_bars, params.delay_bars, params.initial_cash, float(bars_per_year))
     table = configs[list(rule.parameters)].reset_index(drop=True)
     marks = {"system": system, "data_id": data_id, "settings": {"costs": costs.model_dump(), "account": settings, "symbols": list(panel.symbols)}}
