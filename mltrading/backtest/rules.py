@@ -225,7 +225,7 @@ def check_rule(
     rule: Rule,
     bars: NDArray[np.float64],     # (fields, T) as the rule's `needs`
     configs: NDArray[np.float64],  # (K, P)
-    stamps: Sequence[Any],         # (T,) names of the bars, for messages
+    stamps: pd.DatetimeIndex,      # (T,) of the bars, for messages
     where: str = "",               # whose bars, for messages
 ) -> int:                          # decisions that were compared
     """Try a rule out on other futures.

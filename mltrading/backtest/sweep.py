@@ -317,7 +317,7 @@ class Sweep:
         moving = self.returns.loc[:, ~np.isnan(sharpe)]
         enough = moving.shape[1] >= 4 and len(moving) >= 64
         pbo = backtest_overfitting(moving, bars_per_year=self.bars_per_year).pbo if enough else nan
-        return Best(k, {str(p): float(v) for p, v in self.configs.loc[k].items()}, v["sharpe_annual"], v["expected_max_sharpe_annual"], v["psr"], v["dsr"], int(v["n_trials"]), v["effective_trials"], pbo)
+        return Best(k, dict(zip(self.rule.parameters, self.configs.to_numpy(np.float64)[k].tolist(), strict=True)), v["sharpe_annual"], v["expected_max_sharpe_annual"], v["psr"], v["dsr"], int(v["n_trials"]), v["effective_trials"], pbo)
 
     def __repr__(self) -> str:
         b = self.best

@@ -17,12 +17,18 @@ from .horizons import horizon_sigma, label_rows, legs
 from ..market.panel import Panel
 
 # %% auto #0
-__all__ = ['knockout_frame']
+__all__ = ['reached', 'knockout_frame']
 
 # %% ../../nbs/labels/40_knockout.ipynb #0d069f2a
 @njit(nogil=True, error_model="numpy")
-def _reached(bars: Any, i: int, t: int, side: int, level: float) -> bool:
-    "Whether any price of a bar is at or beyond the barrier."
+def reached(
+    bars: Any,     # (5, N, T) as `bar_paths` gives them
+    i: int,        # row of the symbol
+    t: int,        # column of the bar
+    side: int,     # 1 a long option, -1 a short one
+    level: float,  # its barrier during the bar
+) -> bool:
+    """Whether any known price of a bar is at or beyond the barrier. For use inside compiled functions."""
     extreme = bars[LOW if side > 0 else HIGH, i, t]
     return side * bars[OPEN, i, t] <= side * level or side * extreme <= side * level or side * bars[CLOSE, i, t] <= side * level
 
@@ -35,7 +41,7 @@ def _option(bars: Any, i: int, first: int, last: int, at_open: bool, side: int, 
         if np.isnan(bars[CLOSE, i, t]) or (t == first and not filled_at_open):
             continue
         level = (entry - side * distance * entry) * (1.0 + growth[t] - growth[first])
-        if side * bars[OPEN, i, t] <= side * level if t == last and filled_at_open else _reached(bars, i, t, side, level):
+        if side * bars[OPEN, i, t] <= side * level if t == last and filled_at_open else reached(bars, i, t, side, level):
             return t, 1, -1.0
     return last, 0, side * (bars[FILL, i, last] - level) / (distance * entry) - 1.0
 
