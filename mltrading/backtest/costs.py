@@ -18,7 +18,8 @@ from ..market.panel import Panel
 from ..portfolio.policy import trailing_volatility
 
 # %% auto #0
-__all__ = ['CostParams', 'fill_order', 'liquidity']
+__all__ = ['RATES', 'BPS', 'PER_SHARE', 'MINIMUM', 'HALF_SPREAD', 'SLIP', 'SQUARE_ROOT', 'MULTIPLIER', 'CostParams', 'cost_rates',
+           'fill_order', 'passive', 'liquidity']
 
 # %% ../../nbs/backtest/00_costs.ipynb #1a4c2cbe
 class CostParams(BaseModel):
@@ -34,7 +35,12 @@ class CostParams(BaseModel):
     adv_assumed_value: float = Field(gt=0, description="average daily value, in currency, of symbols whose volume is unknown")
     vol_floor_daily: float = Field(ge=0, description="least daily volatility in the impact, and the one of symbols with too few bars")
     borrow_bps_annual: float = Field(ge=0, description="fee per year of 365 days on the value of short positions, in basis points")
-    fill: Literal["open", "close"] = Field(description="price of the next bar at which an order is filled before costs")
+    fill: Literal["open", "close"] = Field(description="price of the next bar at which a market order is filled before costs")
+    commission_per_share: float = Field(default=0.0, ge=0, description="commission in currency per share or contract, added to the one in basis points")
+    commission_minimum: float = Field(default=0.0, ge=0, description="least commission of an order of which anything was filled, in currency")
+    slippage_bps: float = Field(default=0.0, ge=0, lt=5000, description="slippage of market and stop orders in basis points of the price")
+    margin_rate_annual_bps: float = Field(default=0.0, ge=0, description="interest per year of 365 days on cash below zero, in basis points")
+    participation: float | None = Field(default=None, gt=0, le=1, description="largest part of a bar's volume that the orders for a symbol may take; null = no limit")
 
     def scaled(
         self,
@@ -43,33 +49,52 @@ class CostParams(BaseModel):
         """The same schedule with every cost multiplied by `factor`. Raises `ParameterError` on a negative one."""
         if not (factor >= 0 and math.isfinite(factor)):
             raise ParameterError("costs, `factor`", f"{factor} is not a multiple", "use 0 or more")
-        names = ("commission_bps", "half_spread_bps", "impact_coefficient", "borrow_bps_annual")
+        names = ("commission_bps", "commission_per_share", "commission_minimum", "half_spread_bps", "slippage_bps", "impact_coefficient", "borrow_bps_annual", "margin_rate_annual_bps")
         return self.model_validate(self.model_dump() | {n: getattr(self, n) * factor for n in names})
 
-# %% ../../nbs/backtest/00_costs.ipynb #84f260b6
-@njit
+# %% ../../nbs/backtest/00_costs.ipynb #789aad1e
+RATES = ("commission_bps", "commission_per_share", "commission_minimum", "half_spread_bps", "slippage_bps", "impact_coefficient")
+BPS, PER_SHARE, MINIMUM, HALF_SPREAD, SLIP, SQUARE_ROOT, MULTIPLIER = range(7)
+
+def cost_rates(
+    costs: CostParams,
+) -> NDArray[np.float64]:  # (7,) what a fill is charged, in the order of `RATES`, then the multiplier 1
+    """The schedule as a vector for compiled code."""
+    return np.array([*(getattr(costs, name) for name in RATES), 1.0])
+
+# %% ../../nbs/backtest/00_costs.ipynb #e29cc27f
+@njit(nogil=True)
 def fill_order(
-    quantity: float,            # shares, > 0 buys, < 0 sells
+    quantity: float,            # shares or contracts, > 0 buys, < 0 sells
     reference: float,           # price before costs, > 0
     vol_daily: float,           # daily volatility known at the decision
     adv_value: float,           # average daily value known at the decision, > 0
-    commission_bps: float,
-    half_spread_bps: float,
-    impact_coefficient: float,
-) -> tuple[float, float, float, float]:  # fill price, commission, spread cost, impact cost: money, >= 0
+    rates: NDArray[np.float64], # (7,) or longer, begins as `cost_rates` gives it
+) -> tuple[float, float, float, float, float]:  # fill price; commission, spread cost, slippage cost, impact cost: money, >= 0
     """Fill an order: the price that it gets and what that costs."""
-    value = abs(quantity) * reference
-    spread = half_spread_bps * 1e-4
-    impact = impact_coefficient * vol_daily * math.sqrt(value / adv_value) if impact_coefficient > 0.0 else 0.0
+    size = abs(quantity) * rates[MULTIPLIER]
+    value = size * reference
+    spread, slip = rates[HALF_SPREAD] * 1e-4, rates[SLIP] * 1e-4
+    impact = rates[SQUARE_ROOT] * vol_daily * math.sqrt(value / adv_value) if rates[SQUARE_ROOT] > 0.0 else 0.0
     if quantity < 0.0:
         spread = min(spread, 1.0)
         impact = min(impact, 1.0 - spread)
-        price = reference * (1.0 - (spread + impact))
+        slip = max(min(slip, 1.0 - (spread + impact)), 0.0)
+        price = max(reference * (1.0 - (spread + impact + slip)), 0.0)
     else:
-        price = reference * (1.0 + (spread + impact))
-    return price, commission_bps * 1e-4 * abs(quantity) * price, spread * value, impact * value
+        price = reference * (1.0 + (spread + impact + slip))
+    commission = max(rates[BPS] * 1e-4 * size * price + rates[PER_SHARE] * abs(quantity), rates[MINIMUM])
+    return price, commission, spread * value, slip * value, impact * value
 
-# %% ../../nbs/backtest/00_costs.ipynb #8e00894b
+def passive(
+    rates: NDArray[np.float64],  # (..., 7) or longer
+) -> NDArray[np.float64]:        # a copy
+    """The rates of an order that waits at its limit for somebody else to come: commission only."""
+    out = rates.copy()
+    out[..., [HALF_SPREAD, SLIP, SQUARE_ROOT]] = 0.0
+    return out
+
+# %% ../../nbs/backtest/00_costs.ipynb #84f260b6
 @njit
 def _trailing_value(close: NDArray[np.float64], volume: NDArray[np.float64], bars: int, floor: float, assumed: float) -> NDArray[np.float64]:
     "(N, T) mean of close times volume over the last `bars` bars that have both."
@@ -90,7 +115,7 @@ def liquidity(
     panel: Panel,
     params: CostParams,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:  # (N, T) daily volatility, (N, T) average daily value in currency
-    """Volatility and average daily value of every symbol at every instant, without gaps.
+    """Volatility and average daily value of every symbol at every instant, without gaps. Prices that jump at splits have to be passed adjusted.
 
     Known at: each bar's stamp."""
     close = panel["close"]

@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..backtest.costs import CostParams
-from ..backtest.engine import BacktestParams, Ledger
+from ..backtest.engine import BacktestParams
+from ..backtest.ledger import Ledger
 from ..core.stage import Stage
 from ..core.storage import read_json, read_parquet
 from ..market.panel import read_panel, select

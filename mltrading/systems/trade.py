@@ -15,7 +15,9 @@ import pandas as pd
 
 from ..backtest.baselines import equal_weight, hold
 from ..backtest.costs import CostParams
-from ..backtest.engine import BacktestParams, Ledger, decided_targets, replay, simulate, sweep
+from ..backtest.engine import BacktestParams, simulate, sweep
+from ..backtest.ledger import Ledger
+from ..backtest.replay import decided_targets, replay
 from ..core.errors import ParameterError
 from ..market.panel import Panel, select
 from ..portfolio.policy import Policy
@@ -38,7 +40,7 @@ def trade(
 ) -> dict[str, tuple[Ledger, pd.DataFrame]]:  # model -> its ledger and its decisions
     """Each model's forecasts, traded by the same policy in the same kind of account.
 
-    Known at: each order at its decision; see `backtest.engine.replay`."""
+    Known at: each order at its decision; see `backtest.replay`."""
     return {m: replay(panel, policy, forecasts[forecasts["model"] == m], costs, params) for m in models}
 
 # %% ../../nbs/systems/15_trade.ipynb #eccc7dfc
