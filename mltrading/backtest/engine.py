@@ -65,6 +65,7 @@ class BacktestParams(BaseModel):
     margin_call: float = Field(default=0.0, ge=0, le=1, description="close everything when equity is not above this part of the margin that positions require; 0 = when nothing is left")
     delist_after_bars: int = Field(ge=1, description="settle a held symbol after so many instants of the axis without a bar")
     delist_haircut: float = Field(ge=0, le=1, description="part of the last close that is lost in such a settlement")
+    release_after_bars: int | None = Field(default=None, ge=1, description="release an account that its policy has halted after so many bars; null = never, a person does")
     start: Literal["decision", "panel"] = Field(description="where the ledger begins: at the first decision or at the panel's first bar")
 
 # %% ../../nbs/backtest/10_engine.ipynb #fd72dff1

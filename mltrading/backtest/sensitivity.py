@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -57,10 +58,10 @@ def sensitivity(
     variants, tape = _variants(costs, params, scales, delays, sizes), lay_tape(panel, costs)
     begin = int((~np.isnan(targets)).any(axis=1).argmax())
 
-    def run(variant: tuple[str, float, CostParams, BacktestParams]) -> dict[str, float | str]:
+    def run(variant: tuple[str, float, CostParams, BacktestParams]) -> dict[str, Any]:
         turned, value, dear, account = variant
         equity = pd.Series(equity_curve(tape, targets, dear, account), panel.index).iloc[begin:]
-        found = bootstrap_intervals(equity.pct_change().dropna(), seed, ["sharpe_annual", "cagr"], n_boot, level, bars_per_year).set_index("metric")
-        return {"turned": turned, "value": value, "sharpe_annual": found.loc["sharpe_annual", "value"], "low": found.loc["sharpe_annual", "low"], "high": found.loc["sharpe_annual", "high"], "cagr": found.loc["cagr", "value"]}
+        sharpe, growth = bootstrap_intervals(equity.pct_change().dropna(), seed, ["sharpe_annual", "cagr"], n_boot, level, bars_per_year).itertuples(index=False)
+        return {"turned": turned, "value": value, "sharpe_annual": sharpe.value, "low": sharpe.low, "high": sharpe.high, "cagr": growth.value}
     with ThreadPoolExecutor(threads) as pool:
         return pd.DataFrame(list(pool.map(run, variants)), columns=["turned", "value", "sharpe_annual", "low", "high", "cagr"])

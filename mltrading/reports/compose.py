@@ -19,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..backtest.costs import CostParams
 from ..backtest.engine import BacktestParams
 from ..backtest.ledger import Ledger
+from ..backtest.replay import decided_targets
+from ..backtest.sensitivity import sensitivity
 from ..core.stage import Stage
 from ..core.storage import read_json, read_parquet
 from ..market.panel import read_panel, select
@@ -41,7 +43,7 @@ from mltrading.reports.tearsheet import (
     verdict,
 )
 from ..systems.base import System
-from ..systems.trade import HOLD, INDEX, sensitivity
+from ..systems.trade import HOLD, INDEX
 from ..validation import trials
 from ..validation.metrics import calibration_table
 
@@ -56,6 +58,8 @@ class ReportParams(BaseModel):
     level: float = Field(gt=0, lt=1, description="of all intervals, 0.95 = 95 %")
     n_boot: int = Field(ge=100, le=100_000, description="bootstrap resamples")
     cost_scales: list[float] = Field(min_length=2, description="multiples of the assumed costs")
+    delays: list[int] = Field(min_length=2, description="bars by which every decision comes later")
+    sizes: list[float] = Field(min_length=2, description="multiples of the initial cash")
     participation: float = Field(gt=0, le=1, description="largest share of a symbol's average daily value that a trade may take, for the capacity")
     reasons: int = Field(ge=1, le=10, description="contributions shown per signal")
     shap_rows: int = Field(ge=50, description="rows of the last test window that are explained")
@@ -263,21 +267,29 @@ class _Past(_Opening):
 
     @cached_property
     def varied(self) -> pd.DataFrame:
-        """Sharpe ratios at multiples of the costs and one bar late."""
+        """Sharpe ratios of the same decisions at other costs, later, and with more money."""
         panel = select(read_panel(self.stage.input("panel") / "panel.parquet"), self.setting["symbols"])
-        return sensitivity(panel, self.table("backtest", "decisions"), CostParams(**self.setting["costs"]), BacktestParams(**self.setting["account"]), self.params.cost_scales, **self.boot, bars_per_year=self.bars_per_year)
+        p, targets = self.params, decided_targets(panel, self.table("backtest", "decisions"))
+        return sensitivity(panel, targets, CostParams(**self.setting["costs"]), BacktestParams(**self.setting["account"]), p.cost_scales, p.delays, p.sizes, **self.boot, bars_per_year=self.bars_per_year)
+
+    def turned(self, what: str) -> pd.DataFrame:
+        "The rows of one assumption."
+        return self.varied[self.varied["turned"] == what].rename(columns={"value": "multiplier", "sharpe_annual": "sharpe"})
 
     def sensitivity(self) -> Figure:
         """Sharpe ratio against the costs."""
-        now = self.varied[self.varied["delay_bars"] == self.varied["delay_bars"].min()]
-        return plots.plot_cost_sensitivity(now.rename(columns={"cost_scale": "multiplier", "sharpe_annual": "sharpe"}), interval=f"{self.level} interval")
+        return plots.plot_sensitivity(self.turned("cost_scale"), "How much cost the result can bear", "assumed costs, multiplied by", interval=f"{self.level} interval")
+
+    def size(self) -> Figure:
+        """Sharpe ratio against the money in the account."""
+        return plots.plot_sensitivity(self.turned("size"), "How much money it can carry", f"initial cash of {self.setting['account']['initial_cash'] / 1e6:g} million, multiplied by", interval=f"{self.level} interval")
 
     def delayed(self) -> Table:
-        """What acting one bar later does."""
-        late = self.varied[self.varied["cost_scale"] == 1].drop_duplicates("delay_bars")
-        index = pd.Index(["as decided" if d == self.setting["account"]["delay_bars"] else "one bar later" for d in late["delay_bars"]], name="decisions carried out")
-        frame = pd.DataFrame({"Sharpe ratio": list(zip(late["sharpe_annual"], late["low"], late["high"], strict=True)), "growth per year": late["cagr"].to_numpy()}, index=index)
-        return Table(frame, {"Sharpe ratio": "signed:2", "growth per year": "signed-percent:1"}, "And if every decision came a bar late?", "A result that lives on one bar's timing would not survive a real desk.")
+        """What acting later does."""
+        late = self.turned("later_bars")
+        index = pd.Index(["as decided" if d == 0 else f"{d:g} bar{'s' if d > 1 else ''} later" for d in late["multiplier"]], name="decisions carried out")
+        frame = pd.DataFrame({"Sharpe ratio": list(zip(late["sharpe"], late["low"], late["high"], strict=True)), "growth per year": late["cagr"].to_numpy()}, index=index)
+        return Table(frame, {"Sharpe ratio": "signed:2", "growth per year": "signed-percent:1"}, "And if every decision came late?", "A result that lives on one bar's timing would not survive a real desk.")
 
 # %% ../../nbs/reports/40_compose.ipynb #fab0b3b9
 class Run(_Past):
@@ -332,8 +344,7 @@ class Run(_Past):
 
     def numbers(self) -> dict[str, Any]:
         """The numbers that stand in git."""
-        late = self.varied[self.varied["cost_scale"] == 1].set_index("delay_bars")["sharpe_annual"]
+        dear, late = (dict(zip(self.turned(w)["multiplier"], self.turned(w)["sharpe"], strict=True)) for w in ("cost_scale", "later_bars"))
         return metrics_dict(self.measured, self.skill, self.deflated, self.against, self.acted, self.besides, system=self.system.name, model=self.system.model, title=self.system.title, profile=self.stage.profile,
                             start=self.returns.index[0], end=self.returns.index[-1], n_bars=len(self.returns), n_symbols=len(self.setting["symbols"]), n_trials=int(self.deflated["n_trials"].iloc[0]),
-                            sharpe_by_cost_scale={f"{r.cost_scale:g}": r.sharpe_annual for r in self.varied.itertuples() if r.delay_bars == self.setting["account"]["delay_bars"]},
-                            sharpe_one_bar_late=float(late.iloc[-1]))
+                            sharpe_by_cost_scale={f"{k:g}": v for k, v in dear.items()}, sharpe_by_bars_late={f"{d:g}": v for d, v in late.items()})

@@ -21,7 +21,7 @@ from ..core.errors import DataError
 from ..core.style import CYCLE, PALETTE, date_axis, figure, label_ends
 
 # %% auto #0
-__all__ = ['colours_of', 'plot_folds', 'plot_equity', 'plot_monthly', 'plot_fold_quality', 'plot_shap', 'plot_cost_sensitivity',
+__all__ = ['colours_of', 'plot_folds', 'plot_equity', 'plot_monthly', 'plot_fold_quality', 'plot_shap', 'plot_sensitivity',
            'plot_calibration', 'plot_intervals']
 
 # %% ../../nbs/reports/10_plots.ipynb #db7d56c4
@@ -262,24 +262,26 @@ def plot_shap(
     return fig
 
 # %% ../../nbs/reports/10_plots.ipynb #af14dc6f
-def plot_cost_sensitivity(
+def plot_sensitivity(
     frame: pd.DataFrame,  # multiplier, sharpe, low, high (the ends of its interval)
-    title: str = "How much cost the result can bear",
+    title: str,
+    label: str,           # what is multiplied
     interval: str = "95 % interval",
 ) -> Figure:
-    """Sharpe ratio against a multiple of the assumed costs."""
-    _columns(frame, ("multiplier", "sharpe", "low", "high"), "cost sensitivity")
+    """Sharpe ratio against a multiple of something that was assumed; the steps stand at equal distances."""
+    _columns(frame, ("multiplier", "sharpe", "low", "high"), "sensitivity")
     f = frame.sort_values("multiplier", kind="stable")
     m = f["multiplier"].to_numpy(float)
+    at = np.arange(len(m))
     fig, ax = figure(height=2.9, title=title, subtitle=f"Annualized Sharpe ratio, net; shaded: {interval}")
-    ax.fill_between(m, f["low"], f["high"], color=PALETTE["band"], lw=0)
-    ax.plot(m, f["sharpe"], "o-", color=PALETTE["system"], ms=4.5, mew=0)
-    for where, sharpe in zip(m, f["sharpe"], strict=True):
+    ax.fill_between(at, f["low"], f["high"], color=PALETTE["band"], lw=0)
+    ax.plot(at, f["sharpe"], "o-", color=PALETTE["system"], ms=4.5, mew=0)
+    for where, sharpe in zip(at, f["sharpe"], strict=True):
         ax.annotate(_minus(f"{sharpe:.2f}"), (where, sharpe), xytext=(0, 6), textcoords="offset points", ha="center", color=PALETTE["ink"])
     _zero(ax)
-    ax.set_xticks(m, [f"{v:g}×" for v in m])
+    ax.set_xticks(at, [f"{v:g}×" for v in m])
     ax.margins(x=0.05)
-    ax.set_xlabel("assumed costs, multiplied by")
+    ax.set_xlabel(label)
     ax.yaxis.set_major_formatter(_plain())
     return fig
 

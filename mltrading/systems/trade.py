@@ -15,19 +15,18 @@ import pandas as pd
 
 from ..backtest.baselines import equal_weight, hold
 from ..backtest.costs import CostParams
-from ..backtest.engine import BacktestParams, simulate, sweep
+from ..backtest.engine import BacktestParams, simulate
 from ..backtest.ledger import Ledger
-from ..backtest.replay import decided_targets, replay
+from ..backtest.replay import replay
 from ..core.errors import ParameterError
 from ..market.panel import Panel, select
 from ..portfolio.policy import Policy
-from ..validation.inference import bootstrap_intervals
 from ..validation.metrics import performance
 from ..validation.trials import looking
 
 # %% auto #0
-__all__ = ['HOLD', 'INDEX', 'trade', 'check_fill', 'check_bars_per_year', 'without_model', 'returns_table', 'sensitivity',
-           'looking_at', 'outcome', 'traded']
+__all__ = ['HOLD', 'INDEX', 'trade', 'check_fill', 'check_bars_per_year', 'without_model', 'returns_table', 'looking_at',
+           'outcome', 'traded']
 
 # %% ../../nbs/systems/15_trade.ipynb #31de8de9
 def trade(
@@ -90,29 +89,6 @@ def returns_table(
     """Returns of several accounts between the instants that all of them have."""
     equity = pd.concat({name: ledger.equity.set_index("timestamp")["equity"] for name, ledger in ledgers.items()}, axis=1, join="inner")
     return equity.pct_change().iloc[1:]
-
-# %% ../../nbs/systems/15_trade.ipynb #52f3e157
-def sensitivity(
-    panel: Panel,              # the symbols that may be traded
-    decisions: pd.DataFrame,   # as `replay` gives them
-    costs: CostParams,
-    params: BacktestParams,
-    scales: Sequence[float],   # multiples of all costs
-    seed: int,
-    n_boot: int,
-    level: float,              # of the intervals
-    bars_per_year: float,
-) -> pd.DataFrame:             # cost_scale, delay_bars, sharpe_annual, low, high, cagr
-    """Sharpe ratio and growth at multiples of the costs, and at the given costs one bar late."""
-    targets = {"system": decided_targets(panel, decisions)}
-    curves = pd.concat([sweep(panel, targets, costs, params, cost_scales=scales), sweep(panel, targets, costs, params, delays=[params.delay_bars + 1])], axis=1)
-    begin, rows = pd.Timestamp(decisions["timestamp"].iloc[0]), []
-    for k, (scale, delay) in enumerate(zip(curves.columns.get_level_values("cost_scale"), curves.columns.get_level_values("delay_bars"), strict=True)):
-        equity = curves.iloc[:, k]
-        returns = equity[equity.index >= begin].pct_change().dropna()
-        found = bootstrap_intervals(returns, seed, ["sharpe_annual", "cagr"], n_boot, level, bars_per_year).set_index("metric")
-        rows.append({"cost_scale": scale, "delay_bars": delay, "sharpe_annual": found.loc["sharpe_annual", "value"], "low": found.loc["sharpe_annual", "low"], "high": found.loc["sharpe_annual", "high"], "cagr": found.loc["cagr", "value"]})
-    return pd.DataFrame(rows)
 
 # %% ../../nbs/systems/15_trade.ipynb #d41cda11
 @contextmanager
