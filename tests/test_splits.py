@@ -251,3 +251,23 @@ def test_a_nested_search_records_each_outer_result_and_nothing_else(tmp_path: Pa
     for row, fold in zip(rows[:-1], outer, strict=False):
         assert (pd.Timestamp(row["start"]), pd.Timestamp(row["end"])) == (t[fold.test[0]], t[fold.test[-1]])
     assert rows[-1]["error"] == "ArithmeticError: the last window"
+
+
+def test_label_ends_without_the_zone_of_the_times_are_refused() -> None:
+    t = pd.date_range("2020-01-01 16:00", periods=100, freq="B", tz="America/New_York", unit="us")
+    end = pd.Series(t).shift(-3)
+    whole = WalkForward(30, 20).folds(t, end)
+    for times, ends in ((t, end.dt.tz_localize(None)), (t.tz_localize(None), end), (t, end.to_numpy("datetime64[us]"))):
+        with pytest.raises(DataError, match="overlaps would be missed"):
+            WalkForward(30, 20).folds(times, ends)
+    for times, ends in ((t, end.to_numpy()), (t.tz_convert("UTC"), end.to_numpy("datetime64[us]")), (t.to_numpy("datetime64[us]"), end.dt.tz_convert("UTC"))):
+        for one, other in zip(whole, WalkForward(30, 20).folds(times, ends), strict=True):
+            np.testing.assert_array_equal(one.train, other.train)
+
+
+@pytest.mark.parametrize("same", [0.1, 1e-4 / 3, 0.0])
+def test_a_candidate_that_always_earns_the_same_is_not_the_best(same: float) -> None:
+    t = pd.date_range("2020-01-01", periods=300, freq="D", tz="UTC", unit="us")
+    r = pd.Series(0.01 * np.random.default_rng(0).normal(size=300), t)
+    with pytest.raises(DataError, match="variance is zero"):
+        nested_search(WalkForward(150, 50).folds(t, t), PurgedKFold(3), t, t, {"moves": 1, "same": 0}, lambda side, _, test: r.iloc[test] if side else r.iloc[test] * 0 + same)

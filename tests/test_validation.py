@@ -267,3 +267,23 @@ def test_what_is_not_a_table_of_trials_is_refused(tmp_path):
         for wrong in (tmp_path / "x.jsonl", str(tmp_path / "x.jsonl"), pd.DataFrame({"a": [1]})):
             with pytest.raises(ParameterError, match="table of trials"):
                 of(wrong)
+
+
+def test_a_look_that_could_not_be_recorded_is_refused_before_it_begins(tmp_path):
+    """Otherwise the window would be seen, and nobody would count it."""
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("x\n")
+    for path, params, bars_per_year, said in ((tmp_path / "a.jsonl", {"model": object()}, 252, "params"), (tmp_path / "b.jsonl", {}, 0, "make no year"), (broken, {}, 252, "not a whole row"), (tmp_path, {}, 252, "no such ledger")):
+        for look in (trials.looking, trials.failure_recorded):
+            begun = []
+            with pytest.raises((DataError, ParameterError), match=said), look(path, "demo", "x", params, "d0", bars_per_year):
+                begun.append(1)
+            assert not begun
+
+
+def test_returns_in_another_form_are_told_and_counted(tmp_path):
+    path, r = tmp_path / "x.jsonl", pd.Series(0.01 * np.random.default_rng(0).normal(size=len(BARS)), BARS)
+    for n, wrong in enumerate((r.to_frame(), r.to_numpy(), r[::-1]), 1):
+        with pytest.raises(DataError, match=r"Series of returns|order of time"), trials.looking(path, "demo", "x", {"n": n}, "d0") as look:
+            look.show(wrong)
+        assert [row["status"] for row in trials.read_rows(path)] == ["failed"] * n

@@ -261,7 +261,7 @@ def plot_shap(
         ax.tick_params(axis="y", length=0)
     return fig
 
-# %% ../../nbs/reports/10_plots.ipynb #af14dc6f
+# %% ../../nbs/reports/10_plots.ipynb #814073d7
 def plot_sensitivity(
     frame: pd.DataFrame,  # multiplier, sharpe, low, high (the ends of its interval)
     title: str,

@@ -75,7 +75,7 @@ def resampled_positions(
     rng: np.random.Generator,
 ) -> NDArray[np.int64]:        # (n_boot, n) positions in 0 … n - 1
     """Positions of stationary bootstrap resamples. Raises `ParameterError` on blocks shorter than a bar."""
-    if block < 1:
+    if not block >= 1:
         raise ParameterError("bootstrap", f"blocks of {block:g} bars", "a block has at least one bar")
     starts = rng.integers(0, n, size=(n_boot, n))
     _follow(starts, rng.random((n_boot, n)), 1 / block)
@@ -92,9 +92,11 @@ def redraw(
 ) -> None:
     """Draw resamples chunk by chunk on all cores. Each chunk has random numbers of its own, so that the number of cores changes nothing.
 
-    Raises `ParameterError` on blocks shorter than a bar."""
+    Raises `ParameterError` on blocks shorter than a bar, no resamples, and a seed that is none."""
     if n_boot < 1:
         raise ParameterError("bootstrap", f"{n_boot} resamples", "draw at least one")
+    if not isinstance(seed, int | np.integer) or seed < 0:
+        raise ParameterError("seed", "has to be a whole number, 0 or more", "pass one, such as 0: the same seed gives the same bits")
     def chunk(number: int) -> None:
         places = slice(number * _CHUNK, min((number + 1) * _CHUNK, n_boot))
         work(resampled_positions(n, block, places.stop - places.start, np.random.default_rng([seed, number])), places)
@@ -153,7 +155,7 @@ def _interval(samples: NDArray[np.float64], level: float) -> tuple[float, float]
 def bootstrap_intervals(
     returns: Any,                        # (T,) simple returns per bar, net of costs
     seed: int,
-    metrics: Sequence[str] = METRICS,    # names of METRICS
+    metrics: Sequence[str] | str = METRICS,  # names of METRICS, or one of them
     n_boot: int = 1000,                  # resamples
     level: float = 0.95,                 # share of resampled values inside
     bars_per_year: float = 252,
@@ -163,6 +165,7 @@ def bootstrap_intervals(
     """Metrics with percentile intervals.
 
     Raises `ParameterError` on an unknown metric, `DataError` on returns that cannot be measured."""
+    metrics = [metrics] if isinstance(metrics, str) else metrics
     for name in metrics:
         if name not in METRICS:
             raise unknown("metric", name, list(METRICS), "bootstrap_intervals")

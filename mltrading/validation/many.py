@@ -15,6 +15,7 @@ from scipy.stats import false_discovery_control
 from ..core.errors import DataError, ParameterError, unknown
 from ..core.jit import njit
 from .inference import optimal_block, redraw
+from .metrics import as_numbers
 
 # %% auto #0
 __all__ = ['checked_trials', 'resampled_deviations', 'bootstrap_scale', 'superior_ability', 'reality_check', 'stepwise_superior',
@@ -28,8 +29,8 @@ def checked_trials(
 ) -> tuple[NDArray[np.float64], list[Any]]:  # (T, N) contiguous; the names of the columns, or their numbers
     """Trials side by side, as arrays that can be compared.
 
-    Raises `DataError` on fewer than two bars or trials, NaN or infinity, and a trial without any variance but that of rounding."""
-    x = np.ascontiguousarray(values, dtype=np.float64)
+    Raises `DataError` on fewer than two bars or trials, NaN or infinity, a trial without any variance but that of rounding, and what `as_numbers` refuses."""
+    x = as_numbers(values, where)
     if x.ndim != 2 or x.shape[0] < 2:
         raise DataError(where, f"have the shape {x.shape}", "one row per bar and one column per trial, at least two bars")
     names = list(values.columns) if isinstance(values, pd.DataFrame) else list(range(x.shape[1]))
@@ -47,10 +48,11 @@ def _gains(values: Any, baseline: Any) -> tuple[NDArray[np.float64], list[Any]]:
     "What each trial has more than the baseline."
     if baseline is None:
         return checked_trials(values)
-    b = np.asarray(baseline, dtype=np.float64)
-    if b.shape != np.shape(values)[:1]:
-        raise DataError("baseline", f"has the shape {b.shape} beside trials of the shape {np.shape(values)}", "one value per bar, on the same bars")
-    x = np.asarray(values, dtype=np.float64)
+    x, b = as_numbers(values, "trials"), as_numbers(baseline, "baseline")
+    if b.shape != x.shape[:1]:
+        raise DataError("baseline", f"has the shape {b.shape} beside trials of the shape {x.shape}", "one value per bar, on the same bars")
+    if isinstance(values, pd.DataFrame) and isinstance(baseline, pd.Series) and not values.index.equals(baseline.index):
+        raise DataError("baseline", "stands on other bars than the trials", "cut both to the bars that they share")
     gains, size = x - b[:, None], np.maximum(np.abs(x).max(axis=0), np.abs(b).max())
     return checked_trials(pd.DataFrame(gains, columns=values.columns) if isinstance(values, pd.DataFrame) else gains, "trials minus baseline", size)
 
@@ -122,8 +124,9 @@ def _field(values: Any, baseline: Any, seed: int, n_boot: int, block: float | No
     "Everything that the tests of many against a baseline share."
     x, names = _gains(values, baseline)
     length, root = _block(x, block), np.sqrt(len(x))
+    moved = resampled_deviations(x, length, n_boot, seed)
     gain, scale = x.mean(axis=0), bootstrap_scale(x, length)
-    return _Field(names, gain, root / scale if studentized else np.full(len(gain), root), resampled_deviations(x, length, n_boot, seed), _shifts(gain, scale, len(x)), length)
+    return _Field(names, gain, root / scale if studentized else np.full(len(gain), root), moved, _shifts(gain, scale, len(x)), length)
 
 def _share(simulated: NDArray[np.float64], found: Any) -> Any:
     "One-sided p-value, the sample itself counted as one of the resamples."

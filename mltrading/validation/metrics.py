@@ -12,16 +12,33 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from ..core.errors import DataError
+from ..core.errors import DataError, ParameterError
 from ..core.jit import njit
 from ..features.redundancy import ic_by_instant
 
 # %% auto #0
-__all__ = ['METRICS', 'checked', 'checked_pair', 'equity_curve', 'returns_of', 'rate_per_bar', 'cagr', 'vol_annual',
+__all__ = ['METRICS', 'as_numbers', 'checked', 'checked_pair', 'equity_curve', 'returns_of', 'rate_per_bar', 'cagr', 'vol_annual',
            'sharpe_annual', 'sortino_annual', 'drawdown', 'max_drawdown', 'longest_drawdown_bars', 'calmar', 'hit_rate',
            'profit_factor', 'skew', 'kurtosis', 'var_95', 'es_95', 'tail_ratio', 'exposure', 'turnover_annual',
            'measure', 'performance', 'accuracy', 'mcc', 'brier', 'log_loss_rows', 'log_loss', 'auc',
            'calibration_table', 'calibration_error', 'ic_by_time', 'forecast_quality']
+
+# %% ../../nbs/validation/10_metrics.ipynb #772da7cb
+def as_numbers(
+    values: Any,           # numbers in any container; with instants as its index, in the order of time
+    where: str,            # what they are, for messages
+) -> NDArray[np.float64]:  # contiguous
+    """Numbers as an array.
+
+    Raises `DataError` on what holds something else, such as a path or a column of times, and on a Series or table whose instants are not in order."""
+    try:
+        found = np.ascontiguousarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(where, f"a {type(values).__name__} that holds something other than numbers ({error})", "pass the numbers alone: read a file first, make a column of times the index") from error
+    index = getattr(values, "index", None)
+    if isinstance(index, pd.DatetimeIndex) and not index.is_monotonic_increasing:
+        raise DataError(where, "are not in the order of time", "sort them by their index")
+    return found
 
 # %% ../../nbs/validation/10_metrics.ipynb #c2742e70
 def checked(
@@ -30,8 +47,8 @@ def checked(
 ) -> NDArray[np.float64]:     # (T,) contiguous
     """Returns as an array that can be measured.
 
-    Raises `DataError` on fewer than two values, NaN or infinity, a return below −1, and zero variance."""
-    r = np.ascontiguousarray(returns, dtype=np.float64)
+    Raises `DataError` on fewer than two values, NaN or infinity, a return below −1, zero variance, and what `as_numbers` refuses."""
+    r = as_numbers(returns, where)
     if r.ndim != 1:
         raise DataError(where, f"has the shape {r.shape}", "one series of returns, shape (T,)")
     if len(r) < 2:
@@ -103,7 +120,9 @@ def _sharpe(r: NDArray[np.float64], bars_per_year: float, rf_bar: float) -> floa
 
 # %% ../../nbs/validation/10_metrics.ipynb #5d17db58
 def rate_per_bar(rate_annual: float, bars_per_year: float) -> float:
-    "The rate per bar that compounds to an effective annual rate."
+    """The rate per bar that compounds to an effective annual rate. Raises `ParameterError` on a year without bars."""
+    if not 0 < bars_per_year < np.inf:
+        raise ParameterError("bars_per_year", f"{bars_per_year:g} make no year", "use 252 for daily bars")
     return float((1 + rate_annual) ** (1 / bars_per_year) - 1)
 
 def cagr(

@@ -15,6 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ..core.errors import DataError, MLTradingError, ParameterError
+from .metrics import checked
 from .splits import Fold, Splitter, check_fold, instants
 from .trials import Look
 
@@ -83,7 +84,10 @@ def nested_search(
 
 def _finite(score: float | pd.Series, where: str) -> float:
     "The number that a score is."
-    value = float(score.mean() / score.std()) if isinstance(score, pd.Series) else score
+    if isinstance(score, pd.Series):
+        r = checked(score, where)
+        return float(r.mean() / r.std(ddof=1))
+    value = score
     if not np.isfinite(value):
         raise DataError(where, f"the score is {value}", "leave rows without a label out of the score, or give the candidate a score of its own where it fails")
     return value

@@ -43,13 +43,16 @@ def instants(
 ) -> NDArray[np.datetime64]:  # (n,) NaT where missing
     """Times as `datetime64[us]` in UTC.
 
-    Raises `DataError` on numbers and on no values at all."""
+    Raises `DataError` on what is no instants, numbers among them, and on no values at all."""
     if isinstance(values, np.ndarray) and values.dtype == "datetime64[us]" and values.ndim == 1 and len(values):
         return values
-    plain = pd.Index(values)
-    if plain.dtype.kind in "iufb":
+    try:
+        plain = pd.Index(values)
+        index = pd.DatetimeIndex(() if (numbers := plain.dtype.kind in "iufb") else plain)
+    except (TypeError, ValueError) as error:
+        raise DataError(where, f"a {type(values).__name__} that holds something other than instants ({error})", "pass one timestamp per row; for scikit-learn the index of `X` holds them, and nothing else") from error
+    if numbers:
         raise DataError(where, f"holds numbers ({plain.dtype}), not instants", "pass timestamps; for scikit-learn the index of `X` holds them")
-    index = pd.DatetimeIndex(plain)
     if index.tz is not None:
         index = index.tz_convert("UTC").tz_localize(None)
     if len(index) == 0:
@@ -72,6 +75,10 @@ def _in_order(x: NDArray[np.datetime64], name: str) -> None:
         i = int(np.argmax(back)) + 1
         raise DataError(f"{name}, row {i} ({x[i]})", f"is not after the one before it ({x[i - 1]})", "sort the rows by timestamp and symbol; instants of the axis are unique")
 
+def _zone(values: Any) -> Any:
+    "The zone that times carry; none for naive ones, which are UTC."
+    return None if isinstance(values, np.ndarray) and values.dtype.kind == "M" else pd.DatetimeIndex(pd.Index(values)).tz
+
 def _ends(label_end: Any) -> NDArray[np.datetime64]:
     if label_end is None:
         raise LeakError("label_end", "no label ends: rows whose labels overlap the test window cannot be found", "pass one instant per row; to scikit-learn as `groups`")
@@ -85,8 +92,11 @@ def timeline(
 ) -> Timeline:
     """Rows and their axis, checked.
 
-    Raises `LeakError` without label ends; `DataError` on missing or unsorted times, on labels known before their decision and on times off the axis."""
+    Raises `LeakError` without label ends; `DataError` on missing or unsorted times, on labels known before their decision, on times off the axis, and where times of a zone other than UTC stand beside label ends without one, or the other way."""
     t, end = instants(times, "times"), _ends(label_end)
+    zones = _zone(times), _zone(label_end)
+    if zones.count(None) == 1 and str(zones[0] or zones[1]) != "UTC":
+        raise DataError("label_end", f"has the zone {zones[1]}, and the times have {zones[0]}: hours apart, overlaps would be missed", "give both with their zone; `.values` of pandas drops it")
     if len(t) != len(end):
         raise DataError("label_end", f"has {len(end)} values for {len(t)} rows", "one label end per row, NaT where the label is not complete")
     _in_order(t, "times")
@@ -271,7 +281,7 @@ class WalkForward(Splitter):
         "The number of test windows on the axis of `X`, whose index holds the decision instants."
         if X is None:
             raise ParameterError("WalkForward.get_n_splits", "no `X`: the number of windows depends on the length of the axis", "pass the table that will be split")
-        return len(_starts(self, len(np.unique(instants(X.index, "times")))))
+        return len(_starts(self, len(np.unique(instants(getattr(X, "index", range(len(X))), "times")))))
 
 # %% ../../nbs/validation/00_splits.ipynb #e4363316
 def fold_table(

@@ -9,6 +9,7 @@ import base64
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -44,8 +45,11 @@ def _hash(body: bytes) -> str:
 def params_id(
     params: dict[str, Any],  # everything that a person may turn and that the result depends on
 ) -> str:                    # 32 hex digits
-    """The name of a set of parameters: equal for equal values in any order."""
-    return _hash(_canonical(params))
+    """The name of a set of parameters: equal for equal values in any order. Raises `ParameterError` on values that have no canonical form."""
+    try:
+        return _hash(_canonical(params))
+    except TypeError as error:
+        raise ParameterError("params", str(error), "give numbers, words, and lists and dictionaries of these") from error
 
 def returns_id(
     returns: Any,  # (T,) simple returns per bar
@@ -90,12 +94,16 @@ def trial(
 
     Returns that cannot be measured are no error but a failed trial whose `error` says why: NaN among them, fewer than two, or all the same. It was looked at, so it counts.
 
-    Raises `DataError` without returns and without an error, and on both; on returns without instants, or not in the order of time."""
+    Raises `DataError` without returns and without an error, and on both; on returns that are no Series, without instants, or not in the order of time. Raises `ParameterError` on parameters that cannot be named, and on a year without bars."""
+    if not 0 < bars_per_year < math.inf:
+        raise ParameterError(f"trial of {system}/{model}", f"{bars_per_year:g} bars make no year", "use 252 for daily bars")
     if (returns is None) == (not error):
         raise DataError(f"trial of {system}/{model}", "needs either returns or the text of an error", "a trial ends in one of the two")
     row: dict[str, Any] = {"system": system, "model": model, "params_id": params_id(params), "data_id": data_id, "returns_id": "", "start": None, "end": None,
                            "n_bars": 0, "bars_per_year": float(bars_per_year), "sharpe_bar": None, "skew": None, "kurtosis": None, "fits": int(fits), "weeks": "", "week_scale": None, "status": "failed", "error": error}
     if returns is not None:
+        if not isinstance(returns, pd.Series):
+            raise DataError(f"trial of {system}/{model}", f"a {type(returns).__name__} is not a pandas Series of returns by instant", "index the returns by the close of their bars; of a table take one column")
         if not isinstance(returns.index, pd.DatetimeIndex) or returns.index.hasnans:
             raise DataError(f"trial of {system}/{model}", "the returns have no instants", "index them by the close of their bars")
         if not (returns.index.is_monotonic_increasing and returns.index.is_unique):
@@ -129,9 +137,9 @@ def read_rows(
 
     Raises `DataError` on a missing file, and naming the row that was changed, moved or removed."""
     path = Path(path)
-    if not path.exists():
-        raise DataError(str(path), "no such ledger of trials", "a result without its ledger cannot be deflated: run `make repro`")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    if not path.is_file():
+        raise DataError(str(path), "no such ledger of trials", "pass a file that `record` or `looking` has made; `make repro` makes that of a system")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     rows: list[dict[str, Any]] = []
     previous = _START
     for n, line in enumerate(lines, 1):
@@ -172,8 +180,10 @@ def record(
 ) -> int:                            # how many were new
     """Add trials to a ledger. Trials that it holds already change nothing, not even a byte.
 
-    Raises `DataError` on a ledger whose chain is broken."""
-    path = Path(path)
+    Raises `DataError` on a ledger whose chain is broken, and on what is no row."""
+    path, rows = Path(path), list(rows)
+    if not all(isinstance(row, dict) and "returns_id" in row for row in rows):
+        raise DataError(str(path), "something that is no row of a trial", "pass a list of what `trial` gives")
     with _alone(path):
         old = read_rows(path) if path.exists() else []
         seen, chain = {_identity(r) for r in old}, list(old)
@@ -202,11 +212,16 @@ def failure_recorded(
     bars_per_year: float = 252,
     fits: int = 1,               # fits of the model behind it
 ) -> Iterator[None]:
-    """Record the exception that ends a block of code which opens a test window; it is raised again. What the block finds is for others to record."""
+    """Record the exception that ends a block of code which opens a test window; it is raised again. What the block finds is for others to record.
+
+    Raises, before the block begins, what `trial` and `read_rows` raise: nothing is opened that could not be recorded."""
+    failed = trial(system, model, params, data_id, None, bars_per_year, fits, "failed")
+    if Path(path).exists():
+        read_rows(path)
     try:
         yield
     except BaseException as error:  # an interrupted look was one, too
-        record(path, [trial(system, model, params, data_id, None, bars_per_year, fits, _told(error))])
+        record(path, [failed | {"error": _told(error)}])
         raise
 
 # %% ../../nbs/validation/30_trials.ipynb #214cd4a3
