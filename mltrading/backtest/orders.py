@@ -12,7 +12,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .ledger import O_COLUMN, O_DECIDED, O_FILLED, O_KIND, O_LIMIT, O_NUMBER, O_QUANTITY, O_STOP, ORDER_KINDS, Grid
+from mltrading.backtest.ledger import (
+    O_COLUMN,
+    O_DECIDED,
+    O_FILLED,
+    O_KIND,
+    O_LIMIT,
+    O_NUMBER,
+    O_QUANTITY,
+    O_STOP,
+    ORDER_KINDS,
+    Grid,
+)
 from ..core.errors import DataError, unknown
 from ..core.jit import njit
 
@@ -146,6 +157,8 @@ def lay_orders(
     for field, value in ((O_QUANTITY, orders.quantity), (O_LIMIT, orders.limit), (O_STOP, orders.stop), (TRAIL, orders.trail), (LIFE, orders.life)):
         rows[:, field] = value
     rows[rows[:, LIFE] == 0, LIFE] = np.inf
+    rows[~np.isin(rows[:, O_KIND], (LIMIT, STOP_LIMIT)), O_LIMIT] = np.nan
+    rows[~np.isin(rows[:, O_KIND], (STOP, STOP_LIMIT)), O_STOP] = np.nan
     rows[:, O_DECIDED] = micros
     profit, loss = np.broadcast_to(np.asarray(orders.take_profit, float), count), np.broadcast_to(np.asarray(orders.stop_loss, float), count)
     _check(orders, rows, profit, loss, where)
