@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,7 +15,7 @@ from mltrading.backtest.engine import BacktestParams, simulate
 from mltrading.backtest.events import Moment, Weights, run
 from mltrading.backtest.instruments import Instrument
 from mltrading.backtest.ledger import TABLES, Ledger
-from mltrading.backtest.orders import PAIR, Orders
+from mltrading.backtest.orders import Orders
 from mltrading.core.errors import DataError
 from mltrading.market.panel import Panel
 
@@ -190,16 +188,110 @@ DRIVEN = {"seed": st.integers(0, 10**9), "fill": st.sampled_from(["open", "close
 QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 
 
-@settings(max_examples=100, **QUIET)
+@settings(max_examples=60, **QUIET)
 @given(**DRIVEN)
 def test_any_orders(seed: int, fill: str, delay: int) -> None:
     any_orders(seed, fill, delay)
 
 
-@settings(max_examples=100, **QUIET)
+@settings(max_examples=60, **QUIET)
 @given(**DRIVEN)
 def test_any_targets_through_both_engines(seed: int, fill: str, delay: int) -> None:
     any_targets(seed, fill, delay)
+
+
+class Answer:
+    """One answer at one bar, nothing otherwise."""
+
+    def __init__(self, at: int, answer: Orders | Weights) -> None:
+        self.at, self.answer = at, answer
+
+    def decide(self, now: Moment) -> Orders | Weights | None:
+        return self.answer if now.number == self.at else None
+
+
+def plain(close: list[float], **more: list[float]) -> Panel:
+    fields = {"close": np.array([close]), **{k: np.array([v]) for k, v in more.items()}}
+    return Panel(np.datetime64("2020-01-03T21:00", "us") + np.arange(len(close)) * np.timedelta64(1, "D"), ("A",), fields)
+
+
+FREE = COSTS.scaled(0).model_copy(update={"participation": None})
+
+
+def once(panel: Panel, at: int, answer: Orders | Weights, costs: CostParams = FREE, **params: object) -> Ledger:
+    return run(bars_of(panel, lay_actions(panel)), panel.symbols, Answer(at, answer), costs, PARAMS.model_copy(update=params))
+
+
+@pytest.mark.parametrize(("answer", "message"), [
+    (Weights(np.array([np.nan])), "nan is not a weight"), (Weights(np.array([0.1, 0.1])), "have shape"), (Weights(np.array([3.1])), "the account accepts 3"), (Orders(["B"], 1), "unknown symbol `B`"),
+    (Orders(["A"], 1, "limit"), "no limit price"), (Orders(["A"], 1, "stop"), "no stop price"), (Orders(["A"], np.inf), "has no quantity"), (Orders(["A"], 1, "iceberg"), "unknown kind of order `iceberg`"),
+    (Orders(["A"], 1, "trailing"), "no distance"), (Orders(cancel=[7]), "no order has the number 7"), (Orders(["A"], 1, take_profit=9, stop_loss=10), "wrong sides"),
+])
+def test_bad_answers(answer: Orders | Weights, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        once(plain([10, 11, 12]), 1, answer)
+
+
+def test_closed_sessions_and_symbols_without_a_price() -> None:
+    halted = plain([10, np.nan, 12])
+    with pytest.raises(DataError, match="its session is closed"):
+        once(halted, 1, Orders(["A"], 1))
+    late = plain([np.nan, 11, 12])
+    with pytest.raises(DataError, match="before the symbol's first bar"):
+        once(late, 0, Weights(np.array([1.0])))
+    assert once(halted, 0, Orders(["A"], 1), delay_bars=1).orders["status"].tolist() == ["rejected"]
+
+
+def test_nothing_fills_without_volume() -> None:
+    quiet = plain([10, 11, 12, 13], volume=[100, 0, 0, 100])
+    assert once(quiet, 0, Orders(["A"], 1, life=2)).orders["status"].tolist() == ["lapsed"]
+    waited = once(quiet, 0, Orders(["A"], 1))
+    assert waited.fills["timestamp"].tolist() == [quiet.index[3]]
+    unknown = plain([10, 11, 12, 13], volume=[0, 0, 0, 0])
+    assert once(unknown, 0, Orders(["A"], 1)).fills["timestamp"].tolist() == [unknown.index[1]]
+
+
+def test_margin_call_closes_everything() -> None:
+    future = {"A": Instrument(margin=0.1, futures_style=True)}
+    prices, params = plain([100, 100, 95, 92, 91]), PARAMS.model_copy(update={"margin_call": 0.5, "max_gross": 1.0})
+    ledger = run(bars_of(prices, lay_actions(prices)), ("A",), Answer(0, Weights(np.array([10.0]))), FREE, params, future)
+    # 10 × exposure: at 95 half is left, over 47.5 % of it is required, and at 92 a fifth of it
+    assert ledger.orders["reason"].tolist() == ["target", "margin call: closed"]
+    assert ledger.fills["timestamp"].tolist() == [prices.index[1], prices.index[4]]
+    np.testing.assert_allclose(ledger.equity["equity"], [1e6, 1e6, 5e5, 2e5, 1e5])
+    np.testing.assert_allclose(ledger.equity["cash"], ledger.equity["equity"])
+
+
+def test_orders_that_the_account_cannot_carry() -> None:
+    prices = plain([100, 100, 100, 100])
+    assert once(prices, 0, Orders(["A"], 30_001)).orders["status"].tolist() == ["rejected"]
+    assert once(prices, 0, Orders(["A"], 30_000)).orders["status"].tolist() == ["filled"]
+    both = once(prices, 0, Orders(["A", "A"], [20_000, 20_000], "limit", limit=90))
+    assert both.orders["status"].tolist() == ["working", "rejected"]
+    assert once(prices, 0, Orders(["A", "A"], [20_000, -20_000], "limit", limit=[90, 110])).orders["status"].tolist() == ["working", "working"]
+
+
+class Noise:
+    """Market orders at random."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+
+    def decide(self, now: Moment) -> Orders:
+        which = np.flatnonzero(self.rng.random(len(now.symbols)) < 0.3)
+        return Orders([now.symbols[i] for i in which], self.rng.normal(0, 1000, len(which)), life=1)
+
+
+def test_random_orders_lose_their_costs_and_nothing_else() -> None:
+    """On prices without drift, the mean profit before costs of random orders is within three standard errors of zero."""
+    gross = []
+    for seed in range(150):
+        close = 100 * np.cumprod(1 + np.random.default_rng(seed).normal(0, 0.01, (4, 60)), axis=1)
+        panel = Panel(np.datetime64("2020-01-03T21:00", "us") + np.arange(60) * np.timedelta64(1, "D"), ("A", "B", "C", "D"), {"close": close})
+        e = run(bars_of(panel, lay_actions(panel)), panel.symbols, Noise(seed), COSTS, PARAMS).equity
+        gross.append(e["equity"].iloc[-1] - 1e6 + e[["costs", "borrow", "interest"]].sum().sum())
+    error = np.std(gross, ddof=1) / np.sqrt(len(gross))
+    assert abs(np.mean(gross)) < 3 * error
 
 
 @pytest.mark.slow
