@@ -157,6 +157,8 @@ def lay_orders(
     for field, value in ((O_QUANTITY, orders.quantity), (O_LIMIT, orders.limit), (O_STOP, orders.stop), (TRAIL, orders.trail), (LIFE, orders.life)):
         rows[:, field] = value
     rows[rows[:, LIFE] == 0, LIFE] = np.inf
+    rows[~np.isin(rows[:, O_KIND], (LIMIT, STOP_LIMIT)), O_LIMIT] = np.nan
+    rows[~np.isin(rows[:, O_KIND], (STOP, STOP_LIMIT)), O_STOP] = np.nan
     rows[:, O_DECIDED] = micros
     profit, loss = np.broadcast_to(np.asarray(orders.take_profit, float), count), np.broadcast_to(np.asarray(orders.stop_loss, float), count)
     _check(orders, rows, profit, loss, where)
