@@ -5,31 +5,26 @@
 # %% ../../nbs/backtest/16_replay.ipynb #35e0d873
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from .costs import CostParams
-from mltrading.backtest.engine import (
-    BacktestParams,
-    _Books,
-    _ledger,
-    account_charges,
-    check_targets,
-    lay_tape,
-    place,
-    settle,
-)
-from .instruments import lay_terms
-from .ledger import EQUITY, Grid, Ledger
+from .actions import Actions, lay_actions, without_splits
+from .bars import bars_of
+from .costs import MULTIPLIER, CostParams
+from .engine import BacktestParams
+from .events import Moment, Weights, run
+from .instruments import Instrument
+from .ledger import Grid, Ledger
 from ..core.errors import DataError, unknown
 from ..market.panel import Panel
 from ..portfolio.policy import Account, Forecast, Market, Policy, Targets, trailing_volatility
 
 # %% auto #0
-__all__ = ['PREDICTED', 'forecast_blocks', 'replay', 'decided_targets']
+__all__ = ['PREDICTED', 'forecast_blocks', 'Follow', 'replay', 'decided_targets']
 
 # %% ../../nbs/backtest/16_replay.ipynb #046cef4f
 PREDICTED = ("score", "prob_up", "sigma")
@@ -84,43 +79,55 @@ class _Diary:
         return pd.DataFrame({"timestamp": self.panel.index[row], "symbol": pd.Series(np.array(self.panel.symbols, dtype=object)[column], dtype="str"), **numbers,
                              "reason": pd.Series(self.reasons, dtype="str")})
 
-# %% ../../nbs/backtest/16_replay.ipynb #a938efe1
+# %% ../../nbs/backtest/16_replay.ipynb #36ba6d79
+class Follow:
+    """A policy as a strategy of the event engine, its decisions noted."""
+
+    def __init__(
+        self,
+        panel: Panel,
+        policy: Policy,
+        forecasts: pd.DataFrame,  # long, as for `forecast_blocks`
+        actions: Actions,
+    ) -> None:
+        self.policy, self.blocks, self.diary = policy, forecast_blocks(panel, forecasts), _Diary(panel)
+        self.vol = np.ascontiguousarray(trailing_volatility(without_splits(panel["close"], actions), policy.params.vol_bars).T)
+        self.begin = int((~np.isnan(self.blocks["prob_up"])).any(axis=1).argmax())
+
+    def decide(
+        self,
+        now: Moment,
+    ) -> Weights | None:
+        """The policy's targets, from the first bar with a forecast on."""
+        t, books = now.number, now.books
+        if t < self.begin:
+            return None
+        held = np.where(books.shares != 0, books.shares * np.nan_to_num(books.last) * books.terms[:, MULTIPLIER], 0.0) / books.equity
+        forecast = Forecast(*(self.blocks[name][t] for name in PREDICTED))
+        wanted = self.policy.decide(now.bar.time, forecast, Account(held, books.equity, t), Market(~np.isnan(now.bar.prices[3]), self.vol[t]))
+        if not wanted.decided:
+            return None
+        self.diary.note(t, forecast, held, wanted)
+        return Weights(wanted.weights, wanted.reasons)
+
 def replay(
     panel: Panel,
     policy: Policy,
     forecasts: pd.DataFrame,  # long, as for `forecast_blocks`
     costs: CostParams,
     params: BacktestParams,
+    instruments: Mapping[str, Instrument] | None = None,  # symbol -> what it is; others are shares
+    actions: Actions | None = None,                       # from `lay_actions`
 ) -> tuple[Ledger, pd.DataFrame]:  # the ledger, and the decisions: one row per decision and symbol concerned
     """The ledger of an account that a policy runs, asked at every bar with the true state of the account.
 
     Raises `DataError` on forecasts that do not fit the panel, and on targets that the account cannot take.
 
     Known at: an order or decision at its bar's close, everything else at its `timestamp`."""
-    tape, blocks = lay_tape(panel, costs), forecast_blocks(panel, forecasts)
-    terms, charges = lay_terms(panel.symbols, costs), account_charges(costs, params)
-    vol = np.ascontiguousarray(trailing_volatility(panel["close"], policy.params.vol_bars).T)
-    steps, n = tape.close.shape
-    shares, orders, last, ending, missing, cash = np.zeros(n), np.zeros(n), np.full(n, np.nan), np.full(n, np.nan), np.zeros(n, np.int64), params.initial_cash
-    out, log, targets = np.zeros((steps, 13)), np.zeros((12, steps, n)), np.full((steps, n), np.nan)
-    diary, reasons, begin = _Diary(panel), {}, int((~np.isnan(blocks["prob_up"])).any(axis=1).argmax())
-    for t in range(steps):
-        cash = settle(t, tape.close, tape.reference, tape.room, tape.vol, tape.adv, tape.years, tape.actions, terms, charges, params.delist_after_bars, shares, orders, last, ending, missing, cash, out, log)
-        equity, acted = out[t, EQUITY], t - params.delay_bars
-        if equity > 0 and t >= begin:
-            held = np.where(shares != 0, shares * np.nan_to_num(last), 0.0) / equity
-            forecast = Forecast(*(blocks[name][t] for name in PREDICTED))
-            wanted = policy.decide(panel.times[t], forecast, Account(held, float(equity), t), Market(~np.isnan(tape.close[t]), vol[t]))
-            if wanted.decided:
-                targets[t], reasons[t] = wanted.weights, wanted.reasons
-                diary.note(t, forecast, held, wanted)
-        if equity <= 0:
-            place(shares, 0.0, shares, last, terms, orders)
-        elif acted >= 0 and acted in reasons:
-            place(targets[acted], equity, shares, last, terms, orders)
-        log[0, t], log[10, t], log[11, t] = orders, shares, last
-    decided = check_targets(tape, targets, terms, params)  # checks the targets, and that there are any
-    return _ledger(_Books(tape, terms, out, log, targets, reasons, params), int(decided.argmax()) if params.start == "decision" else 0), diary.frame()
+    what = actions if actions is not None else lay_actions(panel)
+    follow = Follow(panel, policy, forecasts, what)
+    ledger = run(bars_of(panel, what), panel.symbols, follow, costs, params, instruments)
+    return ledger, follow.diary.frame()
 
 # %% ../../nbs/backtest/16_replay.ipynb #4cb008ac
 def decided_targets(
