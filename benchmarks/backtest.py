@@ -14,9 +14,9 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -144,6 +144,53 @@ def sweeps(cores: int) -> None:
         print(f"{name:<34} {work:>8.3f} {seconds:>9.4f} {work / seconds:>10.3f} {fastest / (work / seconds):>8.1f}x  {(sharpe - mine).mean():>+.4f}, {np.corrcoef(sharpe.ravel(), mine.ravel())[0, 1]:.4f}")
 
 
+def events() -> None:
+    """The event engine: target weights once a week, limit orders every day, and its memory over ten times the bars."""
+    from mltrading.backtest.actions import lay_actions
+    from mltrading.backtest.bars import Bar, bars_of
+    from mltrading.backtest.costs import CostParams
+    from mltrading.backtest.engine import BacktestParams
+    from mltrading.backtest.events import Moment, Weights, run
+    from mltrading.backtest.orders import Orders
+    from mltrading.market.simulate import random_walk
+
+    costs = CostParams(commission_bps=1, half_spread_bps=2, impact_coefficient=1, adv_bars=20, adv_floor_value=1e4, adv_assumed_value=1e7, vol_floor_daily=0.005, borrow_bps_annual=50, fill="open",
+                       participation=0.1)
+    params = BacktestParams(initial_cash=1e6, delay_bars=0, max_gross=2, delist_after_bars=5, delist_haircut=0.3, start="panel")
+    panel = random_walk(SYMBOLS, BARS, seed=1, ragged=False)
+    actions = lay_actions(panel)
+
+    class Weekly:
+        def decide(self, now: Moment) -> Weights | None:
+            return Weights(np.full(SYMBOLS, 1 / SYMBOLS)) if now.number % 5 == 0 else None
+
+    class Limits:
+        def decide(self, now: Moment) -> Orders:
+            which = np.arange(5) + now.number % 20 * 5
+            price, side = now.bar.prices[3][which], np.where(now.books.shares[which] > 0, -1, 1)
+            return Orders([now.symbols[n] for n in which], side * 4e3 / price, "limit", limit=price * (1 - 0.005 * side), life=5)
+
+    class Watched(Limits):
+        resident: ClassVar[list[float]] = []
+
+        def decide(self, now: Moment) -> Orders:
+            if (now.number + 1) % BARS == 0:
+                self.resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6)
+            return super().decide(now)
+
+    def again(times: int) -> Iterator[Bar]:
+        for i in range(times):
+            for bar in bars_of(panel, actions):
+                yield bar._replace(time=bar.time + np.timedelta64(i * 4000, "D"))
+    print(f"\nevent engine, {SYMBOLS} symbols x {BARS} days, one process")
+    for name, strategy in (("target weights once a week", Weekly()), ("five limit orders a day, life 5", Limits())):
+        seconds, _ = timed(lambda strategy=strategy: run(bars_of(panel, actions), panel.symbols, strategy, costs, params), 2)
+        print(f"{name:<34} {SYMBOLS * BARS / seconds:>12,.0f} bar-symbols/s")
+    with tempfile.TemporaryDirectory() as folder:
+        run(again(10), panel.symbols, Watched(), costs, params, folder=folder)
+    print(f"memory after 1x and 10x the bars   {Watched.resident[0]:,.0f} MB, {Watched.resident[-1]:,.0f} MB")
+
+
 def knockouts(cores: int) -> None:
     """Values and probabilities of knock-out products."""
     from mltrading.backtest.knockouts import knockout_probability, knockout_value
@@ -164,6 +211,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     cores = len(os.sched_getaffinity(0))
     sweeps(cores)
+    events()
     knockouts(cores)
 
 
