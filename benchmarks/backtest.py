@@ -1,86 +1,31 @@
-"""A sweep of moving-average crosses, signals and Sharpe ratios included, beside the same sweep in pandas and, where it is installed, in vectorbt.
+"""Backtests beside their peers, measured in one run. `make bench NAME=backtest`.
 
-Work: 100 symbols x 2,520 days x 20 configurations (fast 5..24, slow 30..68), long while the fast mean is above the slow one, decided at the close,
-filled at the next close, 5 basis points of commission. Ours keeps one account over all symbols, with weights of 1 / N, through the engine that also
-writes ledgers; pandas multiplies positions by returns; vectorbt keeps one account per symbol.
+Sweep: moving-average crosses on 100 symbols x 2,520 days x 20 configurations (fast 5..24, slow 30, 32 .. 68), one account per symbol and configuration, decided at
+the close, filled at the next close, 5 basis points of commission; signals, accounts and metrics included. The peers vectorbt and backtesting.py are no part of this
+project. Where they are installed, in this environment or in a folder that PEERS names (`pip install --target FOLDER vectorbt backtesting`), a second
+interpreter runs them on the same prices; backtesting.py, which runs one symbol at a time, on one symbol and five configurations.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import subprocess
+import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from numba import njit
-
-from mltrading.backtest.costs import CostParams
-from mltrading.backtest.engine import BacktestParams, Tape, equity_curve, lay_tape
-from mltrading.market.simulate import random_walk
 
 SYMBOLS, BARS, CONFIGS = 100, 2520, [(5 + i, 30 + 2 * i) for i in range(20)]
-COSTS = CostParams(commission_bps=5, half_spread_bps=0, impact_coefficient=0, adv_bars=20, adv_floor_value=1e4, adv_assumed_value=1e7, vol_floor_daily=0.005,
-                   borrow_bps_annual=0, fill="close")
-PARAMS = BacktestParams(initial_cash=1e6, delay_bars=0, max_gross=1.0, delist_after_bars=5, delist_haircut=0, start="panel")
 
 
-@njit(cache=True, nogil=True)
-def cross_targets(close: np.ndarray, fast: int, slow: int) -> np.ndarray:
-    """(T, N) weights of 1 / N where the mean of the last `fast` closes is above that of the last `slow`."""
-    bars, n = close.shape
-    out, quick, calm = np.zeros((bars, n)), np.zeros(n), np.zeros(n)
-    for t in range(bars):
-        for i in range(n):
-            quick[i] += close[t, i] - (close[t - fast, i] if t >= fast else 0.0)
-            calm[i] += close[t, i] - (close[t - slow, i] if t >= slow else 0.0)
-            if t >= slow - 1 and quick[i] * slow > calm[i] * fast:
-                out[t, i] = 1.0 / n
-    return out
-
-
-@njit(cache=True, nogil=True)
-def sharpe(equity: np.ndarray) -> float:
-    """Annualized Sharpe ratio of an equity curve of days, without a risk-free rate."""
-    returns = equity[1:] / equity[:-1] - 1.0
-    return returns.mean() / returns.std() * np.sqrt(252.0)
-
-
-def ours(tape: Tape, threads: int) -> np.ndarray:
-    def one(config: tuple[int, int]) -> float:
-        return sharpe(equity_curve(tape, cross_targets(tape.close, *config), COSTS, PARAMS))
-    with ThreadPoolExecutor(threads) as pool:
-        return np.array(list(pool.map(one, CONFIGS)))
-
-
-def in_pandas(close: pd.DataFrame) -> np.ndarray:
-    returns, out = close.pct_change().fillna(0.0), []
-    for fast, slow in CONFIGS:
-        wanted = (close.rolling(fast).mean() > close.rolling(slow).mean()).astype(float) / close.shape[1]
-        held = wanted.shift(1).fillna(0.0)
-        daily = (held.shift(1).fillna(0.0) * returns - held.diff().abs().fillna(0.0) * 5e-4).sum(axis=1)
-        equity = (1 + daily).cumprod()
-        out.append(sharpe(equity.to_numpy()))
-    return np.array(out)
-
-
-def in_vectorbt(close: pd.DataFrame) -> np.ndarray:
-    import vectorbt
-    k = len(CONFIGS)
-    fast = vectorbt.MA.run(close, [f for f, _ in CONFIGS]).ma.to_numpy()
-    slow = vectorbt.MA.run(close, [s for _, s in CONFIGS]).ma.to_numpy()
-    late = np.vstack([np.zeros((1, fast.shape[1]), bool), (fast > slow)[:-1]])
-    prices = pd.DataFrame(np.tile(close.to_numpy(), (1, k)), index=close.index)
-    entries = pd.DataFrame(late, index=close.index)
-    account = vectorbt.Portfolio.from_signals(prices, entries, ~entries, fees=5e-4, freq="1D")
-    return account.sharpe_ratio().to_numpy().reshape(k, -1).mean(axis=1)
-
-
-def timed(work: Callable[[], np.ndarray], repeats: int) -> tuple[float, np.ndarray]:
-    """Best time of several, after one run to warm up, and the result."""
+def timed(work: Callable[[], Any], repeats: int) -> tuple[float, Any]:
+    """Shortest of a few runs, after one to warm up, and the result."""
     result, best = work(), np.inf
     for _ in range(repeats):
         start = time.perf_counter()
@@ -89,25 +34,138 @@ def timed(work: Callable[[], np.ndarray], repeats: int) -> tuple[float, np.ndarr
     return best, result
 
 
+def in_pandas(close: pd.DataFrame) -> np.ndarray:
+    """(N, K) Sharpe ratios of positions times returns, as one would write it down."""
+    returns, out = close.pct_change().fillna(0.0), []
+    for fast, slow in CONFIGS:
+        held = (close.rolling(fast).mean() > close.rolling(slow).mean()).astype(float).shift(1).fillna(0.0)
+        daily = held.shift(1).fillna(0.0) * returns - held.diff().abs().fillna(0.0) * 5e-4
+        out.append((daily.mean() / daily.std() * np.sqrt(252)).to_numpy())
+    return np.array(out).T
+
+
+def in_vectorbt(close: pd.DataFrame) -> tuple[float, np.ndarray]:
+    """Seconds and (N, K) Sharpe ratios."""
+    import vectorbt
+
+    def work() -> np.ndarray:
+        k = len(CONFIGS)
+        fast, slow = (vectorbt.MA.run(close, list(windows)).ma.to_numpy() for windows in zip(*CONFIGS, strict=True))
+        entries = pd.DataFrame(np.vstack([np.zeros((1, fast.shape[1]), bool), (fast > slow)[:-1]]), index=close.index)
+        prices = pd.DataFrame(np.tile(close.to_numpy(), (1, k)), index=close.index)
+        account = vectorbt.Portfolio.from_signals(prices, entries, ~entries, fees=5e-4, freq="1D")
+        account.total_return(), account.max_drawdown()
+        return account.sharpe_ratio(year_freq="252D").to_numpy().reshape(k, -1).T
+    return timed(work, 2)
+
+
+def in_backtesting(close: pd.DataFrame) -> tuple[float, np.ndarray]:
+    """Seconds for one symbol and five configurations, and their Sharpe ratios."""
+    import contextlib
+    import io
+
+    from backtesting import Backtest, Strategy
+    from backtesting.lib import crossover
+
+    class Cross(Strategy):
+        fast, slow = CONFIGS[0]
+
+        def init(self) -> None:
+            prices = pd.Series(self.data.Close)
+            self.quick, self.calm = self.I(lambda: prices.rolling(self.fast).mean()), self.I(lambda: prices.rolling(self.slow).mean())
+
+        def next(self) -> None:
+            if crossover(self.quick, self.calm):
+                self.buy()
+            elif crossover(self.calm, self.quick):
+                self.position.close()
+    bars = pd.DataFrame(dict.fromkeys(("Open", "High", "Low", "Close"), close.iloc[:, 0])).assign(Volume=1e6)
+    test = Backtest(bars, Cross, cash=1e6, commission=5e-4, finalize_trades=True)
+
+    def work() -> np.ndarray:
+        with contextlib.redirect_stderr(io.StringIO()):
+            return np.array([[test.run(fast=f, slow=s)["Sharpe Ratio"] for f, s in CONFIGS[:5]]])
+    return timed(work, 1)
+
+
+PEERS = {"vectorbt": in_vectorbt, "backtesting": in_backtesting}
+
+
+def peer(name: str, close: pd.DataFrame) -> tuple[float, np.ndarray] | None:
+    """A peer in an interpreter of its own, None where it is not installed."""
+    with tempfile.TemporaryDirectory() as folder:
+        close.to_pickle(Path(folder) / "close.pickle")
+        paths = os.pathsep.join(p for p in (os.environ.get("PEERS"), os.environ.get("PYTHONPATH")) if p)
+        done = subprocess.run([sys.executable, __file__, name, folder], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths}, check=False)
+        if done.returncode:
+            if "ModuleNotFoundError" not in done.stderr:
+                print(done.stderr, file=sys.stderr)
+            return None
+        return float((Path(folder) / "seconds").read_text()), np.load(Path(folder) / "result.npy")
+
+
+def as_peer(name: str, folder: str) -> None:
+    """What the other interpreter does."""
+    warnings.filterwarnings("ignore")
+    seconds, result = PEERS[name](pd.read_pickle(Path(folder) / "close.pickle"))
+    (Path(folder) / "seconds").write_text(repr(seconds))
+    np.save(Path(folder) / "result.npy", result)
+
+
+def sweeps(cores: int) -> None:
+    """Ours and the peers."""
+    from mltrading.backtest.costs import CostParams
+    from mltrading.backtest.engine import BacktestParams
+    from mltrading.backtest.rules import SMA_CROSS
+    from mltrading.backtest.sweep import sweep_rule
+    from mltrading.market.simulate import random_walk
+
+    costs = CostParams(commission_bps=5, half_spread_bps=0, impact_coefficient=0, adv_bars=20, adv_floor_value=1e4, adv_assumed_value=1e7, vol_floor_daily=0.005, borrow_bps_annual=0, fill="close")
+    params = BacktestParams(initial_cash=1e6, delay_bars=0, max_gross=1.0, delist_after_bars=5, delist_haircut=0, start="panel")
+    panel, configs = random_walk(SYMBOLS, BARS, seed=0, ragged=False), pd.DataFrame(CONFIGS, columns=["fast", "slow"])
+    close = panel.view("close")
+
+    def ours(threads: int) -> np.ndarray:
+        found = sweep_rule(panel, SMA_CROSS, configs, costs, params, threads=threads)
+        return found.table["sharpe_annual"].to_numpy().reshape(len(CONFIGS), -1).T
+    million = SYMBOLS * BARS * len(CONFIGS) / 1e6
+    rows: list[tuple[str, float, tuple[float, np.ndarray] | None]] = [(f"mltrading, {n} thread{'s' * (n > 1)}", million, timed(lambda n=n: ours(n), 20)) for n in sorted({1, cores})]
+    rows += [("pandas, positions times returns", million, timed(lambda: in_pandas(close), 1)), ("vectorbt", million, peer("vectorbt", close)),
+             ("backtesting.py", BARS * 5 / 1e6, peer("backtesting", close))]
+    fastest, reference = million / min(r[2][0] for r in rows[:2] if r[2]), rows[0][2][1]
+    print(f"sweep: SMA cross, {SYMBOLS} symbols x {BARS} days x {len(CONFIGS)} configurations, {cores} cores")
+    print(f"{'engine':<34} {'M bars':>8} {'seconds':>9} {'M bars/s':>10} {'ours is':>9}  Sharpe ratios against ours: mean difference, correlation")
+    for name, work, measured in rows:
+        if measured is None:
+            print(f"{name:<34} not measured: it is not installed")
+            continue
+        seconds, sharpe = measured
+        mine = reference[:sharpe.shape[0], :sharpe.shape[1]]
+        print(f"{name:<34} {work:>8.3f} {seconds:>9.4f} {work / seconds:>10.3f} {fastest / (work / seconds):>8.1f}x  {(sharpe - mine).mean():>+.4f}, {np.corrcoef(sharpe.ravel(), mine.ravel())[0, 1]:.4f}")
+
+
+def knockouts(cores: int) -> None:
+    """Values and probabilities of knock-out products."""
+    from mltrading.backtest.knockouts import knockout_probability, knockout_value
+
+    rng, n = np.random.default_rng(0), 1_000_000
+    side, spot = rng.choice([-1.0, 1.0], n), rng.uniform(80, 120, n)
+    strike = spot * (1 - side * rng.uniform(0.02, 0.4, n))
+    barrier = strike + side * rng.uniform(0, 0.5, n) * np.abs(spot - strike)
+    years, vol = rng.uniform(0.01, 2, n), rng.uniform(0.1, 0.6, n)
+    print(f"\nknock-out products, {n:,} at a time, {cores} cores")
+    for name, work in (("value, closed form", lambda: knockout_value(side, spot, strike, barrier, years, vol, 0.03, 0.01, 0.02, threads=cores)),
+                       ("probability of a knock-out", lambda: knockout_probability(side, spot, barrier, years, vol, 0.02, 0.02, threads=cores))):
+        seconds, _ = timed(work, 5)
+        print(f"{name:<34} {n / seconds / 1e6:>8.1f} M values/s")
+
+
 def main() -> None:
     warnings.filterwarnings("ignore")
-    panel = random_walk(SYMBOLS, BARS, seed=0, ragged=False)
-    close = panel.view("close")
-    cores = os.cpu_count() or 1
-    rows: list[tuple[str, float, np.ndarray]] = []
-    rows.append(("pandas", *timed(lambda: in_pandas(close), 2)))
-    if importlib.util.find_spec("vectorbt"):
-        rows.append(("vectorbt", *timed(lambda: in_vectorbt(close), 2)))
-    rows.append(("mltrading, tape laid each time", *timed(lambda: ours(lay_tape(panel, COSTS), 1), 5)))
-    tape = lay_tape(panel, COSTS)
-    for threads in sorted({1, cores}):
-        rows.append((f"mltrading, {threads} thread{'s' * (threads > 1)}", *timed(lambda threads=threads: ours(tape, threads), 5)))
-    units, peer = SYMBOLS * BARS * len(CONFIGS) / 1e6, rows[0]
-    table = pd.DataFrame([{"engine": name, "seconds": seconds, "M bars/s": units / seconds, "mean Sharpe": result.mean(),
-                           "correlation with pandas": np.corrcoef(result, peer[2])[0, 1], "ratio to pandas": peer[1] / seconds} for name, seconds, result in rows])
-    print(f"SMA cross, {SYMBOLS} symbols x {BARS} days x {len(CONFIGS)} configurations = {units:.2f} M bars, {cores} cores")
-    print(table.to_string(index=False, float_format=lambda x: f"{x:.3f}"))
+    cores = len(os.sched_getaffinity(0))
+    sweeps(cores)
+    knockouts(cores)
 
 
 if __name__ == "__main__":
-    main()
+    as_peer(*sys.argv[1:]) if len(sys.argv) > 1 else main()

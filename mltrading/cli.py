@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -128,12 +130,20 @@ def _refresh(_: argparse.Namespace) -> None:
 # %% ../nbs/90_cli.ipynb #42d2ca5a
 def _features(given: argparse.Namespace) -> None:
     from mltrading.features.registry import catalogue
-    from mltrading.reports.catalogue import search
+    from mltrading.reports.catalogue import near, search
 
-    found = search(catalogue(), given.words)
+    known = catalogue()
+    found = search(known, given.words)
+    if found.empty:
+        alone = [w for w in given.words if search(known, [w]).empty]
+        if not alone:
+            raise ParameterError("features", f"nothing found for `{' '.join(given.words)}` together, though for each word", "leave one out")
+        raise ParameterError("features", f"nothing found for `{alone[0]}`", f"near: {', '.join(near(known, alone[0])) or 'nothing; reports/features.html holds all features'}")
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for f in found.itertuples():
-        print(f"{f.name:<24} {f.unit:<18} {f.warmup:>4}  {f.formula}")
-    print(f"{len(found)} features: name, unit, own bars before the first value, formula")
+        line = f"{f.name:<24} {f.unit:<20} {f.warmup:>4}  {f.about} = {f.formula}"
+        print(line if width is None or len(line) <= width else f"{line[: width - 1]}…")
+    print(f"{len(found)} features: name, unit, own bars before the first value, what it says = formula")
 
 # %% ../nbs/90_cli.ipynb #100cff53
 def parser() -> argparse.ArgumentParser:
@@ -177,12 +187,17 @@ def _data_options(data: argparse.ArgumentParser) -> None:
     for name, what in (("macro", "SOURCE:SERIES,SERIES; may be repeated"), ("news", "SOURCE:words; may be repeated")):
         data.add_argument(f"--{name}", action="append", default=[], help=what)
 
+# %% ../nbs/90_cli.ipynb #7af8e036
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; return the exit code."""
+    """Run a command; return the exit code, 141 where nobody reads on."""
     given = parser().parse_args(argv)
     try:
         given.run(given)
+        sys.stdout.flush()
     except MLTradingError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more when it flushes at its end
+        return 141                                                      # what a shell says of a program that ended so
     return 0

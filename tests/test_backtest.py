@@ -20,15 +20,22 @@ from mltrading.backtest.replay import decided_targets, replay
 from mltrading.core.errors import DataError, ParameterError
 from mltrading.market.panel import Panel, from_frame, until
 from mltrading.market.simulate import random_walk
-from mltrading.portfolio.policy import Policy, PolicyParams
+from mltrading.portfolio.block import PolicyParams, build_policy
+from mltrading.portfolio.limits import CapGross, CapNet, CapPosition, NoTradeBand
+from mltrading.portfolio.policy import Policy
+from mltrading.portfolio.record import follow_bar
+from mltrading.portfolio.sizing import Conviction, Direction, VolatilityTarget
 from mltrading.systems.trade import check_bars_per_year
 
 FREE = CostParams(commission_bps=0, half_spread_bps=0, impact_coefficient=0, adv_bars=3, adv_floor_value=1e4, adv_assumed_value=1e7, vol_floor_daily=0.01,
                   borrow_bps_annual=0, fill="open")
 DEAR = FREE.model_copy(update={"commission_bps": 3.0, "half_spread_bps": 5.0, "impact_coefficient": 1.0, "borrow_bps_annual": 300.0})
 PARAMS = BacktestParams(initial_cash=1e6, delay_bars=0, max_gross=3, delist_after_bars=3, delist_haircut=0.4, start="panel")
-POLICY = PolicyParams(prob_threshold=0.02, vol_target_annual=0.15, vol_bars=10, bars_per_year=252, correlation=0.3, max_weight=0.4, max_gross=1.2, max_net=0.8,
-                      allow_short=True, rebalance_bars=1, min_trade_weight=0.02)
+
+
+def rules(vol_annual: float = 0.15, max_weight: float = 0.4, max_gross: float = 1.2, max_net: float = 0.8, vol_bars: int = 10, rebalance_bars: int = 1) -> Policy:
+    return Policy([Direction(prob_threshold=0.02, allow_short=True), Conviction(), VolatilityTarget(vol_annual=vol_annual, correlation=0.3), CapPosition(max_weight=max_weight),
+                   CapGross(max_gross=max_gross), CapNet(max_net=max_net), NoTradeBand(min_trade_weight=0.02)], rebalance_bars, vol_bars)
 
 
 def market(seed: int, n: int = 5, bars: int = 60, jump: float = 0.03, opens: bool = True) -> Panel:
@@ -120,7 +127,7 @@ def test_nothing_gets_lost(seed: int, gross: float, jump: float, delay: int, pat
 @given(seed=st.integers(0, 10**6), delay=st.integers(0, 2), every=st.integers(1, 7), start=st.sampled_from(["decision", "panel"]))
 def test_replay_is_simulate(seed: int, delay: int, every: int, start: str) -> None:
     panel, params = market(seed), PARAMS.model_copy(update={"delay_bars": delay, "start": start})
-    policy = Policy(POLICY.model_copy(update={"rebalance_bars": every}))
+    policy = rules(rebalance_bars=every)
     ledger, decisions = replay(panel, policy, opinions(panel, seed), DEAR, params)
     same(ledger, simulate(panel, decided_targets(panel, decisions), DEAR, params), but=("reason",))
     if start == "panel":
@@ -130,7 +137,7 @@ def test_replay_is_simulate(seed: int, delay: int, every: int, start: str) -> No
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 10**6), cut=st.integers(16, 58), delay=st.integers(0, 2))
 def test_what_comes_later_changes_nothing(seed: int, cut: int, delay: int) -> None:
-    panel, params, policy = market(seed), PARAMS.model_copy(update={"delay_bars": delay, "max_gross": 20}), Policy(POLICY)  # prices jump at the cut
+    panel, params, policy = market(seed), PARAMS.model_copy(update={"delay_bars": delay, "max_gross": 20}), rules()  # prices jump at the cut
     forecasts = opinions(panel, seed)
     rng, late = np.random.default_rng(seed), np.arange(len(panel)) > cut
     order = np.concatenate([np.arange(cut + 1), cut + 1 + rng.permutation(len(panel) - cut - 1)])
@@ -174,7 +181,7 @@ def test_a_plain_account_keeps_its_bits(seed: int, fill: str) -> None:
     stored = json.loads((Path(__file__).parent / "data" / "ledgers_before.json").read_text())
     panel, costs, params = market(seed), DEAR.model_copy(update={"fill": fill}), PARAMS.model_copy(update={"delay_bars": seed % 3})
     assert fingerprint(simulate(panel, wishes(panel, seed + 1, 1.5), costs, params)) == stored[f"simulate {seed} {fill}"]
-    assert fingerprint(replay(panel, Policy(POLICY), opinions(panel, seed), costs, params)[0]) == stored[f"replay {seed} {fill}"]
+    assert fingerprint(replay(panel, rules(), opinions(panel, seed), costs, params)[0]) == stored[f"replay {seed} {fill}"]
 
 
 def hand_panel() -> Panel:
@@ -300,7 +307,7 @@ def test_ruin_closes_the_account() -> None:
     assert (ledger.equity["positions_value"].iloc[3:] == 0).all()
     np.testing.assert_array_equal(ledger.equity["equity"].iloc[3:], ledger.equity["equity"].iloc[3])
     opinion = pd.DataFrame({"timestamp": panel.index, "symbol": "A", "score": 0.0, "prob_up": 0.9, "sigma": 0.01})
-    bold = Policy(POLICY.model_copy(update={"vol_bars": 2, "max_weight": 3.0, "max_gross": 3.0, "max_net": 3.0, "vol_target_annual": 9.0}))
+    bold = rules(vol_annual=9.0, max_weight=3.0, max_gross=3.0, max_net=3.0, vol_bars=2)
     wild = Panel(panel.times, ("A",), {"close": np.array([[100.0, 101, 102.5, 103, 30, 31, 32]])})
     ended, _ = replay(wild, bold, opinion, FREE, PARAMS)
     assert ended.equity["equity"].iloc[-1] < 0
@@ -361,3 +368,46 @@ def test_bars_per_year_have_to_fit_the_panel() -> None:
     check_bars_per_year(panel, 252.0)
     with pytest.raises(ParameterError, match="says 19,656, and the panel has about 26"):
         check_bars_per_year(panel, 19_656.0)
+
+
+class Spy:
+    """A policy, and the accounts that it was shown."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy, self.vol_bars, self.seen = policy, policy.vol_bars, []
+
+    def decide(self, t, forecast, account, market):
+        self.seen.append((account, market.close))
+        return self.policy.decide(t, forecast, account, market)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_an_account_remembers(seed: int) -> None:
+    """Entry, age and best close of every position as they follow from the ledger's fills; the record from its equity; a halt that ends by itself. And targets from a policy with exits are still targets."""
+    panel, params = market(seed), PARAMS.model_copy(update={"release_after_bars": 4, "delist_after_bars": 60})
+    block = {"rebalance_bars": 2, "vol_bars": 10, "bars_per_year": 252, "direction": {"prob_threshold": 0.02, "allow_short": True}, "equal_weight": {"gross": 1.0}, "stop_loss": {"loss": 0.04},
+             "trailing_stop": {"drop": 0.05}, "max_holding": {"bars": 9}, "drawdown_stop": {"max_drawdown": 0.05}, "cap_gross": {"max_gross": 1.2}}
+    spy = Spy(build_policy(PolicyParams(**block)))
+    ledger, decisions = replay(panel, spy, opinions(panel, seed, after=2), DEAR, params)
+    same(ledger, simulate(panel, decided_targets(panel, decisions), DEAR, params), but=("reason",))
+    n, (accounts, closes) = len(panel.symbols), zip(*spy.seen, strict=True)
+    quantity, price = wide(ledger.fills, "quantity", panel).to_numpy(), wide(ledger.fills, "fill_price", panel).to_numpy()
+    shares, memory = np.zeros(n), (np.full(n, np.nan), np.zeros(n), np.full(n, np.nan), np.full(n, np.nan))
+    first = accounts[0].bar
+    for t in range(len(panel)):
+        *memory, _ = follow_bar(shares, quantity[t], price[t], panel["close"][:, t], *memory)
+        shares = shares + quantity[t]
+        shares[np.abs(shares) < 1e-9] = 0.0
+        if t >= first and t - first < len(accounts):
+            account = accounts[t - first]
+            assert account.bar == t
+            np.testing.assert_array_equal(closes[t - first], panel["close"][:, t])
+            for found, expected in ((account.entry, memory[0]), (account.age, memory[2]), (account.best, memory[3])):
+                held = account.weights != 0
+                np.testing.assert_allclose(found[held], expected[held], rtol=1e-9)
+    equity = ledger.equity["equity"].to_numpy()
+    released = [k for k, a in enumerate(accounts) if k and accounts[k - 1].record.halt and not a.record.halt]
+    for k, account in enumerate(accounts):
+        since = max([first + r for r in released if r <= k], default=0)
+        assert account.record.peak == max(equity[since:first + k + 1].max(), params.initial_cash if since == 0 else 0)
+    assert any(a.record.halt for a in accounts)

@@ -5,6 +5,8 @@ The real pipeline notebooks are run through the real runner, in a temporary proj
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +14,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from mltrading.core.errors import StageError
 from mltrading.core.runner import run_stage
 from mltrading.core.storage import content_id, read_parquet
 from mltrading.market.panel import BarSet
 from mltrading.market.snapshot import Snapshot, examined, read_snapshot, write_snapshot
+from mltrading.validation.trials import read_rows
 
 SYSTEM, PROFILE = "multiasset", "smoke"
 STAGES = ("panel", "features", "train", "backtest")
@@ -138,3 +142,43 @@ def test_the_same_inputs_give_the_same_bytes(twins: tuple[Path, Path], monkeypat
         run_stage(stage, SYSTEM, PROFILE)
     assert {stage: content_id(real / stage) for stage in STAGES} == before
     assert {p.name: p.read_bytes() for p in (real / "notebooks").glob("*.html")} == pages
+
+
+def broken(project: Path, notebook: str, old: str, new: str) -> None:
+    """Change a pipeline notebook of a temporary project."""
+    if (project / "nbs").is_symlink():
+        pages = (project / "nbs").resolve() / "pipeline"
+        (project / "nbs").unlink()
+        shutil.copytree(pages, project / "nbs" / "pipeline")
+    path = project / "nbs" / "pipeline" / notebook
+    text = path.read_text()
+    assert text.count(json.dumps(old)[1:-1]) == 1
+    path.write_text(text.replace(json.dumps(old)[1:-1], json.dumps(new)[1:-1]))
+
+
+BROKEN = [
+    ("train", "30_train.ipynb", "walk(data, folds, makers,", 'walk(data, folds, makers | {"late": lambda: 1 / 0},', 3),  # the last model of the first fold
+    ("train", "30_train.ipynb", "walk(data, folds, makers,", 'walk(data, folds, {"early": lambda: 1 / 0} | makers,', 0),  # before any forecast
+    ("backtest", "40_backtest.ipynb", "show(returns_table(ledgers))", "1 / 0", 3),
+]
+
+
+@pytest.mark.parametrize(("stage", "notebook", "old", "new", "rows"), BROKEN)
+def test_a_stage_that_fails_on_a_test_window_is_a_trial(twins: tuple[Path, Path], tmp_path: Path, new_project: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch,
+                                                       stage: str, notebook: str, old: str, new: str, rows: int) -> None:
+    project = new_project(tmp_path / "project")
+    shutil.copytree(twins[0].parents[2] / "build" / "smoke", project / "build" / "smoke")
+    monkeypatch.setenv("MLTRADING_ROOT", str(project))
+    ledger = project / "build" / "smoke" / "reports" / "trials" / f"{SYSTEM}.jsonl"
+    before = content_id(project / "build" / "smoke" / SYSTEM)
+    broken(project, notebook, old, new)
+    for _ in range(2):  # the same failure is the same trial
+        with pytest.raises(StageError, match="ZeroDivisionError"):
+            run_stage(stage, SYSTEM, PROFILE)
+        failed = read_rows(ledger)[3:]
+        assert sorted((r["model"], r["status"], r["error"]) for r in failed) == [(m, "failed", "ZeroDivisionError: division by zero") for m in ("constant", "logistic", "xgboost")][:rows]
+        assert content_id(project / "build" / "smoke" / SYSTEM) == before
+    if stage == "backtest":
+        broken(project, notebook, new, old)
+        run_stage(stage, SYSTEM, PROFILE)
+        assert len(read_rows(ledger)) == 3 + rows  # what it found is on record already

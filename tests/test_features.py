@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,10 @@ from mltrading.features.engine import plain
 from mltrading.features.expressions import lag
 from mltrading.features.expressions import macro as macro_
 from mltrading.features.machine import Context, FeatureBlock
-from mltrading.features.registry import catalogue, choose, compute, lookup
+from mltrading.features.registry import SETS, catalogue, choose, compute, lookup, write_features
 from mltrading.features.stream import Stream
 from mltrading.market.macro import History, check_macro
-from mltrading.market.panel import Panel, until
+from mltrading.market.panel import Panel, to_frame, until
 from mltrading.market.simulate import bridge_intraday, made_up_fields, made_up_releases, random_walk, regime_market
 
 SHORT = settings(max_examples=6, deadline=None, derandomize=True)
@@ -342,3 +344,146 @@ def test_distances_in_standard_deviations_have_one_unit() -> None:
     z = table[table["name"].str.contains(r"(?:^|_)z_") | table["about"].str.contains(r"in (?:their |its )?standard deviations")]
     assert len(z) > 50
     assert set(z["unit"]) == {"standard deviations"}
+
+
+def of(panel: Panel, k: int, fields: list[str]) -> dict[str, np.ndarray]:
+    """Some fields of the bars of an instant."""
+    return {f: panel[f][:, k] for f in fields}
+
+
+def test_a_stream_is_as_strict_as_compute_about_fields() -> None:
+    panel = random_walk(3, 120, seed=3)
+    stream = Stream("alpha158", panel.symbols)
+    live = np.stack([stream.update(t, of(panel, k, list(panel.fields))) for k, t in enumerate(panel.times)], axis=2)
+    whole = compute(panel, "alpha158")
+    assert stream.names == whole.names
+    np.testing.assert_array_equal(live, whole.values)
+    assert np.isnan(whole["a158_vwap0"]).all()
+    with pytest.raises(DataError, match="have no field `volume`, which earlier bars had"):
+        stream.update(panel.times[-1] + np.timedelta64(1, "D"), of(panel, -1, ["open", "high", "low", "close"]))
+
+    at_once = Stream("alpha158", panel.symbols)
+    at_once.catch_up(panel)
+    for names in ("a158_vwap0", ["alpha158", "a158_vwap0"], ["sequence60", "a158_vwap0"]):
+        with pytest.raises(DataError, match="has no field `vwap`, which `a158_vwap0` needs"):
+            compute(panel, names)
+        with pytest.raises(DataError, match="have no field `vwap`, which `a158_vwap0` needs"):
+            Stream(names, panel.symbols).update(panel.times[0], of(panel, 0, list(panel.fields)))
+        with pytest.raises(DataError, match="have no field `vwap`, which `a158_vwap0` needs"):
+            Stream(names, panel.symbols).catch_up(panel)
+    with pytest.raises(DataError, match="have no field `close`, which says where there is a bar"):
+        Stream("alpha158", panel.symbols).update(panel.times[0], {"Close": panel["close"][:, 0]})
+    for wrong in (lambda: compute(panel, "context10"), lambda: Stream("context10", panel.symbols)):
+        with pytest.raises(ParameterError, match="`market_ret_5d` needs a benchmark"):
+            wrong()
+    with pytest.raises(ParameterError, match="`vix_level` needs macro releases"):
+        compute(panel, ["vix_level"])
+    assert np.isnan(Stream(["vix_level"], panel.symbols).update(panel.times[0], of(panel, 0, ["close"]))).all()  # its releases may be yet to come
+
+
+def test_sets_families_and_features_may_stand_in_one_list() -> None:
+    panel = random_walk(3, 300, seed=3)
+    names = [f.name for f in lookup(["alpha158", "ret_5d", "sequence60", "candles"])]
+    assert names[:159] == [*SETS["alpha158"](), "ret_5d"]
+    assert len(set(names)) == len(names)
+    assert set(names) == {*SETS["alpha158"](), *SETS["sequence60"](), *(f.name for f in lookup() if f.family == "candles")}
+    assert [f.name for f in lookup("candles")] == [f.name for f in lookup() if f.family == "candles"]
+    assert lookup(["all"]) == lookup()
+    block = compute(panel, ["alpha158", "har_5"])
+    assert block.names == (*SETS["alpha158"](), "har_5")
+    closes = Panel(panel.times, panel.symbols, {"close": panel["close"]})
+    assert np.isnan(compute(closes, ["candles", "ret_1d"])["body_share"]).all()
+    with pytest.raises(DataError, match="has no field `high`, which `har_5` needs"):
+        compute(closes, ["alpha158", "har_5"])
+    with pytest.raises(ParameterError, match="`alpha158` is named twice"):
+        lookup(["alpha158", "har_5", "alpha158"])
+    with pytest.raises(ParameterError, match=r"(?s)`all` beside other names.*write `all` alone"):
+        lookup(["all", "har_5"])
+    with pytest.raises(ParameterError, match=r"(?s)unknown feature, set or family `candle`.*did you mean `candles`"):
+        lookup(["alpha158", "candle"])
+
+
+def test_no_name_means_two_things() -> None:
+    names, families = {f.name for f in lookup()}, {f.family for f in lookup()}
+    assert not names & families
+    assert not names & set(SETS)
+    for name in families & set(SETS):
+        assert set(SETS[name]()) == {f.name for f in lookup() if f.family == name}
+
+
+def test_a_table_in_place_of_a_panel_is_refused_with_what_makes_a_panel(tmp_path: Path) -> None:
+    panel = random_walk(3, 60, seed=3)
+    frame: Any = to_frame(panel)
+    for call in (
+        lambda: compute(frame, ["ret_1d"]),
+        lambda: choose(frame),
+        lambda: write_features(frame, tmp_path / "x.parquet", ["ret_1d"]),
+        lambda: check_registry(frame, ["ret_1d"]),
+        lambda: audit_function(lambda p: p, frame),
+        lambda: proof.prove(frame),
+        lambda: Stream(["ret_1d"], panel.symbols).catch_up(frame),
+    ):
+        with pytest.raises(DataError, match=r"(?s)is a pandas DataFrame, not a Panel.*mltrading\.market\.panel\.from_frame"):
+            call()
+
+
+def test_bars_of_an_instant_come_by_field_and_symbol() -> None:
+    panel = random_walk(3, 60, seed=3)
+    stream, frame = Stream(["ret_1d"], panel.symbols), to_frame(panel)
+    now = pd.Timestamp(panel.times[0], tz="UTC")
+    rows = frame[frame["timestamp"] == now]
+    for wrong in (frame, rows, frame.set_index("symbol")):
+        with pytest.raises(DataError, match=r"(?s)`close`.*not one value by symbol.*set_index\('symbol'\)"):
+            stream.update(now, wrong)
+    with pytest.raises(DataError, match=r"(?s)is a mltrading Panel.*`catch_up`"):
+        stream.update(now, panel)  # type: ignore[arg-type]
+    stream.update(now, rows.set_index("symbol"))
+    later = frame[frame["timestamp"] == pd.Timestamp(panel.times[1], tz="UTC")].set_index("symbol")
+    np.testing.assert_array_equal(stream.update(panel.times[1], later), compute(panel, ["ret_1d"]).values[:, :, 1])
+
+
+def test_the_features_command_says_what_each_is_and_what_is_near(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["features", "rsi_14"]) == 0
+    said, known = capsys.readouterr().out, catalogue().set_index("name").loc["rsi_14"]
+    assert known["about"] in said
+    assert known["formula"] in said
+    assert re.search(r"^\d+ features: name, unit, ", said, re.MULTILINE)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "70")
+    assert main(["features", "rsi_14"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines[:-1])) == 70
+    assert lines[0].endswith("…")
+    for word, near in (("rsi14", "rsi_14"), ("volatilty", "volatility"), ("har5", "har_5"), ("seqence60", "sequence60")):
+        assert main(["features", word]) == 1
+        said = capsys.readouterr().err
+        assert f"nothing found for `{word}`" in said
+        assert re.search(rf"→ near: .*\b{near}\b", said)
+    assert main(["features", "rsi_14", "kurtosis"]) == 1
+    assert "nothing found for `rsi_14 kurtosis` together" in capsys.readouterr().err
+
+
+def test_the_features_command_finds_the_members_of_a_set(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["features", "sequence60"]) == 0
+    assert "60 features" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [[], ["rsi"]])
+def test_a_reader_who_leaves_ends_a_command_quietly(root: Path, words: list[str]) -> None:
+    code = f"import sys; from mltrading.cli import main; sys.exit(main(['features', *{words}]))"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        running.stdout.close()
+        assert running.stderr.read() == ""
+    assert running.returncode == 141
+
+
+def test_the_front_page_shows_what_runs(root: Path, tmp_path: Path) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```$", (root / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 2
+    to_frame(random_walk(4, 200, seed=1, closes_only=0)).to_parquet(tmp_path / "prices.parquet")
+    code = "\n".join([*blocks, "print(*table.columns)"])
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == ["timestamp", "symbol", "calm_20", "calm_60", *SETS["sequence60"](), "har_5"]

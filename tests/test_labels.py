@@ -28,9 +28,9 @@ SEED, FILL = st.integers(0, 10**6), st.sampled_from(["open", "close"])
 CONTRACT = ["timestamp", "symbol", "start", "end", "ret", "sigma"]
 
 
-def settled(labels: pd.DataFrame) -> pd.Series:
-    """When a label surely is known, whatever comes."""
-    return labels["latest" if "latest" in labels else "end"]
+def closed(labels: pd.DataFrame) -> pd.Series:
+    """When a position was closed."""
+    return labels["exit" if "exit" in labels else "end"]
 
 
 def market(seed: int, scale: float = 1.0, n_bars: int = 120) -> Panel:
@@ -68,15 +68,15 @@ def test_more_data_changes_no_label(kind: str, seed: int, fill: str, place: floa
     """Cutting the panel keeps exactly the labels that were known by then; so does another future."""
     panel, make = market(seed, scale), KINDS[kind]
     labels, cut = make(panel, fill), panel.times[int(place * (len(panel) - 1))]
-    known = labels[settled(labels) <= pd.Timestamp(cut, tz="UTC")].reset_index(drop=True)
+    known = labels[labels["end"] <= pd.Timestamp(cut, tz="UTC")].reset_index(drop=True)
     pd.testing.assert_frame_equal(make(until(panel, cut), fill), known, check_exact=True)
     other = make(other_future(panel, cut, np.random.default_rng(seed)), fill)
-    pd.testing.assert_frame_equal(other[settled(other) <= pd.Timestamp(cut, tz="UTC")].reset_index(drop=True), known, check_exact=True)
+    pd.testing.assert_frame_equal(other[other["end"] <= pd.Timestamp(cut, tz="UTC")].reset_index(drop=True), known, check_exact=True)
     assert np.isfinite(labels.select_dtypes("number")).all(axis=None)
     assert set(CONTRACT) <= set(labels.columns)
     assert (labels["timestamp"] < labels["start"]).all()
     assert (labels["start"] <= labels["end"]).all()
-    assert (labels["end"] <= settled(labels)).all()
+    assert (closed(labels) <= labels["end"]).all()
     assert labels.sort_values(["timestamp", "symbol"]).index.equals(labels.index)
 
 
@@ -139,8 +139,8 @@ def filled(bar: dict[str, float], fill: str) -> float:
 
 def compare(labels: pd.DataFrame, panel: Panel, expected: list[tuple]) -> None:
     """Rows of (timestamp column, symbol, start column, end column, whole number, two floats) against a table's."""
-    columns = [panel.index.get_indexer(labels[c]) for c in ("timestamp", "start", "end")]
-    values = labels.drop(columns=["timestamp", "symbol", "start", "end", "latest"], errors="ignore")
+    columns = [panel.index.get_indexer(c) for c in (labels["timestamp"], labels["start"], closed(labels))]
+    values = labels.drop(columns=["timestamp", "symbol", "start", "end", "exit"], errors="ignore")
     rows = sorted(zip(columns[0], labels["symbol"], columns[1], columns[2], *(values[c] for c in values), strict=True), key=lambda r: r[:2])
     expected = sorted(expected, key=lambda r: r[:2])
     assert [r[:4] for r in rows] == [r[:4] for r in expected]
@@ -198,10 +198,10 @@ def test_an_open_beyond_the_barrier_is_seen_without_high_and_low(side: int) -> N
     panel = Panel(pd.bdate_range("2020-01-01 21:00", periods=7).as_unit("us").to_numpy(), ("A",), {"open": opened, "close": close})
     sides = pd.DataFrame({"timestamp": panel.index[[3]], "symbol": "A", "side": side})
     stopped = barrier_frame(panel, 2, profit=np.inf, stop=1.0, vol_bars=3, sides=sides).iloc[0]
-    assert (stopped["end"], stopped["touched"]) == (panel.index[5], -1)
+    assert (stopped["exit"], stopped["touched"]) == (panel.index[5], -1)
     assert stopped["ret"] == pytest.approx(-0.2)
     knocked = knockout_frame(panel, 2, side=side, distance=0.1, unit="fraction", rate_annual=0.0, vol_bars=3).iloc[0]
-    assert (knocked["end"], knocked["knocked"], knocked["ret"]) == (panel.index[5], 1, -1.0)
+    assert (knocked["exit"], knocked["knocked"], knocked["ret"]) == (panel.index[5], 1, -1.0)
 
 
 @FEW
@@ -276,8 +276,8 @@ def test_whether_a_label_exists_does_not_depend_on_its_outcome(seed: int, fill: 
     """Decisions with a barrier label, or an option's, are those with a horizon label: near barriers, far ones and none, at any end of the data."""
     panel = market(seed)
     panel = until(panel, panel.times[int(place * (len(panel) - 1))])
-    plain, keys = label_frame(panel, 8, fill, vol_bars=10), ["timestamp", "symbol", "start", "latest"]
-    expected = plain.rename(columns={"end": "latest"})[keys]
+    plain, keys = label_frame(panel, 8, fill, vol_bars=10), ["timestamp", "symbol", "start", "end"]
+    expected = plain[keys]
     for x in (0.1, 1.0, np.inf):
         pd.testing.assert_frame_equal(barrier_frame(panel, 8, fill, profit=x, stop=x, vol_bars=10)[keys], expected)
     for side, unit in ((1, "sigma"), (-1, "fraction")):
@@ -287,7 +287,7 @@ def test_whether_a_label_exists_does_not_depend_on_its_outcome(seed: int, fill: 
 
 def spans_of(labels: pd.DataFrame, axis: np.ndarray) -> np.ndarray:
     """(n, bars): which bars of a symbol's axis each label spans."""
-    first, last = (np.searchsorted(axis, labels[c].to_numpy("datetime64[us]")) for c in ("start", "end"))
+    first, last = (np.searchsorted(axis, c.to_numpy("datetime64[us]")) for c in (labels["start"], closed(labels)))
     bars = np.arange(len(axis))
     return (bars > np.minimum(first, last - 1)[:, None]) & (bars <= last[:, None])
 
@@ -304,7 +304,7 @@ def test_weights_follow_their_definition(kind: str, seed: int, fill: str, with_p
     for symbol, rows in labels.groupby("symbol").indices.items():
         mine, i = labels.iloc[rows], panel.symbols.index(str(symbol))
         own = panel.times[panel.alive[i]]
-        axis = own if with_panel else np.unique(mine[["start", "end"]].to_numpy("datetime64[us]"))
+        axis = own if with_panel else np.unique(np.concatenate([c.to_numpy("datetime64[us]") for c in (mine["start"], closed(mine))]))
         spans = spans_of(mine, axis)
         np.testing.assert_allclose(got[rows], (spans / np.maximum(spans.sum(axis=0), 1)).sum(axis=1) / spans.sum(axis=1), rtol=1e-12)
         spans, close = spans_of(mine, own), panel["close"][i, panel.alive[i]]

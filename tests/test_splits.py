@@ -1,5 +1,8 @@
 """Splits on label ends against a slow check that compares every training row with every test row."""
 
+from functools import partial
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,6 +16,7 @@ from mltrading.validation.combinatorial import CombinatorialPurged, paths, route
 from mltrading.validation.kfold import PurgedKFold
 from mltrading.validation.nested import inner_folds, nested_search
 from mltrading.validation.splits import Fold, WalkForward, check_fold
+from mltrading.validation.trials import looking, read_rows
 
 NAT = np.datetime64("NaT", "us")
 SHORT = settings(max_examples=100, deadline=None)
@@ -229,15 +233,21 @@ def test_scikit_learn_takes_every_splitter(split):
         cross_val_score(DummyRegressor(), X, y, groups=np.arange(200), cv=split)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_one_block_at_a_time_as_timeseriescv_has_it(seed):
-    """Labels of uneven length, several rows an instant. Of one block only, with rows left after its embargo: elsewhere it takes the wrong label end, or purges nothing."""
-    peer = pytest.importorskip("timeseriescv.cross_validation")
-    rng = np.random.default_rng(seed)
-    bars = pd.date_range("2020-01-01", periods=150, freq="D", unit="us")
-    t, end = bars[:120].repeat(3), bars[np.repeat(np.arange(120), 3) + rng.integers(0, 15, 360)]
-    theirs = peer.CombPurgedKFoldCV(6, 1, embargo_td=pd.Timedelta(days=4))
-    found = list(theirs.split(pd.DataFrame(index=range(360)), pred_times=pd.Series(t), eval_times=pd.Series(end)))[::-1]
-    for fold, (train, test) in zip(PurgedKFold(6, 4).folds(t, end), found, strict=True):
-        np.testing.assert_array_equal(fold.train, train)
-        np.testing.assert_array_equal(fold.test, test)
+def test_a_nested_search_records_each_outer_result_and_nothing_else(tmp_path: Path) -> None:
+    t = pd.date_range("2020-01-01 21:00", periods=300, freq="B", tz="UTC", unit="us")
+    end, returns = t.append(t[-1:] + pd.Timedelta(days=1))[1:], pd.Series(0.01 * np.random.default_rng(0).normal(size=300), t)
+    outer, path = WalkForward(150, 50).folds(t, end), tmp_path / "x.jsonl"
+    look = partial(looking, path, "demo", data_id="d")
+
+    def fails_outside(side: int, train: np.ndarray, test: np.ndarray) -> pd.Series:
+        if test[-1] == 299:
+            raise ArithmeticError("the last window")
+        return side * returns.iloc[test]
+
+    with pytest.raises(ArithmeticError):
+        nested_search(outer, PurgedKFold(3), t, end, {"long": 1, "short": -1}, fails_outside, look=look)
+    rows = read_rows(path)
+    assert [(r["status"], r["fits"]) for r in rows] == [("ok", 7)] * (len(outer) - 1) + [("failed", 7)]
+    for row, fold in zip(rows[:-1], outer, strict=False):
+        assert (pd.Timestamp(row["start"]), pd.Timestamp(row["end"])) == (t[fold.test[0]], t[fold.test[-1]])
+    assert rows[-1]["error"] == "ArithmeticError: the last window"

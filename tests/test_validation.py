@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from mltrading.core.errors import DataError, LeakError
+from mltrading.core.errors import DataError, LeakError, ParameterError
 from mltrading.features.machine import FeatureBlock
 from mltrading.features.redundancy import ic
+from mltrading.market.http import secret
 from mltrading.validation import inference, metrics, splits, trials
 
 BARS = pd.date_range("2020-01-01 21:00", periods=120, freq="B", tz="UTC", unit="us")
@@ -245,3 +246,24 @@ def test_one_coefficient_for_rows_and_for_blocks(seed):
     column, row = np.nonzero(np.isfinite(score).T)
     by_row = metrics.ic_by_time(score[row, column], ret[row, column], BARS[column])
     pd.testing.assert_series_equal(by_row, ic(block, ret, least=3)["f"].dropna(), check_exact=True, check_names=False, check_freq=False)
+
+
+def test_a_failure_in_a_look_is_recorded_without_what_is_private(tmp_path, monkeypatch):
+    """The ledger stands in the repository: no key, no folder of this machine, no address in its memory."""
+    monkeypatch.setenv("SOME_API_KEY", "k3y-that-nobody-may-see")
+    secret("SOME_API_KEY")
+    path = tmp_path / "x.jsonl"
+    for look in (trials.looking, trials.failure_recorded):
+        with pytest.raises(OSError, match="k3y"), look(path, "demo", look.__name__, {}, "d0"):
+            raise OSError(f"asked k3y-that-nobody-may-see for '{tmp_path}/prices.parquet',\nand got an array at 0x7f3a2b")
+    rows = trials.read_rows(path)
+    assert [r["status"] for r in rows] == ["failed"] * 2
+    assert {r["error"] for r in rows} == {"OSError: asked *** for '…/prices.parquet', and got an array at 0x…"}
+
+
+def test_what_is_not_a_table_of_trials_is_refused(tmp_path):
+    ledger_of(tmp_path / "x.jsonl", 0.01 * np.random.default_rng(4).normal(size=(100, 3)))
+    for of in (trials.trial_count, trials.weekly_returns, trials.effective_trials, trials.sharpe_variance, trials.search_overfitting, lambda x: trials.deflated([0.1, 0.2], x)):
+        for wrong in (tmp_path / "x.jsonl", str(tmp_path / "x.jsonl"), pd.DataFrame({"a": [1]})):
+            with pytest.raises(ParameterError, match="table of trials"):
+                of(wrong)

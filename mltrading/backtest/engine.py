@@ -65,6 +65,7 @@ class BacktestParams(BaseModel):
     margin_call: float = Field(default=0.0, ge=0, le=1, description="close everything when equity is not above this part of the margin that positions require; 0 = when nothing is left")
     delist_after_bars: int = Field(ge=1, description="settle a held symbol after so many instants of the axis without a bar")
     delist_haircut: float = Field(ge=0, le=1, description="part of the last close that is lost in such a settlement")
+    release_after_bars: int | None = Field(default=None, ge=1, description="release an account that a policy halted after so many bars; null = never")
     start: Literal["decision", "panel"] = Field(description="where the ledger begins: at the first decision or at the panel's first bar")
 
 # %% ../../nbs/backtest/10_engine.ipynb #fd72dff1
@@ -249,7 +250,7 @@ def _run(
         cash = settle(t, close, reference, room, vol, adv, years, actions, terms, charges, patience, shares, orders, last, ending, missing, cash, out, log)
         if out[t, EQUITY] <= charges[3] * out[t, REQUIRED]:
             place(shares, 0.0, shares, last, terms, orders)
-        elif t >= delay and decided[t - delay] and out[t, EQUITY] > 0.0:
+        elif t >= delay and decided[t - delay] and out[t, EQUITY] > 0.0 and out[t - delay, EQUITY] > 0.0:
             place(targets[t - delay], out[t, EQUITY], shares, last, terms, orders)
         if log.shape[1]:
             log[ORDERED, t], log[HELD, t], log[LAST, t] = orders, shares, last

@@ -242,6 +242,7 @@ class Moment(NamedTuple):
     symbols: tuple[str, ...]
     books: Books                     # to be read, not written
     working: Grid                    # (K, 20) orders in the book, columns as in `backtest.orders`
+    fills: Grid                      # (M, 11) what was filled and what ended during the bar, columns F_… of `backtest.ledger`
 
 class Strategy(Protocol):
     """Decides at every close."""
@@ -409,7 +410,8 @@ def run(
         if len(recorder.times) == recorder.size:
             recorder.flush()
         fills, ended = desk.advance(bar)
-        wanted = strategy.decide(Moment(number, bar, desk.symbols, desk.books, desk.exchange.working)) if desk.books.equity > 0 else None
+        happened = np.concatenate([fills, ended]) if len(ended) else fills
+        wanted = strategy.decide(Moment(number, bar, desk.symbols, desk.books, desk.exchange.working, happened)) if desk.books.equity > 0 else None
         started = started or wanted is not None
         if started:
             recorder.note(desk.books, fills, ended)

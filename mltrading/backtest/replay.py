@@ -12,19 +12,20 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from .actions import Actions, lay_actions, without_splits
+from .actions import SPLIT, Actions, lay_actions, without_splits
 from .bars import bars_of
 from .costs import MULTIPLIER, CostParams
 from .engine import BacktestParams
 from .events import Moment, Weights, run
 from .instruments import Instrument
-from .ledger import Grid, Ledger
+from .ledger import F_COLUMN, F_PRICE, F_QUANTITY, Grid, Ledger
 from ..core.errors import DataError, unknown
 from ..market.panel import Panel
 from ..portfolio.policy import Account, Forecast, Market, Policy, Targets, trailing_volatility
+from ..portfolio.record import advance, book_fill, halt, mark_positions, open_record
 
 # %% auto #0
-__all__ = ['PREDICTED', 'forecast_blocks', 'Follow', 'replay', 'decided_targets']
+__all__ = ['PREDICTED', 'forecast_blocks', 'Memory', 'Follow', 'replay', 'decided_targets']
 
 # %% ../../nbs/backtest/16_replay.ipynb #046cef4f
 PREDICTED = ("score", "prob_up", "sigma")
@@ -79,6 +80,37 @@ class _Diary:
         return pd.DataFrame({"timestamp": self.panel.index[row], "symbol": pd.Series(np.array(self.panel.symbols, dtype=object)[column], dtype="str"), **numbers,
                              "reason": pd.Series(self.reasons, dtype="str")})
 
+# %% ../../nbs/backtest/16_replay.ipynb #b76b1dba
+class Memory:
+    """What an account remembers of its positions and of itself."""
+
+    def __init__(self, n: int, cash: float, release_after: int | None) -> None:
+        self.release_after, self.record, self.equity = release_after, open_record(cash), cash
+        self.time: np.datetime64 = np.datetime64("NaT")
+        self.shares, self.booked, self.barred = np.zeros(n), np.zeros(n), np.zeros(n)
+        self.entry, self.age, self.best = np.full(n, np.nan), np.full(n, np.nan), np.full(n, np.nan)
+
+    def follow(self, now: Moment) -> None:
+        """Bring it forward by one bar; what was handed out before stays as it was."""
+        self.entry, self.age, self.best = self.entry.copy(), self.age.copy(), self.best.copy()
+        for n, kind, value in zip(now.bar.column, now.bar.kind, now.bar.value, strict=True):
+            if kind == SPLIT:
+                self.shares[n] *= value
+                self.entry[n] /= value
+                self.best[n] /= value
+        results = []
+        for row in now.fills:
+            n = int(row[F_COLUMN])
+            self.shares[n], self.entry[n], self.booked[n], opened, result = book_fill(self.shares[n], self.entry[n], self.booked[n], row[F_QUANTITY], row[F_PRICE])
+            results.append(result)
+            if opened:
+                self.age[n], self.best[n] = -1.0, np.nan
+        self.shares = now.books.shares.copy()
+        self.age, self.best = mark_positions(self.shares, now.bar.prices[3], self.age, self.best)
+        if not np.isnat(self.time):
+            self.record = advance(self.record, self.time, now.bar.time, self.equity, now.books.equity, results, self.release_after)
+        self.time, self.equity = now.bar.time, now.books.equity
+
 # %% ../../nbs/backtest/16_replay.ipynb #36ba6d79
 class Follow:
     """A policy as a strategy of the event engine, its decisions noted."""
@@ -87,29 +119,38 @@ class Follow:
         self,
         panel: Panel,
         policy: Policy,
-        forecasts: pd.DataFrame,  # long, as for `forecast_blocks`
+        forecasts: pd.DataFrame,      # long, as for `forecast_blocks`
+        params: BacktestParams,
         actions: Actions,
+        signals: Mapping[str, Grid],  # name -> (T, N)
+        groups: tuple[str, ...],      # (N,), or none
     ) -> None:
-        self.policy, self.blocks, self.diary = policy, forecast_blocks(panel, forecasts), _Diary(panel)
-        self.vol = np.ascontiguousarray(trailing_volatility(without_splits(panel["close"], actions), policy.params.vol_bars).T)
+        self.policy, self.blocks, self.diary, self.signals, self.groups = policy, forecast_blocks(panel, forecasts), _Diary(panel), signals, groups
+        self.vol = np.ascontiguousarray(trailing_volatility(without_splits(panel["close"], actions), policy.vol_bars).T)
         self.begin = int((~np.isnan(self.blocks["prob_up"])).any(axis=1).argmax())
+        self.memory = Memory(len(panel.symbols), params.initial_cash, params.release_after_bars)
 
     def decide(
         self,
         now: Moment,
     ) -> Weights | None:
         """The policy's targets, from the first bar with a forecast on."""
-        t, books = now.number, now.books
+        t, books, memory, close = now.number, now.books, self.memory, now.bar.prices[3]
+        memory.follow(now)
         if t < self.begin:
             return None
         held = np.where(books.shares != 0, books.shares * np.nan_to_num(books.last) * books.terms[:, MULTIPLIER], 0.0) / books.equity
         forecast = Forecast(*(self.blocks[name][t] for name in PREDICTED))
-        wanted = self.policy.decide(now.bar.time, forecast, Account(held, books.equity, t), Market(~np.isnan(now.bar.prices[3]), self.vol[t]))
+        account = Account(held, books.equity, t, memory.entry, memory.age, memory.best, memory.barred, memory.record)
+        wanted = self.policy.decide(now.bar.time, forecast, account, Market(~np.isnan(close), self.vol[t], close, {name: block[t] for name, block in self.signals.items()}, self.groups))
+        memory.record = halt(memory.record, wanted.halt)
+        memory.barred = memory.barred if wanted.barred is None else wanted.barred
         if not wanted.decided:
             return None
         self.diary.note(t, forecast, held, wanted)
         return Weights(wanted.weights, wanted.reasons)
 
+# %% ../../nbs/backtest/16_replay.ipynb #a938efe1
 def replay(
     panel: Panel,
     policy: Policy,
@@ -118,14 +159,19 @@ def replay(
     params: BacktestParams,
     instruments: Mapping[str, Instrument] | None = None,  # symbol -> what it is; others are shares
     actions: Actions | None = None,                       # from `lay_actions`
+    signals: Mapping[str, Grid] | None = None,            # name -> (T, N), for steps that read one
+    groups: tuple[str, ...] = (),                         # (N,) each symbol's group, for steps that limit one
 ) -> tuple[Ledger, pd.DataFrame]:  # the ledger, and the decisions: one row per decision and symbol concerned
     """The ledger of an account that a policy runs, asked at every bar with the true state of the account.
 
-    Raises `DataError` on forecasts that do not fit the panel, and on targets that the account cannot take.
+    Raises `DataError` on forecasts or signals that do not fit the panel, and on targets that the account cannot take.
 
     Known at: an order or decision at its bar's close, everything else at its `timestamp`."""
+    for name, block in (signals or {}).items():
+        if block.shape != (len(panel), len(panel.symbols)):
+            raise DataError(f"replay, signal `{name}`", f"has shape {block.shape}", f"one row per bar and one column per symbol: {(len(panel), len(panel.symbols))}")
     what = actions if actions is not None else lay_actions(panel)
-    follow = Follow(panel, policy, forecasts, what)
+    follow = Follow(panel, policy, forecasts, params, what, signals or {}, groups)
     ledger = run(bars_of(panel, what), panel.symbols, follow, costs, params, instruments)
     return ledger, follow.diary.frame()
 

@@ -52,10 +52,11 @@ def njit(
     nogil: bool = False,     # release the interpreter's lock, so that calls run side by side
     error_model: str = "python",  # "numpy": a division by zero gives infinity or NaN instead of an exception
     signature: Any = None,   # types to compile a module's function for at once; None: those of the first call
+    cache: bool = True,      # False for a function that is made anew in each run, around another one
 ) -> Any:
     """Compile a function without Python objects. `@njit` and `@njit(parallel=True)` both work."""
     def wrap(f: Callable[..., Any]) -> Any:
-        module = f.__module__ != "__main__"
+        module = cache and f.__module__ != "__main__"
         options = {"cache": module, "parallel": parallel, "nogil": nogil, "error_model": error_model, "no_cfunc_wrapper": True}
         return numba.njit(signature, **options)(f) if signature is not None and module else numba.njit(f, **options)
     return wrap(function) if function is not None else wrap

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -96,7 +96,7 @@ def block(
             fields = model.model_fields
             for step in first["loc"][:-1]:
                 inner = fields[str(step)].annotation if str(step) in fields else None
-                fields = getattr(inner, "model_fields", {})
+                fields = next((a.model_fields for a in (inner, *get_args(inner)) if hasattr(a, "model_fields")), {})  # a block, or one that may be left out
             parent = ".".join(str(p) for p in (where, *first["loc"][:-1]))
             raise unknown("parameter", name, list(fields), parent) from None
         if first["type"] == "missing":

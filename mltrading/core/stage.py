@@ -96,9 +96,10 @@ class Stage:
         (out if not out.suffix else out.parent).mkdir(parents=True, exist_ok=True)
         return out
 
-    def previous(self, name: str) -> Path:
-        """Where a declared output of an earlier run is, if there is one: for outputs that grow."""
-        return self.folder / rebase(_pick("output", name, self.declared.outs, self.name), self.profile)
+    @property
+    def trials(self) -> Path:
+        "The system's ledger of trials, in its place: what a stage adds to it stays there if the stage fails."
+        return self.folder / rebase(f"reports/trials/{self.system}.jsonl", self.profile)
 
 # %% ../../nbs/core/30_stage.ipynb #90453992
 def open_stage(

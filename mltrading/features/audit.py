@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from ..core.errors import DataError, LeakError, ParameterError
 from .machine import FeatureBlock
-from .registry import choose, compute, lookup
-from ..market.panel import PRICES, Panel, until
+from .registry import Names, choose, compute, lookup
+from ..market.panel import PRICES, Panel, expect_panel, until
 
 # %% auto #0
-__all__ = ['ROUNDING', 'PART_BYTES', 'other_future', 'other_releases', 'audit_function', 'refuse', 'check_causal', 'audit',
-           'check_registry']
+__all__ = ['Blocks', 'Run', 'ROUNDING', 'PART_BYTES', 'other_future', 'other_releases', 'Block', 'as_blocks', 'cut_columns',
+           'check_repeats', 'audit_at', 'audit_function', 'refuse', 'check_causal', 'audit', 'check_registry']
 
 # %% ../../nbs/features/80_audit.ipynb #beba8943
 def _level(
@@ -92,14 +92,14 @@ def _other_bar(
 
 # %% ../../nbs/features/80_audit.ipynb #fd72dff1
 @dataclass(frozen=True, eq=False)
-class _Block:
-    "Numbers by symbol and stamp."
+class Block:
+    """Numbers by symbol and stamp."""
 
     values: NDArray[np.float64]     # (n, m), NaN where there is none
     times: NDArray[np.datetime64]   # (m,) stamps, UTC, ascending
     symbols: tuple[str, ...]        # (n,) or the names of a table's columns
 
-_Blocks = dict[str, _Block]
+Blocks = dict[str, Block]
 
 def _stamps(times: Any, name: str) -> NDArray[np.datetime64]:
     "Stamps as UTC without a zone."
@@ -123,7 +123,7 @@ def _grid(
     symbols: NDArray[Any],                 # (r,)
     columns: dict[str, NDArray[np.float64]],  # (r,) each
     name: str,
-) -> _Blocks:
+) -> Blocks:
     "Rows as blocks."
     times, column = np.unique(stamps, return_inverse=True)
     known, row = np.unique(symbols.astype(str), return_inverse=True)
@@ -133,10 +133,10 @@ def _grid(
     for key, values in columns.items():
         block = np.full((len(known), len(times)), np.nan)
         block[row, column] = values
-        out[key] = _Block(block, times, tuple(known))
+        out[key] = Block(block, times, tuple(known))
     return out
 
-def _from_table(table: pd.DataFrame, name: str) -> _Blocks:
+def _from_table(table: pd.DataFrame, name: str) -> Blocks:
     "A table, long if it has a column or an index level `timestamp` beside others, else instants by symbols."
     if table.index.nlevels > 1:
         table = table.reset_index()
@@ -149,19 +149,19 @@ def _from_table(table: pd.DataFrame, name: str) -> _Blocks:
         raise DataError(f"`{name}`", "two rows for one stamp, or two columns of one name", "return one")
     values = np.array([_numbers(table[c], name) for c in table.columns]).reshape(table.shape[1], len(table))
     order = np.argsort(times, kind="stable")
-    return {name: _Block(values[:, order], times[order], tuple(map(str, table.columns)))}
+    return {name: Block(values[:, order], times[order], tuple(map(str, table.columns)))}
 
-# %% ../../nbs/features/80_audit.ipynb #89ca3847
-def _blocks(
+# %% ../../nbs/features/80_audit.ipynb #13360608
+def as_blocks(
     result: Any,   # FeatureBlock; (N, T) or (T,) array; table or series with stamps; or a mapping of these
     panel: Panel,  # that it was computed on
     name: str,     # of a single block
-) -> _Blocks:
-    "A function's result as blocks by name."
+) -> Blocks:
+    """A function's result as blocks by name. Raises `DataError` on what has no stamps or holds no numbers."""
     if isinstance(result, FeatureBlock):
-        return {n: _Block(np.asarray(v, np.float64), result.times, result.symbols) for n, v in zip(result.names, result.values, strict=True)}
+        return {n: Block(np.asarray(v, np.float64), result.times, result.symbols) for n, v in zip(result.names, result.values, strict=True)}
     if isinstance(result, Mapping):
-        return {n: b for key, value in result.items() for n, b in _blocks(value, panel, str(key)).items()}
+        return {n: b for key, value in result.items() for n, b in as_blocks(value, panel, str(key)).items()}
     if isinstance(result, pd.Series):
         result = result.to_frame(name if result.index.nlevels > 1 else result.name or "")
     if isinstance(result, pd.DataFrame):
@@ -170,7 +170,7 @@ def _blocks(
     symbols = panel.symbols if len(block) == len(panel.symbols) else ("",)
     if block.shape != (len(symbols), len(panel)):
         raise DataError(f"`{name}`", f"an array of shape {np.shape(result)} for {len(panel.symbols)} symbols and {len(panel)} instants", "return symbols by instants, or a table with stamps")
-    return {name: _Block(block, panel.times, symbols)}
+    return {name: Block(block, panel.times, symbols)}
 
 # %% ../../nbs/features/80_audit.ipynb #6c9f8373
 def _first_difference(
@@ -190,18 +190,18 @@ def _first_difference(
     column = int(np.argmax(differs.any(axis=0)))
     return int(np.argmax(differs[:, column])), column
 
-def _aligned(block: _Block, times: NDArray[np.datetime64], symbols: tuple[str, ...]) -> NDArray[np.float64]:
+def _aligned(block: Block, times: NDArray[np.datetime64], symbols: tuple[str, ...]) -> NDArray[np.float64]:
     "A block's numbers at the given symbols and stamps."
     out = np.full((len(symbols), len(times)), np.nan)
     row, count = np.array([symbols.index(s) for s in block.symbols], np.int64), int(np.searchsorted(block.times, times[-1:], side="right").sum())
     out[row[:, None], np.searchsorted(times, block.times[:count])] = block.values[:, :count]
     return out
 
-_NOTHING = _Block(np.empty((0, 0)), np.array([], "datetime64[us]"), ())
+_NOTHING = Block(np.empty((0, 0)), np.array([], "datetime64[us]"), ())
 
 def _differences(
-    whole: _Blocks,
-    other: _Blocks,
+    whole: Blocks,
+    other: Blocks,
     before: np.datetime64,  # rows stamped earlier than this are compared
     slack: float = 0.0,
 ) -> Iterator[tuple[str, str, np.datetime64, float, float]]:  # block, symbol, stamp and the two values
@@ -218,14 +218,14 @@ def _differences(
         if at := _first_difference(a, b, slack):
             yield name, symbols[at[0]], times[at[1]], float(a[at]), float(b[at])
 
-# %% ../../nbs/features/80_audit.ipynb #8ffa0237
-def _columns(
+# %% ../../nbs/features/80_audit.ipynb #e75da4e7
+def cut_columns(
     panel: Panel,
     cuts: int,    # how many, >= 1
     warmup: int,  # instants at the start within which there is no cut but the first
     rng: np.random.Generator,
 ) -> NDArray[np.int64]:  # ascending, at most `cuts`
-    "Columns of the instants at which to cut."
+    """Columns of the instants at which to cut. Raises `ParameterError` on no cuts, `DataError` on a panel of fewer than three instants."""
     if cuts < 1:
         raise ParameterError("audit.cuts", f"{cuts} instants show nothing", "use 1 or more")
     if len(panel) < 3:
@@ -269,22 +269,28 @@ def _plan(
         t = between[-1] if number % 2 and len(between) else bar
         yield _Cut(column, t, min([following, *released[released > t][:1]]))
 
-# %% ../../nbs/features/80_audit.ipynb #b7ac30a1
-_Run = Callable[[Panel, pd.DataFrame | None], Any]
+# %% ../../nbs/features/80_audit.ipynb #2064fdb0
+Run = Callable[[Panel, pd.DataFrame | None], Any]
 
 def _place(symbol: str, instant: Any) -> str:
     return f"{symbol} at {pd.to_datetime(instant, utc=True)}".lstrip()
 
-def _again(fn: _Run, panel: Panel, macro: pd.DataFrame | None, whole: _Blocks, name: str) -> None:
-    "Refuse a function that is not a function of its input."
-    for key, symbol, stamp, one, two in _differences(whole, _blocks(fn(panel, macro), panel, name), np.datetime64("9999-01-01")):
+def check_repeats(
+    fn: Run,
+    panel: Panel,
+    macro: pd.DataFrame | None,
+    whole: Blocks,               # what it gave before, from `as_blocks`
+    name: str,                   # of a result that is a single block
+) -> None:
+    """Refuse a function that is not a function of its input. Raises `DataError` where another call gives another result."""
+    for key, symbol, stamp, one, two in _differences(whole, as_blocks(fn(panel, macro), panel, name), np.datetime64("9999-01-01")):
         raise DataError(f"`{key}`, {_place(symbol, stamp)}", f"is {one:.17g} on one call and {two:.17g} on the next, on the same input",
                         "seed every random generator inside the function, and keep nothing from one call for the next")
 
-def _tried(fn: _Run, panel: Panel, macro: pd.DataFrame | None, name: str, where: str) -> _Blocks:
+def _tried(fn: Run, panel: Panel, macro: pd.DataFrame | None, name: str, where: str) -> Blocks:
     "The result of an experiment."
     try:
-        return _blocks(fn(panel, macro), panel, name)
+        return as_blocks(fn(panel, macro), panel, name)
     except Exception as error:
         fix = "let it return NaN where the history is too short, or give `warmup`, the instants that it needs" + ("" if macro is None else "; of a period that was revised there are several rows")
         raise DataError(f"`{name}`, {where}", f"fails on its {len(panel)} instants ({type(error).__name__}: {error})", fix) from error
@@ -311,8 +317,8 @@ def _worlds(panel: Panel, macro: pd.DataFrame | None, cut: _Cut, known: str, rng
         yield "cut", until(panel, bar), None if macro is None else macro[macro["timestamp"] <= pd.Timestamp(cut.t, tz="UTC")].reset_index(drop=True)
     yield "changed", other_future(panel, bar, rng), None if macro is None else other_releases(macro, cut.t, rng)
 
-def _experiments(fn: _Run, panel: Panel, macro: pd.DataFrame | None, plan: Sequence[_Cut], known: str, rng: np.random.Generator, whole: _Blocks, name: str, slack: float) -> list[_Found]:
-    "Every difference that an experiment finds, at most one per feature and experiment. An error in one of them is raised where none finds any."
+def _experiments(fn: Run, panel: Panel, macro: pd.DataFrame | None, plan: Sequence[_Cut], known: str, rng: np.random.Generator, whole: Blocks, name: str, slack: float, first: bool) -> list[_Found]:
+    "Every difference that an experiment finds, or those at the first cut with any; at most one per feature and experiment. An error in one of them is raised where none finds any."
     found, errors = list[_Found](), list[DataError]()
     for cut in plan:
         t = cut.t if known == "close" else panel.times[cut.column]
@@ -324,6 +330,8 @@ def _experiments(fn: _Run, panel: Panel, macro: pd.DataFrame | None, plan: Seque
                     found.append(_Found(key, experiment, symbol, stamp, t, value, other, max(reach, 0)))
             except DataError as error:
                 errors.append(error)
+        if first and found:
+            break
     if errors and not found:
         raise errors[0]
     return found
@@ -346,6 +354,25 @@ def _summary(found: Sequence[_Found], names: Sequence[str], cuts: int, known: st
         table[stamp] = pd.to_datetime(table[stamp], utc=True).dt.as_unit("us")
     return table
 
+def audit_at(
+    fn: Run,
+    panel: Panel,
+    macro: pd.DataFrame | None,
+    columns: Iterable[int],       # of the instants at which to cut, from `cut_columns` or chosen
+    known: str,                   # "close" or "open", as for `audit_function`
+    rng: np.random.Generator,     # of the other futures
+    whole: Blocks,                # what the function gives on the whole panel, from `as_blocks`
+    name: str,                    # of a result that is a single block
+    slack: float = ROUNDING,      # of a symbol's largest value: what a cut alone may change
+    first: bool = False,          # stop at the first cut that shows anything
+) -> pd.DataFrame:                # as of `audit_function`
+    """The experiments at some instants.
+
+    Raises `DataError` on a function that fails in an experiment, where none shows a leak."""
+    plan = list(_plan(panel, macro, columns, known))
+    return _summary(_experiments(fn, panel, macro, plan, known, rng, whole, name, slack, first), list(whole), len(plan), known)
+
+# %% ../../nbs/features/80_audit.ipynb #3545f1d1
 def audit_function(
     fn: Callable[..., Any],            # panel -> numbers with stamps; with `macro` given, (panel, macro) -> such
     panel: Panel,
@@ -371,13 +398,13 @@ def audit_function(
         raise DataError(f"`{name}`", f"holds no number on {panel!r}: nothing was audited", "audit on a longer panel, with the fields that the function needs")
     return table
 
-def _audited(call: _Run, panel: Panel, macro: pd.DataFrame | None, known: str, cuts: int, warmup: int, seed: int, name: str, slack: float) -> tuple[pd.DataFrame, _Blocks]:
+def _audited(call: Run, panel: Panel, macro: pd.DataFrame | None, known: str, cuts: int, warmup: int, seed: int, name: str, slack: float) -> tuple[pd.DataFrame, Blocks]:
     "The table of an audit, and the blocks as they were."
     rng = np.random.default_rng(seed)
-    plan = list(_plan(panel, macro, _columns(panel, cuts, warmup, rng).tolist(), known))
-    whole = _blocks(call(panel, macro), panel, name)
-    _again(call, panel, macro, whole, name)
-    return _summary(_experiments(call, panel, macro, plan, known, rng, whole, name, slack), list(whole), len(plan), known), whole
+    columns = cut_columns(expect_panel(panel), cuts, warmup, rng).tolist()
+    whole = as_blocks(call(panel, macro), panel, name)
+    check_repeats(call, panel, macro, whole, name)
+    return audit_at(call, panel, macro, columns, known, rng, whole, name, slack), whole
 
 # %% ../../nbs/features/80_audit.ipynb #496f29d8
 def _advice(
@@ -422,7 +449,7 @@ def check_causal(
 # %% ../../nbs/features/80_audit.ipynb #1c262991
 PART_BYTES = 1 << 30  # of the features that are computed together
 
-def _parts(panel: Panel, names: Sequence[str] | str, macro: pd.DataFrame | None, benchmark: str | None) -> list[Sequence[str]]:
+def _parts(panel: Panel, names: Names, macro: pd.DataFrame | None, benchmark: str | None) -> list[Sequence[str]]:
     "The features that the panel can feed, as many at a time as fit."
     found = [f.name for f in choose(panel, names, macro, benchmark, short=True)]
     size = max(1, PART_BYTES // (8 * max(1, len(panel) * len(panel.symbols))))
@@ -440,7 +467,7 @@ def _first_bar(
 # %% ../../nbs/features/80_audit.ipynb #f2eb7ce7
 def audit(
     panel: Panel,
-    names: Sequence[str] | str = "all",  # features, the name of one or of a set, or `all` that the panel can feed
+    names: Names = "all",                # features, sets and families, or `all` that the panel can feed
     macro: pd.DataFrame | None = None,   # long: timestamp (release instant, UTC), series, value, reference
     benchmark: str | None = None,        # a symbol of the panel that stands for the market
     calendar: str = "24/7",              # of exchange_calendars: what a session is
@@ -450,8 +477,8 @@ def audit(
 ) -> pd.DataFrame:                       # as `audit_function`, and warmup, first_bar, warmup_holds (no value at all: False)
     """Whether registered features depend on the future, and whether they begin when they say.
 
-    Raises `DataError` on a panel of fewer than three instants."""
-    before = np.cumsum(panel.alive, axis=1) - 1
+    Raises `DataError` on a panel of fewer than three instants, and where it lacks a field that one of the features needs, of a set too: what has no values cannot be tried."""
+    before = np.cumsum(expect_panel(panel).alive, axis=1) - 1
     tables = []
     for part in _parts(panel, names, macro, benchmark):
         def call(p: Panel, m: pd.DataFrame | None, part: Sequence[str] = part) -> FeatureBlock:

@@ -100,7 +100,7 @@ def _give(a: Any, x: Any, out: Any, i: Any, last: Any, base: Any, width: Any, wh
     for k in range(m):
         out[who[k], base + cols[k]] = R[a, x + k] if abs(R[a, x + k]) <= limit else np.nan
 
-# %% ../../nbs/features/06_engine.ipynb #22d48e01
+# %% ../../nbs/features/06_engine.ipynb #22d48e00
 @kernel
 def _present(fields: Any, i: Any, last: Any, first: Any, width: Any, who: Any, cols: Any) -> Any:
     "Where some symbols have bars; how many."
@@ -112,6 +112,7 @@ def _present(fields: Any, i: Any, last: Any, first: Any, width: Any, who: Any, c
                 m += np.uint64(1)
     return m
 
+# %% ../../nbs/features/06_engine.ipynb #22d48e01
 _BLOCKS, _SINGLE = types.float64[:, :, ::1], types.float32[:, :, ::1]
 _RUN = types.void(types.int32[:, ::1], types.float64[:, ::1], types.float64[:, ::1], _BLOCKS, types.float64[:, ::1], _BLOCKS, types.int64[::1],
                   types.float64[:, ::1], types.float64[::1], types.int64[:, ::1], types.uint64[:, ::1], _BLOCKS, _SINGLE, types.float64)
@@ -230,6 +231,14 @@ def _with_number(e: Expr, operands: tuple[Expr, ...]) -> tuple[str, tuple[Expr, 
         return "where_number", operands[:2], float(operands[2].params[0])
     return None
 
+def _longest(order: Sequence[Expr], operands: Mapping[Expr, tuple[Expr, ...]], given: Mapping[Expr, Any]) -> dict[Expr, int]:
+    "What is lagged, and by how many bars at the most."
+    longest: dict[Expr, int] = {}
+    for e in order:
+        if e.op == "lag" and e not in given:
+            longest[operands[e][0]] = max(int(e.params[0]), longest.get(operands[e][0], 0))
+    return longest
+
 # %% ../../nbs/features/06_engine.ipynb #ce7ba936
 class _Assembler:
     "Registers, instructions and state, as they are handed out."
@@ -244,9 +253,7 @@ class _Assembler:
         for e in order:
             for a in set(operands[e]):
                 self.readers[a] += 1
-        self.longest: dict[Expr, int] = {}  # what is lagged, and by how many bars at the most
-        for e in [e for e in order if e.op == "lag" and e not in given]:
-            self.longest[operands[e][0]] = max(int(e.params[0]), self.longest.get(operands[e][0], 0))
+        self.longest = _longest(order, operands, given)
         self.past: dict[Expr, int] = {}  # where the state of what is lagged stands
 
     def add(self, row: list[int], numbers: tuple[float, float] = (0.0, 0.0), state: Sequence[float] = ()) -> None:

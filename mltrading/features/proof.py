@@ -10,7 +10,7 @@ import pandas as pd
 from ..core.errors import DataError
 from .audit import audit
 from .registry import choose, lookup
-from ..market.panel import Panel, stack
+from ..market.panel import Panel, expect_panel, stack
 from ..market.simulate import made_up_fields, made_up_releases
 from ..market.snapshot import Market
 
@@ -31,7 +31,7 @@ def prove(
     """Audit all registered features, each on the first of these that can feed it: the daily bars; the daily bars with made-up fields and releases; bars within a day, with the same.
 
     Raises `DataError` on a panel of fewer than three instants."""
-    everything, market = lookup(), benchmark or daily.symbols[0]
+    everything, market = lookup(), benchmark or expect_panel(daily).symbols[0]
     fields = {n for f in everything for n in f.needs if ":" not in n} - {"benchmark", "others"}
     series = {n.removeprefix("macro:") for f in everything for n in f.needs if n.startswith("macro:")}
 

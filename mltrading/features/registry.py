@@ -23,11 +23,11 @@ from ..core.errors import DataError, ParameterError, unknown
 from ..core.storage import write_parts
 from .expressions import Expr, needs, steady, text, warmup
 from .machine import FeatureBlock, chunks, evaluate
-from ..market.panel import Panel
+from ..market.panel import Panel, expect_panel
 
 # %% auto #0
-__all__ = ['READABLE', 'REGISTRY', 'SETS', 'Feature', 'feature', 'load', 'lookup', 'catalogue', 'is_intraday', 'choose',
-           'compute', 'write_features', 'FeatureParams']
+__all__ = ['READABLE', 'REGISTRY', 'SETS', 'Names', 'Feature', 'feature', 'load', 'lookup', 'catalogue', 'is_intraday',
+           'needed_fields', 'choose', 'compute', 'write_features', 'FeatureParams']
 
 # %% ../../nbs/features/10_registry.ipynb #674d0460
 READABLE = 400  # characters of a formula
@@ -121,28 +121,40 @@ def _natural(f: Feature) -> tuple[Any, ...]:
     "Sort key: family, then name with its numbers as numbers."
     return f.family, [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", f.name)]
 
-def lookup(
-    names: Sequence[str] | str = "all",  # features, the name of one or of a set, or `all`
-) -> list[Feature]:                      # in the order of `names`, or by family and name
-    """Registered features. Raises `ParameterError` on an unknown name, or one that is asked for twice."""
-    if isinstance(names, str) or any(n not in REGISTRY for n in names):
-        load()
-    if names == "all":
-        return sorted(REGISTRY.values(), key=_natural)
-    if isinstance(names, str):
-        names = SETS[names]() if names in SETS else [names]
-    for n in names:
-        if n not in REGISTRY:
-            raise unknown("feature or set", n, [*REGISTRY, *SETS], "features.names")
-    if len(set(names)) < len(names):
-        twice = next(n for n in names if list(names).count(n) > 1)
-        raise ParameterError("features.names", f"`{twice}` is named twice", "name it once")
-    return [REGISTRY[n] for n in names]
+# %% ../../nbs/features/10_registry.ipynb #37eedda6
+Names = Sequence[str] | str  # of features, sets and families; or `all`
 
-def catalogue() -> pd.DataFrame:  # one row per feature: name, family, about, formula, unit, warmup, needs, source
+def _entries(names: Names) -> list[str]:
+    "What was asked for, name by name."
+    entries = [names] if isinstance(names, str) else list(names)
+    if any(n not in REGISTRY for n in entries):
+        load()
+    if len(set(entries)) < len(entries):
+        twice = next(n for n in entries if entries.count(n) > 1)
+        raise ParameterError("features.names", f"`{twice}` is named twice", "name it once")
+    if "all" in entries and len(entries) > 1:
+        raise ParameterError("features.names", "`all` beside other names", "write `all` alone: it holds every registered feature")
+    return entries
+
+def lookup(
+    names: Names = "all",  # features, sets and families, or `all`
+) -> list[Feature]:        # in the order of `names`, each once; `all` and families by name
+    """Registered features. Raises `ParameterError` on an unknown name, or one that is asked for twice."""
+    entries = _entries(names)
+    found: dict[str, Feature] = {}
+    for n in entries:
+        some = [REGISTRY[n]] if n in REGISTRY else lookup(SETS[n]()) if n in SETS else sorted((f for f in REGISTRY.values() if n in ("all", f.family)), key=_natural)
+        if not some:
+            raise unknown("feature, set or family", n, [*REGISTRY, *SETS, *{f.family for f in REGISTRY.values()}], "features.names")
+        found |= {f.name: f for f in some if f.name not in found}
+    return list(found.values())
+
+# %% ../../nbs/features/10_registry.ipynb #86981335
+def catalogue() -> pd.DataFrame:  # one row per feature: name, family, sets, about, formula, unit, warmup, needs, source
     """All registered features."""
-    rows = [(f.name, f.family, f.about, f.formula, f.unit, f.warmup, ", ".join(f.needs), f.source) for f in lookup()]
-    return pd.DataFrame(rows, columns=["name", "family", "about", "formula", "unit", "warmup", "needs", "source"])
+    features, members = lookup(), {name: {f.name for f in lookup(name)} for name in SETS}
+    rows = [(f.name, f.family, ", ".join(s for s, held in members.items() if f.name in held), f.about, f.formula, f.unit, f.warmup, ", ".join(f.needs), f.source) for f in features]
+    return pd.DataFrame(rows, columns=["name", "family", "sets", "about", "formula", "unit", "warmup", "needs", "source"])
 
 # %% ../../nbs/features/10_registry.ipynb #b16fea55
 def is_intraday(
@@ -151,33 +163,47 @@ def is_intraday(
     """Whether bars are shorter than a day, by the median distance of two instants."""
     return len(panel) > 1 and bool(np.median(np.diff(panel.times)) < np.timedelta64(20, "h"))
 
-def _missing(features: Sequence[Feature], panel: Panel, macro: pd.DataFrame | None, benchmark: str | None) -> list[list[str]]:
-    "What each feature needs and no symbol of the panel can have."
-    given = set(panel.fields) | {"others"} | ({"benchmark"} if benchmark is not None else set())
-    given |= {f"macro:{s}" for s in macro["series"].unique()} if macro is not None else set()
-    return [[n for n in f.needs if n not in given and not n.startswith("clock:")] for f in features]
+def needed_fields(
+    exprs: Mapping[str, Expr],      # name -> formula
+    benchmark: str | None = None,
+    names: Names | None = None,     # how the formulas were asked for; each by itself unless told
+) -> dict[str, str]:                # field -> the first formula asked for by itself that needs it
+    """The fields that have to be there. Raises `ParameterError` on a formula that needs a benchmark where none was given."""
+    alone = exprs if names is None else set(_entries(names))
+    fields: dict[str, str] = {}
+    for name, expr in exprs.items():
+        for need in needs(expr):
+            if need == "benchmark" and benchmark is None:
+                raise ParameterError("features.benchmark", f"`{name}` needs a benchmark", "name one of the symbols, or leave the feature out")
+            if ":" not in need and need not in ("benchmark", "others") and name in alone:
+                fields.setdefault(need, name)
+    return fields
 
+def _can_feed(panel: Panel, macro: pd.DataFrame | None, benchmark: str | None) -> Callable[[Feature], bool]:
+    "Whether the panel has what a feature needs, for some symbol."
+    given = {*panel.fields, "others"} | ({"benchmark"} if benchmark is not None else set())
+    given |= {f"macro:{s}" for s in macro["series"].unique()} if macro is not None else set()
+    within = is_intraday(panel)
+    return lambda f: all(n in given or (n.startswith("clock:") and (within or n != "clock:session")) for n in f.needs)
+
+# %% ../../nbs/features/10_registry.ipynb #4748bd9e
 def choose(
     panel: Panel,
-    names: Sequence[str] | str = "all",
+    names: Names = "all",
     macro: pd.DataFrame | None = None,
     benchmark: str | None = None,
     short: bool = False,  # histories shorter than a warm-up will do
 ) -> list[Feature]:
     """The features to compute: those that are named, or all that the panel can feed and has bars enough for. Errors as of `compute`."""
-    features, bars = lookup(names), int(panel.alive.sum(axis=1).max(initial=0))
-    missing = _missing(features, panel, macro, benchmark)
-    if names == "all":
-        within = is_intraday(panel)
-        return [f for f, lacking in zip(features, missing, strict=True) if not lacking and (within or "clock:session" not in f.needs) and (short or f.warmup < bars)]
-    for f, lacking in zip(features, missing, strict=True):
-        for need in lacking:
-            if need == "benchmark":
-                raise ParameterError("features.benchmark", f"`{f.name}` needs a benchmark", "name one of the panel's symbols, or leave the feature out")
-            if need.startswith("macro:") and macro is None:
-                raise ParameterError("features.names", f"`{f.name}` needs macro releases", "give a table of them, or leave the feature out")
-            if not need.startswith("macro:") and not (isinstance(names, str) and names in SETS):
-                raise DataError("panel", f"has no field `{need}`, which `{f.name}` needs", "give a panel with the field, or leave the feature out of features.names")
+    features, bars = lookup(names), int(expect_panel(panel).alive.sum(axis=1).max(initial=0))
+    if _entries(names) == ["all"]:
+        return [f for f in filter(_can_feed(panel, macro, benchmark), features) if short or f.warmup < bars]
+    fields = needed_fields({f.name: f.expr for f in features}, benchmark, names)
+    if macro is None and (lacking := next((f.name for f in features if any(n.startswith("macro:") for n in f.needs)), None)):
+        raise ParameterError("features.names", f"`{lacking}` needs macro releases", "give a table of them, or leave the feature out")
+    for field, name in fields.items():
+        if field not in panel.fields:
+            raise DataError("panel", f"has no field `{field}`, which `{name}` needs", "give a panel with the field, or leave the feature out of features.names")
     slow = max(features, key=lambda f: f.warmup, default=None)
     if slow is not None and bars <= slow.warmup and not short:
         raise DataError("panel", f"fewer bars than a warm-up: `{slow.name}` has its first value after {slow.warmup} bars, and the longest history has {bars}",
@@ -187,7 +213,7 @@ def choose(
 # %% ../../nbs/features/10_registry.ipynb #efe7629d
 def compute(
     panel: Panel,
-    names: Sequence[str] | str = "all",   # features, the name of one or of a set, or `all` that the panel can feed
+    names: Names = "all",                 # features, sets and families, or `all` that the panel can feed
     macro: pd.DataFrame | None = None,    # long table of releases: timestamp (release instant, UTC), series, value, reference
     benchmark: str | None = None,         # a symbol of the panel that stands for the market
     calendar: str = "24/7",               # of exchange_calendars: what a session is
@@ -198,7 +224,7 @@ def compute(
 ) -> FeatureBlock:
     """Features of a panel.
 
-    Raises `ParameterError` on an unknown name, or on one that needs a benchmark or macro releases that were not given; `DataError` on a history shorter than a warm-up, and on a panel without a field that a feature named by itself needs.
+    Raises `ParameterError` on an unknown name, or on one that needs a benchmark or macro releases that were not given; `DataError` on what is not a panel, on a history shorter than a warm-up, and on a panel without a field that a feature named by itself needs.
 
     Known at: each value at the stamp of its bar."""
     features = choose(panel, names, macro, benchmark, short)
@@ -207,7 +233,7 @@ def compute(
 def write_features(
     panel: Panel,
     path: str | Path,                     # a Parquet file, replaced in one step
-    names: Sequence[str] | str = "all",
+    names: Names = "all",
     macro: pd.DataFrame | None = None,
     benchmark: str | None = None,
     calendar: str = "24/7",
@@ -223,5 +249,5 @@ class FeatureParams(BaseModel):
     """The block `features` of a system in params.yaml."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    names: str | list[str] = Field(description="`all` that the panel can feed, the name of a set, or a list of features")
+    names: str | list[str] = Field(description="`all` that the panel can feed, or features, sets and families")
     benchmark: str | None = Field(description="the symbol that stands for the market, or null")

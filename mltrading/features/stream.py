@@ -5,7 +5,7 @@
 # %% ../../nbs/features/12_stream.ipynb #35e0d873
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -14,30 +14,42 @@ from numpy.typing import NDArray
 from ..core.errors import DataError, ParameterError, unknown
 from .expressions import Expr
 from .machine import WIDTH, Context, Machine, plan, stacked
-from .registry import lookup
+from .registry import Names, lookup, needed_fields
 from ..market.macro import histories
-from ..market.panel import Panel, between
+from ..market.panel import Panel, between, expect_panel
 
 # %% auto #0
 __all__ = ['Bars', 'Stream']
 
-# %% ../../nbs/features/12_stream.ipynb #638b36b0
-Bars = Mapping[str, Sequence[float] | NDArray[np.float64] | pd.Series]  # field -> (N,) in the order of the symbols, or a Series by symbol
+# %% ../../nbs/features/12_stream.ipynb #dc3fa4da
+Bars = Mapping[str, Sequence[float] | NDArray[np.float64] | pd.Series] | pd.DataFrame  # field -> (N,) in the order of the symbols, or a Series by symbol; or a table with a row per symbol
 
 def _utc(time: pd.Timestamp | np.datetime64) -> np.datetime64:
     "An instant as panels have it."
     stamp = pd.Timestamp(time)
     return (stamp.tz_convert("UTC").tz_localize(None) if stamp.tz is not None else stamp).as_unit("us").to_datetime64()
 
-def _gathered(bars: Bars, names: Sequence[str], symbols: Sequence[str], at: np.datetime64) -> NDArray[np.float64]:
+def _complete(there: Container[str], needed: Mapping[str, str], where: str) -> None:
+    "Refuse bars without a field that has to be there."
+    if lacking := [f for f in needed if f not in there]:
+        raise DataError(where, f"have no field `{lacking[0]}`, which {needed[lacking[0]]}", "give it for all symbols, NaN where it is unknown")
+
+def _by_symbol(values: pd.Series, symbols: Sequence[str], where: str) -> NDArray[np.float64]:
+    "(N,) what a Series says of each symbol."
+    if not values.index.is_unique or not (values.empty or values.index.isin(symbols).any()):
+        raise DataError(where, f"{len(values)} rows, not one value by symbol", "of a long table give the rows of one instant, by symbol: `rows.set_index('symbol')`; a whole history goes to `catch_up`, as a panel")
+    return values.reindex(list(symbols)).to_numpy(np.float64)
+
+def _gathered(bars: Bars, names: Sequence[str], needed: Mapping[str, str], symbols: Sequence[str], at: np.datetime64) -> NDArray[np.float64]:
     "(fields, N, 1): what came at an instant, checked."
-    fields = np.empty((len(names), len(symbols), 1))
-    for k, name in enumerate(names):
-        if name not in bars:
-            raise DataError(f"bars at {at}", f"the field `{name}` is missing", "give it for all symbols, NaN where it is unknown")
+    if not isinstance(bars, Mapping | pd.DataFrame):
+        raise DataError(f"bars at {at}", f"is a {type(bars).__module__.split('.')[0]} {type(bars).__name__}, not numbers by field", "give `{'close': [...], ...}`, a number for each symbol; a panel goes to `catch_up`")
+    _complete(bars, needed, f"bars at {at}")
+    fields = np.full((len(names), len(symbols), 1), np.nan)
+    for k, name in [(k, n) for k, n in enumerate(names) if n in bars]:
         values = bars[name]
         if isinstance(values, pd.Series):
-            values = values.reindex(list(symbols)).to_numpy(np.float64)
+            values = _by_symbol(values, symbols, f"bars at {at}, `{name}`")
         if len(values) != len(symbols):
             raise DataError(f"bars at {at}, `{name}`", f"{len(values)} values for {len(symbols)} symbols", "give one for each symbol, NaN where there is no bar")
         fields[k, :, 0] = values
@@ -49,18 +61,18 @@ class Stream:
 
     def __init__(
         self,
-        features: Sequence[str] | str | Mapping[str, Expr],  # registered features, the name of a set, or formulas by name
+        features: Names | Mapping[str, Expr],  # registered features, sets and families; or formulas by name
         symbols: Sequence[str],                # of all bars to come
-        macro: pd.DataFrame | None = None,     # releases so far: timestamp (release instant, UTC), series, value, reference
+        macro: pd.DataFrame | None = None,     # releases so far, others come by `publish`: timestamp (release instant, UTC), series, value, reference
         benchmark: str | None = None,          # one of the symbols
         calendar: str = "24/7",                # of exchange_calendars: what a session is
     ) -> None:
-        exprs = features if isinstance(features, Mapping) else {f.name: f.expr for f in lookup(features)}
+        exprs, asked = (features, None) if isinstance(features, Mapping) else ({f.name: f.expr for f in lookup(features)}, features)
         self.names, self.symbols, self.plan = tuple(exprs), tuple(symbols), plan(tuple(exprs.values()))
         if benchmark is not None and benchmark not in symbols:
             raise unknown("symbol", benchmark, list(symbols), "features.benchmark")
-        if benchmark is None and self.plan.benchmark is not None:
-            raise ParameterError("features.benchmark", "some of the features need a benchmark", "name one of the symbols, or leave these features out")
+        needed = needed_fields(exprs, benchmark, asked)
+        self.needed = {"close": "says where there is a bar"} | {field: f"`{name}` needs" for field, name in needed.items()}
         self.last: np.datetime64 | None = None
         self.releases = macro
         context = Context({} if macro is None else histories(macro), None if benchmark is None else self.symbols.index(benchmark), calendar)
@@ -73,15 +85,15 @@ class Stream:
     ) -> NDArray[np.float64]:                # (F, N) NaN where there is no bar, and while warming up
         """Take the bars that closed at an instant.
 
-        Raises `DataError` on an instant that does not come after the last one, and on a field that is missing or of another length.
+        Raises `DataError` on an instant that does not come after the last one, on a field that is missing or of another length, and on a Series that is not by symbol.
 
         Known at: `time`."""
         at = _utc(time)
         if self.last is not None and at <= self.last:
             raise DataError(f"bars at {at}", f"do not come after {self.last}", "give each instant once, in order of time")
-        fields, out = _gathered(bars, self.plan.fields, self.symbols, at), np.empty((len(self.names), len(self.symbols), 1))
+        fields, out = _gathered(bars, self.plan.fields, self.needed, self.symbols, at), np.empty((len(self.names), len(self.symbols), 1))
         self.machine.advance(np.array([at]), fields, 0, out, 0)
-        self.last = at
+        _taken(self, at, bars)
         return out[:, :, 0]
 
     def catch_up(self, panel: Panel) -> None:
@@ -92,18 +104,23 @@ class Stream:
         """Add releases of macroeconomic series: timestamp (release instant, UTC), series, value, reference. Raises `ParameterError` on one that should have been known at an instant that has passed."""
         _publish(self, releases)
 
-# %% ../../nbs/features/12_stream.ipynb #1cb933a3
+# %% ../../nbs/features/12_stream.ipynb #66aaac9c
+def _taken(stream: Stream, last: np.datetime64, there: Container[str]) -> None:
+    "Remember up to when there were bars, and which fields they had."
+    stream.last = last
+    stream.needed |= {f: "earlier bars had" for f in stream.plan.fields if f in there and f not in stream.needed}
+
 def _catch_up(stream: Stream, panel: Panel) -> None:
     "A history at once."
-    if panel.symbols != stream.symbols:
+    if expect_panel(panel, "history").symbols != stream.symbols:
         raise DataError("history", f"its symbols are {', '.join(panel.symbols[:5])} …", f"give a panel of {', '.join(stream.symbols[:5])} …, in this order")
-    if lacking := [f for f in stream.plan.fields if f not in panel.fields]:
-        raise DataError("history", f"the field `{lacking[0]}` is missing", "give it for all symbols, NaN where it is unknown")
+    _complete(panel.fields, stream.needed, "bars of the history")
     later = panel if stream.last is None else between(panel, stream.last + np.timedelta64(1, "us"))
     fields, out = stacked(later, stream.plan.fields), np.empty((len(stream.names), len(stream.symbols), WIDTH))
     for first in range(0, len(later), WIDTH):
         stream.machine.advance(later.times[first : first + WIDTH], fields, first, out, 0)
-    stream.last = later.times[-1] if len(later) else stream.last
+    if len(later):
+        _taken(stream, later.times[-1], panel.fields)
 
 def _publish(stream: Stream, releases: pd.DataFrame) -> None:
     "Further releases."

@@ -5,6 +5,7 @@
 # %% ../../nbs/labels/10_barriers.ipynb #35e0d873
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import Any, Literal
 
 import numpy as np
@@ -17,10 +18,13 @@ from .horizons import horizon_sigma, label_rows, legs
 from ..market.panel import Panel, fill_price
 
 # %% auto #0
-__all__ = ['OPEN', 'HIGH', 'LOW', 'CLOSE', 'FILL', 'bar_paths', 'check_sides', 'barrier_frame']
+__all__ = ['Price', 'bar_paths', 'check_sides', 'barrier_frame']
 
-# %% ../../nbs/labels/10_barriers.ipynb #c25a886e
-OPEN, HIGH, LOW, CLOSE, FILL = range(5)
+# %% ../../nbs/labels/10_barriers.ipynb #c77b448e
+class Price(IntEnum):
+    """The blocks of `bar_paths`."""
+
+    OPEN, HIGH, LOW, CLOSE, FILL = range(5)
 
 def bar_paths(
     panel: Panel,
@@ -43,20 +47,20 @@ def _beyond(price: float, lower: float, upper: float) -> int:
 @njit(nogil=True, error_model="numpy")
 def _within(bars: Any, i: int, t: int, lower: float, upper: float, worse: int) -> Any:
     "Price of the exit within a bar after its open, and which barrier it was."
-    top, bottom = bars[HIGH, i, t] >= upper, bars[LOW, i, t] <= lower
+    top, bottom = bars[Price.HIGH, i, t] >= upper, bars[Price.LOW, i, t] <= lower
     if top and (worse == 1 or not bottom):
         return upper, 1
     if bottom:
         return lower, -1
-    return bars[CLOSE, i, t], _beyond(bars[CLOSE, i, t], lower, upper)
+    return bars[Price.CLOSE, i, t], _beyond(bars[Price.CLOSE, i, t], lower, upper)
 
 @njit(nogil=True, error_model="numpy")
 def _position(bars: Any, i: int, first: int, last: int, at_open: bool, lower: float, upper: float, worse: int) -> Any:
     "Column of the exit, its price, and which barrier it was."
     for t in range(first, last + 1):
-        if np.isnan(bars[CLOSE, i, t]):
+        if np.isnan(bars[Price.CLOSE, i, t]):
             continue
-        opened = bars[OPEN, i, t]
+        opened = bars[Price.OPEN, i, t]
         filled_at_open = at_open and np.isfinite(opened)
         if t > first:
             touched = _beyond(opened, lower, upper)
@@ -66,21 +70,21 @@ def _position(bars: Any, i: int, first: int, last: int, at_open: bool, lower: fl
             price, touched = _within(bars, i, t, lower, upper, worse)
             if touched != 0:
                 return t, price, touched
-    return last, bars[CLOSE, i, last], 0
+    return last, bars[Price.CLOSE, i, last], 0
 
 # %% ../../nbs/labels/10_barriers.ipynb #8824173d
 @njit(nogil=True, error_model="numpy")
-def _barriers(bars: Any, start: Any, latest: Any, sigma: Any, side: Any, at_open: bool, profit: float, stop: float) -> Any:
+def _barriers(bars: Any, start: Any, end: Any, sigma: Any, side: Any, at_open: bool, profit: float, stop: float) -> Any:
     "Columns of the exits, the positions' returns, and the barriers: 1 profit, -1 stop, 0 time."
-    end, ret, touched = np.full(sigma.shape, -1), np.full(sigma.shape, np.nan), np.zeros(sigma.shape, np.int8)
-    for i, t in np.ndindex(latest.shape):
-        if latest[i, t] < 0:
+    leave, ret, touched = np.full(sigma.shape, -1), np.full(sigma.shape, np.nan), np.zeros(sigma.shape, np.int8)
+    for i, t in np.ndindex(end.shape):
+        if end[i, t] < 0:
             continue
-        s, entry = side[i, t], bars[FILL, i, start[i, t]]
+        s, entry = side[i, t], bars[Price.FILL, i, start[i, t]]
         ahead, behind = entry * (1.0 + s * profit * sigma[i, t]), entry * (1.0 - s * stop * sigma[i, t])
-        end[i, t], price, which = _position(bars, i, start[i, t], latest[i, t], at_open, min(ahead, behind), max(ahead, behind), -s)
+        leave[i, t], price, which = _position(bars, i, start[i, t], end[i, t], at_open, min(ahead, behind), max(ahead, behind), -s)
         ret[i, t], touched[i, t] = s * (price / entry - 1.0), s * which
-    return end, ret, touched
+    return leave, ret, touched
 
 # %% ../../nbs/labels/10_barriers.ipynb #f5c6d5c5
 def check_sides(
@@ -121,20 +125,20 @@ def barrier_frame(
     stop: float,                                # multiple of sigma, > 0; infinite: no such barrier
     vol_bars: int,                              # daily returns in the volatility, >= 2
     sides: pd.DataFrame | None = None,          # timestamp, symbol, side (1, -1, 0 stay out); without it all are long
-) -> pd.DataFrame:                              # timestamp, symbol, start, end, latest, side, touched (1 profit, -1 stop, 0 time), ret, sigma
+) -> pd.DataFrame:                              # timestamp, symbol, start, end, exit, side, touched (1 profit, -1 stop, 0 time), ret, sigma
     """What positions earned that were closed at the first of three barriers. `ret` is that of the position, before costs.
 
-    A decision has a label once its time barrier, `latest`, is in the data, whichever barrier was touched: purge by `latest`.
+    A decision has a label once its time barrier, `end`, is in the data, whichever barrier was touched, and when: `exit`.
 
     Raises `ParameterError` on a horizon below 1, barriers not above 0 and fewer than 2 volatility bars; `DataError` on sides where there is no bar.
 
-    Known at: `side` and `sigma` at `timestamp`; `touched` and `ret` at `end`, and only for training and scoring."""
+    Known at: `side` and `sigma` at `timestamp`; `touched` and `ret` at `exit`, and only for training and scoring."""
     for name, multiple in (("profit", profit), ("stop", stop)):
         if not multiple > 0:
             raise ParameterError(f"labels.{name}", f"{multiple} is not a distance", "use a multiple of sigma above 0, or float('inf') for none")
     sigma, side = horizon_sigma(panel, horizon_bars, vol_bars), _side_block(panel, sides)
     bars = bar_paths(panel, fill)
-    start, latest = legs(bars[CLOSE], horizon_bars)
-    latest[np.isnan(sigma) | (side == 0)] = -1
-    end, ret, touched = _barriers(bars, start, latest, sigma, side, fill == "open", profit, stop)
-    return label_rows(panel, start, end, latest, side=side, touched=touched, ret=ret, sigma=sigma)
+    start, end = legs(bars[Price.CLOSE], horizon_bars)
+    end[np.isnan(sigma) | (side == 0)] = -1
+    leave, ret, touched = _barriers(bars, start, end, sigma, side, fill == "open", profit, stop)
+    return label_rows(panel, start, end, leave, side=side, touched=touched, ret=ret, sigma=sigma)

@@ -75,16 +75,16 @@ def horizon_sigma(
 def label_rows(
     panel: Panel,
     start: NDArray[np.int64],   # (N, T) column of the bar in which the decision at a bar is filled
-    end: NDArray[np.int64],     # (N, T) column of the bar by which its label is known, -1 where there is none
-    latest: NDArray[np.int64] | None = None,  # (N, T) column of the bar by which it ends at the latest, where it can end before
+    end: NDArray[np.int64],     # (N, T) column of the bar by which its label is known whatever it is, -1 where there is none
+    leave: NDArray[np.int64] | None = None,  # (N, T) column of the bar in which the position was closed, where that can be before
     **values: NDArray[Any],     # (N, T) per further column
-) -> pd.DataFrame:              # timestamp, symbol, start, end, perhaps latest, then the values; sorted by timestamp and symbol
+) -> pd.DataFrame:              # timestamp, symbol, start, end, perhaps exit, then the values; sorted by timestamp and symbol
     """The table of labels from blocks, one row for each bar whose label is complete."""
     column, row = np.nonzero((end >= 0).T)
     index, names = panel.index, np.array(panel.symbols, dtype=object)
     keys = {"timestamp": index[column], "symbol": pd.array(names[row], dtype="str"), "start": index[start[row, column]], "end": index[end[row, column]]}
-    if latest is not None:
-        keys["latest"] = index[latest[row, column]]
+    if leave is not None:
+        keys["exit"] = index[leave[row, column]]
     return pd.DataFrame(keys | {name: block[row, column] for name, block in values.items()})
 
 def label_frame(

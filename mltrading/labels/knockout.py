@@ -12,42 +12,48 @@ import pandas as pd
 
 from ..core.errors import ParameterError
 from ..core.jit import njit
-from .barriers import CLOSE, FILL, HIGH, LOW, OPEN, bar_paths
+from .barriers import Price, bar_paths
 from .horizons import horizon_sigma, label_rows, legs
 from ..market.panel import Panel
 
 # %% auto #0
-__all__ = ['knockout_frame']
+__all__ = ['reached', 'knockout_frame']
 
 # %% ../../nbs/labels/40_knockout.ipynb #0d069f2a
 @njit(nogil=True, error_model="numpy")
-def _reached(bars: Any, i: int, t: int, side: int, level: float) -> bool:
-    "Whether any price of a bar is at or beyond the barrier."
-    extreme = bars[LOW if side > 0 else HIGH, i, t]
-    return side * bars[OPEN, i, t] <= side * level or side * extreme <= side * level or side * bars[CLOSE, i, t] <= side * level
+def reached(
+    bars: Any,     # (5, N, T) as `bar_paths` gives them
+    i: int,        # row of the symbol
+    t: int,        # column of the bar
+    side: int,     # 1 a long option, -1 a short one
+    level: float,  # its barrier during the bar
+) -> bool:
+    """Whether any known price of a bar is at or beyond the barrier. For use inside compiled functions."""
+    extreme = bars[Price.LOW if side > 0 else Price.HIGH, i, t]
+    return side * bars[Price.OPEN, i, t] <= side * level or side * extreme <= side * level or side * bars[Price.CLOSE, i, t] <= side * level
 
 @njit(nogil=True, error_model="numpy")
 def _option(bars: Any, i: int, first: int, last: int, at_open: bool, side: int, distance: float, growth: Any) -> Any:
     "Column of the end, whether it was knocked out, and the holder's return."
-    entry, level = bars[FILL, i, first], np.nan
+    entry, level = bars[Price.FILL, i, first], np.nan
     for t in range(first, last + 1):
-        filled_at_open = at_open and np.isfinite(bars[OPEN, i, t])
-        if np.isnan(bars[CLOSE, i, t]) or (t == first and not filled_at_open):
+        filled_at_open = at_open and np.isfinite(bars[Price.OPEN, i, t])
+        if np.isnan(bars[Price.CLOSE, i, t]) or (t == first and not filled_at_open):
             continue
         level = (entry - side * distance * entry) * (1.0 + growth[t] - growth[first])
-        if side * bars[OPEN, i, t] <= side * level if t == last and filled_at_open else _reached(bars, i, t, side, level):
+        if side * bars[Price.OPEN, i, t] <= side * level if t == last and filled_at_open else reached(bars, i, t, side, level):
             return t, 1, -1.0
-    return last, 0, side * (bars[FILL, i, last] - level) / (distance * entry) - 1.0
+    return last, 0, side * (bars[Price.FILL, i, last] - level) / (distance * entry) - 1.0
 
 # %% ../../nbs/labels/40_knockout.ipynb #8824173d
 @njit(nogil=True, error_model="numpy")
-def _knockouts(bars: Any, start: Any, latest: Any, distance: Any, growth: Any, at_open: bool, side: int) -> Any:
-    "Columns of the ends, whether the options were knocked out, and the holders' returns."
-    end, knocked, ret = np.full(latest.shape, -1), np.zeros(latest.shape, np.int8), np.full(latest.shape, np.nan)
-    for i, t in np.ndindex(latest.shape):
-        if latest[i, t] >= 0:
-            end[i, t], knocked[i, t], ret[i, t] = _option(bars, i, start[i, t], latest[i, t], at_open, side, distance[i, t], growth)
-    return end, knocked, ret
+def _knockouts(bars: Any, start: Any, end: Any, distance: Any, growth: Any, at_open: bool, side: int) -> Any:
+    "Columns of the exits, whether the options were knocked out, and the holders' returns."
+    leave, knocked, ret = np.full(end.shape, -1), np.zeros(end.shape, np.int8), np.full(end.shape, np.nan)
+    for i, t in np.ndindex(end.shape):
+        if end[i, t] >= 0:
+            leave[i, t], knocked[i, t], ret[i, t] = _option(bars, i, start[i, t], end[i, t], at_open, side, distance[i, t], growth)
+    return leave, knocked, ret
 
 # %% ../../nbs/labels/40_knockout.ipynb #b7e84777
 def knockout_frame(
@@ -60,15 +66,15 @@ def knockout_frame(
     unit: Literal["fraction", "sigma"],         # of the price (long: below 1), or multiples of the volatility over the horizon
     rate_annual: float,                         # growth of the financing level, 0.03 = 3 % per year of 365 days
     vol_bars: int,                              # daily returns in the volatility, >= 2
-) -> pd.DataFrame:                              # timestamp, symbol, start, end, latest, side, distance (fraction), knocked (1 or 0), ret (of the holder), sigma (of the underlying)
+) -> pd.DataFrame:                              # timestamp, symbol, start, end, exit, side, distance (fraction), knocked (1 or 0), ret (of the holder), sigma (of the underlying)
     """What holders of knock-out options earned, each bought after a decision and sold at the horizon or knocked out before.
 
-    A long option whose barrier would lie at zero or below does not exist, and has no row. Others have one once the bar of the sale, `latest`, is in the
-    data, whether or not they were knocked out before: purge by `latest`.
+    A long option whose barrier would lie at zero or below does not exist, and has no row. Others have one once the bar of the sale, `end`, is in the
+    data, whether or not they were knocked out before, at `exit`.
 
     Raises `ParameterError` on parameters that cannot be.
 
-    Known at: `side`, `distance` and `sigma` at `timestamp`; `knocked` and `ret` at `end`, and only for training and scoring."""
+    Known at: `side`, `distance` and `sigma` at `timestamp`; `knocked` and `ret` at `exit`, and only for training and scoring."""
     if side not in (1, -1):
         raise ParameterError("labels.side", f"{side} is not a side", "use 1 for a long option, -1 for a short one")
     if unit not in ("fraction", "sigma"):
@@ -81,7 +87,7 @@ def knockout_frame(
     away = distance * sigma if unit == "sigma" else np.full(sigma.shape, distance)
     growth = rate_annual * ((panel.times - panel.times[:1]) / np.timedelta64(365, "D"))
     bars = bar_paths(panel, fill)
-    start, latest = legs(bars[CLOSE], horizon_bars)
-    latest[np.isnan(sigma) | ((side == 1) & (away >= 1.0))] = -1
-    end, knocked, ret = _knockouts(bars, start, latest, away, growth, fill == "open", side)
-    return label_rows(panel, start, end, latest, side=np.full(sigma.shape, side, np.int8), distance=away, knocked=knocked, ret=ret, sigma=sigma)
+    start, end = legs(bars[Price.CLOSE], horizon_bars)
+    end[np.isnan(sigma) | ((side == 1) & (away >= 1.0))] = -1
+    leave, knocked, ret = _knockouts(bars, start, end, away, growth, fill == "open", side)
+    return label_rows(panel, start, end, leave, side=np.full(sigma.shape, side, np.int8), distance=away, knocked=knocked, ret=ret, sigma=sigma)

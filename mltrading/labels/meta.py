@@ -19,12 +19,12 @@ def meta_frame(
     sides: pd.DataFrame,   # timestamp, symbol, side (1, -1, 0 stay out), known at timestamp
     *,
     cost_bps: float,       # of going in and out together, in basis points of the position, >= 0
-) -> pd.DataFrame:         # timestamp, symbol, start, end, latest (where the labels have it), side, ret, sigma, net (after cost), meta (1 it paid, 0 not); as sorted as the labels
+) -> pd.DataFrame:         # timestamp, symbol, start, end, exit (where the labels have it), side, ret, sigma, net (after cost), meta (1 it paid, 0 not); as sorted as the labels
     """Whether following the sides paid. Decisions to stay out, and those whose label is not complete, are absent.
 
     Raises `ParameterError` on a cost below 0; `DataError` on sides that are not, and on labels made for another side.
 
-    Known at: `side` and `sigma` at `timestamp`; `ret`, `net` and `meta` at `end`, and only for training and scoring."""
+    Known at: `side` and `sigma` at `timestamp`; `ret`, `net` and `meta` at `exit`, or without one at `end`, and only for training and scoring."""
     if not cost_bps >= 0:
         raise ParameterError("labels.cost_bps", f"{cost_bps} is not a cost", "use basis points of the position, 0 for none")
     followed = check_sides(sides)
@@ -35,4 +35,4 @@ def meta_frame(
         raise DataError(f"labels, {row['symbol']} at {row['timestamp']}", f"made for side {row['side_of_label']}, and side {row['side']} is followed", "make the labels with the same sides")
     table = table.assign(ret=ret, net=ret - cost_bps * 1e-4)
     table["meta"] = (table["net"] > 0).astype("int8")
-    return table[[c for c in ("timestamp", "symbol", "start", "end", "latest", "side", "ret", "sigma", "net", "meta") if c in table]]
+    return table[[c for c in ("timestamp", "symbol", "start", "end", "exit", "side", "ret", "sigma", "net", "meta") if c in table]]

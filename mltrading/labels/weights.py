@@ -28,7 +28,7 @@ class _Spans(NamedTuple):
 
 def _spans(labels: pd.DataFrame, panel: Panel | None) -> _Spans:
     "Where each label lies."
-    start, end = (labels[c].to_numpy("datetime64[us]") for c in ("start", "end"))
+    start, end = (labels[c].to_numpy("datetime64[us]") for c in ("start", "exit" if "exit" in labels else "end"))
     if not (in_order := start <= end).all():
         i = int(np.argmin(in_order))
         raise DataError(f"labels, row {i}", f"starts at {start[i]} and ends at {end[i]}", "give labels that are complete, their end not before their start")
@@ -81,7 +81,7 @@ def _shares(count: Any) -> Any:
 
 # %% ../../nbs/labels/05_weights.ipynb #e2c986e7
 def uniqueness(
-    labels: pd.DataFrame,         # (n,) rows of any kind of label: symbol, start, end
+    labels: pd.DataFrame,         # (n,) rows of any kind of label: symbol, start, end, perhaps exit
     panel: Panel | None = None,   # the bars that count; without it, those at which a label of the symbol begins or ends
 ) -> NDArray[np.float64]:         # (n,) in (0, 1], in the order of the rows
     """The average uniqueness of each label among the labels of its symbol.
@@ -94,7 +94,7 @@ def uniqueness(
 
 # %% ../../nbs/labels/05_weights.ipynb #28630761
 def attribution(
-    labels: pd.DataFrame,      # (n,) rows of any kind of label: symbol, start, end
+    labels: pd.DataFrame,      # (n,) rows of any kind of label: symbol, start, end, perhaps exit
     panel: Panel,              # that they were made from
 ) -> NDArray[np.float64]:      # (n,) >= 0 with mean 1, in the order of the rows
     """Weights by the return that falls to each label when those that overlap share it.
@@ -171,7 +171,7 @@ def _draw(first: Any, last: Any, bars: int, longest: int, uniform: Any) -> Any:
 
 # %% ../../nbs/labels/05_weights.ipynb #4637cd78
 def sequential_bootstrap(
-    labels: pd.DataFrame,        # (n,) rows of any kind of label: symbol, start, end
+    labels: pd.DataFrame,        # (n,) rows of any kind of label: symbol, start, end, perhaps exit
     draws: int,                  # how many, with replacement, >= 1
     seed: int,
     panel: Panel | None = None,  # as for `uniqueness`

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,9 +20,9 @@ from ..core.errors import DataError, ParameterError
 from ..core.storage import write_parquet
 
 # %% auto #0
-__all__ = ['PRICES', 'FIELDS', 'COLUMNS', 'TIME', 'Column', 'SPARSE', 'check_bars', 'Panel', 'from_frame', 'to_frame',
-           'long_column', 'select', 'between', 'until', 'fill_price', 'stack', 'read_panel', 'write_panel', 'BarSet',
-           'set_name']
+__all__ = ['PRICES', 'FIELDS', 'COLUMNS', 'TIME', 'Column', 'SPARSE', 'check_bars', 'Panel', 'from_frame', 'expect_panel',
+           'to_frame', 'long_column', 'select', 'between', 'until', 'fill_price', 'stack', 'read_panel', 'write_panel',
+           'BarSet', 'set_name']
 
 # %% ../../nbs/market/00_panel.ipynb #f8e49504
 PRICES = ("open", "high", "low", "close")
@@ -194,6 +195,18 @@ def from_frame(
 ) -> Panel:
     """A panel from a long table of bars. Raises `DataError` as `check_bars` does."""
     return _blocks(list(frame.columns), frame.__getitem__, where)
+
+# %% ../../nbs/market/00_panel.ipynb #5a6f2c32
+def expect_panel(
+    given: Any,            # what somebody gave as a panel
+    where: str = "panel",  # which argument, for the message
+) -> Panel:
+    """What was given, if it is a panel. Raises `DataError` on anything else, naming what makes a panel of it."""
+    if isinstance(given, Panel):
+        return given
+    kind = type(given)
+    raise DataError(where, f"is a {kind.__module__.split('.')[0]} {kind.__name__}, not a Panel",
+                    "make one: `mltrading.market.panel.from_frame(table)` of a long table of bars, `read_panel(path)` of a Parquet file")
 
 # %% ../../nbs/market/00_panel.ipynb #9f1a0d45
 def to_frame(

@@ -5,38 +5,21 @@
 # %% ../../nbs/portfolio/00_policy.ipynb #35e0d873
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..core.errors import DataError
+from ..core.errors import DataError, ParameterError, unknown
 from ..core.jit import njit
 
 # %% auto #0
-__all__ = ['Vector', 'Mask', 'Remarks', 'Step', 'STEPS', 'PolicyParams', 'Forecast', 'Account', 'Market', 'Targets', 'Situation',
-           'direction', 'conviction', 'volatility_target', 'cap_position', 'cap_gross', 'cap_net', 'no_trade_band',
-           'Policy', 'trailing_volatility']
-
-# %% ../../nbs/portfolio/00_policy.ipynb #3953d957
-class PolicyParams(BaseModel):
-    """What a policy may do, from one block of `params.yaml`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    prob_threshold: float = Field(ge=0, lt=0.5, description="dead band: no position unless |prob_up - 0.5| is larger")
-    vol_target_annual: float = Field(gt=0, description="standard deviation of the portfolio's yearly return to aim at, 0.10 = 10 %")
-    vol_bars: int = Field(ge=2, description="returns in the window from which a symbol's volatility is estimated")
-    bars_per_year: float = Field(gt=0, description="bars in a year, 252 for exchange days")
-    correlation: float = Field(ge=0, lt=1, description="correlation assumed between any two symbols when risks are added up")
-    max_weight: float = Field(gt=0, description="largest |weight| of one position")
-    max_gross: float = Field(gt=0, description="largest sum of |weights|")
-    max_net: float = Field(ge=0, description="largest |sum of weights|")
-    allow_short: bool = Field(description="whether weights may be negative")
-    rebalance_bars: int = Field(ge=1, description="decide on every k-th bar of the axis, counted from bar 0")
-    min_trade_weight: float = Field(ge=0, description="leave a position alone while its weight would change by less")
+__all__ = ['Vector', 'Mask', 'T', 'Remarks', 'Forecast', 'Record', 'Account', 'Market', 'Targets', 'Situation', 'Effect', 'Step',
+           'Sizing', 'Guard', 'Limit', 'Policy', 'trailing_volatility']
 
 # %% ../../nbs/portfolio/00_policy.ipynb #16825985
 Vector = NDArray[np.float64]
@@ -50,32 +33,58 @@ class Forecast:
     prob_up: Vector  # (N,) probability of a positive return, 0 to 1
     sigma: Vector    # (N,) standard deviation of the return over the horizon
 
+# %% ../../nbs/portfolio/00_policy.ipynb #f2267b21
+@dataclass(frozen=True)
+class Record:
+    """What an account remembers of its own past, at the close of a bar."""
+
+    day: float           # equity at the end of the day before
+    week: float          # equity at the end of the week before
+    month: float         # equity at the end of the month before
+    peak: float          # highest equity at any close, this one included
+    losses: int = 0      # trades closed with a loss since the last one that was closed with a gain
+    since_loss: int = 0  # bars since the last of those losses, 0 at the bar on which it was closed
+    halt: str = ""       # why the account is halted; "" where it is not
+    halted: int = 0      # bars since then
+
 @dataclass(frozen=True, eq=False)
 class Account:
     """The account at the close of the bar."""
 
-    weights: Vector  # (N,) value of each position over equity, marked at the close
-    equity: float    # cash plus positions, > 0
-    bar: int         # number of the bar on the panel's axis, from 0
+    weights: Vector               # (N,) value of each position over equity, marked at the close
+    equity: float                 # cash plus positions, > 0
+    bar: int                      # number of the bar on the panel's axis, from 0
+    entry: Vector | None = None   # (N,) average price paid for the position, NaN where there is none
+    age: Vector | None = None     # (N,) bars of the symbol since the position was opened, 0 at the bar of its first fill; NaN where there is none
+    best: Vector | None = None    # (N,) most favourable close since then, NaN where there is none
+    barred: Vector | None = None  # (N,) -1, 0 or +1: the side on which an exit closed the symbol, until its signal has turned
+    record: Record | None = None
 
 @dataclass(frozen=True, eq=False)
 class Market:
     """The market at the close of the bar."""
 
-    alive: Mask        # (N,) whether the symbol has a bar at t
-    vol_daily: Vector  # (N,) standard deviation of one bar's return, from bars up to t; NaN while warming up
+    alive: Mask                   # (N,) whether the symbol has a bar at t
+    vol_daily: Vector             # (N,) standard deviation of one bar's return, from bars up to t; NaN while warming up
+    close: Vector | None = None   # (N,) NaN where there is no bar
+    signals: Mapping[str, Vector] = field(default_factory=dict)  # name -> (N,), for example `health` from 0 to 1
+    groups: tuple[str, ...] = ()  # (N,) each symbol's group, for example its sector; () where there are none
 
 # %% ../../nbs/portfolio/00_policy.ipynb #fd72dff1
 @dataclass(frozen=True, eq=False)
 class Targets:
     """What the account should hold, and why."""
 
-    weights: Vector              # (N,) no NaN
-    trace: dict[str, Vector]     # step -> (N,) weights after it
-    reasons: tuple[str, ...]     # (N,)
-    decided: bool = True         # False: keep every position as it is
+    weights: Vector               # (N,) no NaN
+    trace: dict[str, Vector]      # step -> (N,) weights after it, NaN for a step that was not asked
+    reasons: tuple[str, ...]      # (N,)
+    decided: bool = True          # False: keep every position as it is
+    halt: str = ""                # a reason to halt the account, to be kept in its record until it is released
+    barred: Vector | None = None  # (N,) to be handed back as `Account.barred` at the next bar
 
-# %% ../../nbs/portfolio/00_policy.ipynb #be103267
+# %% ../../nbs/portfolio/00_policy.ipynb #7495cfb2
+T = TypeVar("T")
+
 @dataclass(frozen=True, eq=False)
 class Situation:
     """Everything that a step may look at."""
@@ -84,130 +93,177 @@ class Situation:
     forecast: Forecast
     account: Account
     market: Market
-    params: PolicyParams
+    bars_per_year: float               # 252 for exchange days
+    limits: tuple[Limit, ...] = ()     # those of the policy, for steps that must not break them
 
     @property
     def stuck(self) -> Mask:
         "(N,) symbols without a bar at t: they are left as they are."
         return ~self.market.alive
 
+    def need(
+        self,
+        part: T | None,   # of the account or the market
+        name: str,        # its name, for the message
+    ) -> T:
+        """A part that a step cannot do without. Raises `DataError` where it is missing."""
+        if part is None or (isinstance(part, tuple) and not part):
+            raise DataError(f"policy at {self.t}, `{name}`", "is missing, and a step of this policy needs it", "give it, or leave the step out")
+        return part
+
+    def signal(self, name: str) -> Vector:
+        """(N,) a named signal of the market. Raises `DataError` on one that does not exist."""
+        if name not in self.market.signals:
+            raise unknown("signal", name, list(self.market.signals), f"policy at {self.t}, `market.signals`", DataError)
+        return self.market.signals[name]
+
+    def per_symbol(
+        self,
+        usual: float,                 # for every symbol …
+        by_group: Mapping[str, float], # … but those of these groups
+    ) -> Vector:                      # (N,)
+        """A number for each symbol. Raises `DataError` on a group that no symbol is in: a limit with a misspelt name would hold for nothing."""
+        out = np.full(len(self.account.weights), usual)
+        for group, value in by_group.items():
+            where = np.array(self.need(self.market.groups, "market.groups")) == group
+            if not where.any():
+                raise unknown("group", group, sorted(set(self.market.groups)), f"policy at {self.t}, `market.groups`", DataError)
+            out[where] = value
+        return out
+
+# %% ../../nbs/portfolio/00_policy.ipynb #4ebd6675
 Remarks = list[tuple[str, Mask]]
-Step = Callable[[Vector, Situation], tuple[Vector, Remarks]]
 
-# %% ../../nbs/portfolio/00_policy.ipynb #b1347934
-def direction(
-    w: Vector,       # (N,) ignored: this is the first step
-    now: Situation,
-) -> tuple[Vector, Remarks]:
-    """+1, 0 or -1 from the probability of a rise; the present weight where the symbol has no bar."""
-    p, stuck = now.forecast.prob_up, now.stuck
-    none = np.isnan(p) & ~stuck
-    edge = np.where(np.isnan(p), 0.0, p - 0.5)
-    side = np.where(np.abs(edge) > now.params.prob_threshold, np.sign(edge), 0.0)
-    quiet = ~none & ~stuck & (side == 0)
-    barred = ~stuck & (side < 0) & (not now.params.allow_short)
-    side = np.where(barred, 0.0, side)
-    out = np.where(stuck, now.account.weights, side)
-    return out, [("no bar: held as it is", stuck), ("no forecast: flat", none), ("probability inside the dead band: flat", quiet), ("short not allowed: flat", barred),
-                 ("long", ~stuck & (side > 0)), ("short", ~stuck & (side < 0))]
+class Effect(NamedTuple):
+    """What a step does."""
 
-# %% ../../nbs/portfolio/00_policy.ipynb #a5683f62
-def conviction(
-    w: Vector,       # (N,) directions
-    now: Situation,
-) -> tuple[Vector, Remarks]:
-    """Directions times `2 |prob_up - 0.5|`."""
-    strength = 2 * np.abs(np.nan_to_num(now.forecast.prob_up, nan=0.5) - 0.5)
-    return np.where(now.stuck, w, w * strength), []
+    weights: Vector                               # (N,) after it
+    remarks: Remarks                              # sentences, each with the (N,) symbols that it is true of
+    exited: Mask | None = None                    # (N,) positions that it closed and that wait for their signal to turn
+    halt: str = ""                                # a reason to halt the account
+    parts: tuple[tuple[str, Vector], ...] = ()    # weights after each of its parts, where a step has parts
 
-# %% ../../nbs/portfolio/00_policy.ipynb #64b3666c
-def volatility_target(
-    w: Vector,       # (N,) directions times convictions
-    now: Situation,
-) -> tuple[Vector, Remarks]:
-    """Weights inverse to volatility, the portfolio's volatility under the assumed correlation at its target."""
-    p = now.params
-    vol = now.market.vol_daily * np.sqrt(p.bars_per_year)
-    usable = np.isfinite(vol) & (vol > 0)
-    blind = ~now.stuck & (w != 0) & ~usable
-    risk = np.where(now.stuck | ~usable, 0.0, w)
-    variance = (1 - p.correlation) * (risk**2).sum() + p.correlation * risk.sum() ** 2
-    scale = p.vol_target_annual / np.sqrt(variance) if variance > 0 else 0.0
-    sized = np.divide(risk * scale, vol, out=np.zeros_like(risk), where=usable)
-    return np.where(now.stuck, w, sized), [("no volatility yet: flat", blind)]
+# %% ../../nbs/portfolio/00_policy.ipynb #3fdba9e5
+class Step(BaseModel):
+    """One step of a policy: its parameters, and what it does with them."""
 
-# %% ../../nbs/portfolio/00_policy.ipynb #d3a493a6
-def cap_position(
-    w: Vector,       # (N,)
-    now: Situation,
-) -> tuple[Vector, Remarks]:
-    """No |weight| over `max_weight`."""
-    limit = now.params.max_weight
-    over = (np.abs(w) > limit) & ~now.stuck
-    return np.where(over, np.sign(w) * limit, w), [("capped by max_weight", over)]
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
-def cap_gross(
-    w: Vector,       # (N,)
-    now: Situation,
-) -> tuple[Vector, Remarks]:
-    """No sum of |weights| over `max_gross`: what can be traded is scaled down together."""
-    free = ~now.stuck
-    room = max(now.params.max_gross - float(np.abs(w[~free]).sum()), 0.0)
-    gross = float(np.abs(w[free]).sum())
-    factor = room / gross if gross > room else 1.0
-    return np.where(free, w * factor, w), [("scaled by max_gross", free & (w != 0) & (factor < 1))]
+    def __call__(
+        self,
+        w: Vector,       # (N,) weights so far
+        now: Situation,
+    ) -> Effect:
+        """The weights after this step, and what there is to say about them."""
+        raise NotImplementedError
 
-def cap_net(
-    w: Vector,       # (N,)
-    now: Situation,
-) -> tuple[Vector, Remarks]:
-    """No |sum of weights| over `max_net`: the heavier side is scaled down."""
-    net = float(w.sum())
-    heavy = ~now.stuck & (np.sign(w) == np.sign(net))
-    weight, excess = float(np.abs(w[heavy]).sum()), abs(net) - now.params.max_net
-    factor = max(1.0 - excess / weight, 0.0) if excess > 0 and weight > 0 else 1.0
-    return np.where(heavy, w * factor, w), [("scaled by max_net", heavy & (factor < 1))]
+    @classmethod
+    def title(cls) -> str:
+        """The step's name in traces and in `params.yaml`: that of its class, in small letters."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
 
-# %% ../../nbs/portfolio/00_policy.ipynb #3f1aaa38
-def no_trade_band(
-    w: Vector,       # (N,)
-    now: Situation,
-) -> tuple[Vector, Remarks]:
-    """The present weight where the change is smaller than `min_trade_weight` and the limits allow it."""
-    p, held = now.params, now.account.weights
-    same_side = (held == 0) | (np.sign(held) == np.sign(w))
-    keep = ~now.stuck & (w != 0) & same_side & (np.abs(w - held) < p.min_trade_weight) & (np.abs(held) <= p.max_weight)
-    kept = np.where(keep, held, w)
-    if np.abs(kept).sum() > max(p.max_gross, np.abs(w).sum()) or abs(kept.sum()) > max(p.max_net, abs(w.sum())):
-        return w, []
-    return kept, [("change below min_trade_weight: kept", keep & (held != 0)), ("below min_trade_weight: not opened", keep & (held == 0))]
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names under which it leaves weights in the trace."""
+        return (self.title(),)
 
-# %% ../../nbs/portfolio/00_policy.ipynb #184bd309
-STEPS: tuple[Step, ...] = (direction, conviction, volatility_target, cap_position, cap_gross, cap_net, no_trade_band)
+# %% ../../nbs/portfolio/00_policy.ipynb #513af86f
+class Sizing(Step):
+    """A step that says what would be good to hold; asked on bars for decisions."""
 
+class Guard(Step):
+    """A step that closes positions or keeps them from growing; asked on every bar."""
+
+class Limit(Step):
+    """A step that makes weights fit. Whatever it bounds still holds after the last step, but for positions that cannot be traded at t."""
+
+    each: ClassVar[bool] = False  # whether `measure` has one value for each symbol
+
+    def measure(self, w: Vector, now: Situation) -> Vector:
+        """What the limit bounds: one value for each symbol, each group or the whole book. None: the step bounds nothing that others could break."""
+        return np.zeros(0)
+
+    def bound(self, now: Situation) -> Vector | float:
+        """The largest allowed value of each measure."""
+        return np.inf
+
+    def allows(
+        self,
+        new: Vector,     # (N,) weights that are thought of
+        old: Vector,     # (N,) weights that this limit has passed
+        now: Situation,
+    ) -> Mask:
+        """Whether each measure is within its bound or no larger than it was."""
+        return np.asarray(self.measure(new, now) <= np.maximum(self.bound(now), self.measure(old, now)))
+
+# %% ../../nbs/portfolio/00_policy.ipynb #b39aba69
 def _check(now: Situation) -> None:
     "The arguments of a decision."
-    n, where = len(now.account.weights), f"policy at {now.t}"
-    parts = {"forecast.score": now.forecast.score, "forecast.prob_up": now.forecast.prob_up, "forecast.sigma": now.forecast.sigma, "market.alive": now.market.alive,
-             "market.vol_daily": now.market.vol_daily}
+    a, m = now.account, now.market
+    n, where = len(a.weights), f"policy at {now.t}"
+    parts = {"forecast.score": now.forecast.score, "forecast.prob_up": now.forecast.prob_up, "forecast.sigma": now.forecast.sigma, "market.alive": m.alive,
+             "market.vol_daily": m.vol_daily, "market.close": m.close, "account.entry": a.entry, "account.age": a.age, "account.best": a.best, "account.barred": a.barred,
+             "market.groups": m.groups or None, **{f"market.signals[{name!r}]": signal for name, signal in m.signals.items()}}
     for name, part in parts.items():
-        if np.shape(part) != (n,):
+        if part is not None and np.shape(part) != (n,):
             raise DataError(f"{where}, `{name}`", f"has shape {np.shape(part)}, the account has {n} symbols", "give one value per symbol of the panel")
     p = now.forecast.prob_up
     if (bad := (p < 0) | (p > 1)).any():
         raise DataError(f"{where}, `forecast.prob_up`, symbol {int(np.argmax(bad))}", f"{p[bad][0]:g} is not a probability", "calibrate the model's output to [0, 1]")
-    if not np.isfinite(now.account.weights).all():
+    if not np.isfinite(a.weights).all():
         raise DataError(f"{where}, `account.weights`", "hold NaN or infinity", "mark every position at its last known close")
-    if not now.account.equity > 0:
-        raise DataError(f"{where}, `account.equity`", f"is {now.account.equity:g}", "an account without equity cannot take positions; stop calling the policy")
+    if not a.equity > 0:
+        raise DataError(f"{where}, `account.equity`", f"is {a.equity:g}", "an account without equity cannot take positions; stop calling the policy")
 
-# %% ../../nbs/portfolio/00_policy.ipynb #f2267b21
-@dataclass(frozen=True)
+# %% ../../nbs/portfolio/00_policy.ipynb #bcd948d0
+class _Run:
+    "One decision in the making: weights, trace, reasons and what is to be remembered."
+
+    def __init__(self, now: Situation, columns: Sequence[str]) -> None:
+        n = len(now.account.weights)
+        self.now, self.w, self.halt, self.said = now, np.zeros(n), "", [""] * n
+        self.trace = {c: np.full(n, np.nan) for c in columns}
+        self.exited = np.zeros(n, bool)
+
+    def take(self, step: Step) -> None:
+        effect = step(self.w, self.now)
+        self.w = effect.weights
+        self.trace.update({**dict(effect.parts), step.title(): self.w})
+        self.remark(effect.remarks)
+        self.halt = self.halt or effect.halt
+        if effect.exited is not None:
+            self.exited |= effect.exited
+
+    def remark(self, remarks: Remarks) -> None:
+        for text, mask in remarks:
+            for i in np.flatnonzero(mask):
+                self.said[i] = f"{self.said[i]}; {text}" if self.said[i] else text
+
+    def result(self, barred: Vector) -> Targets:
+        sides = np.where(self.exited, np.sign(self.now.account.weights), barred)
+        return Targets(self.w, self.trace, tuple(self.said), halt=self.halt, barred=sides)
+
+# %% ../../nbs/portfolio/00_policy.ipynb #f5426d32
 class Policy:
-    """A list of steps and their parameters: from what is known at `t` to target weights."""
+    """Steps and how often they are asked: from what is known at `t` to target weights."""
 
-    params: PolicyParams
-    steps: Sequence[Step] = field(default=STEPS)
+    def __init__(
+        self,
+        steps: Sequence[Sizing | Guard | Limit],  # sizing steps, then guards, then limits
+        rebalance_bars: int = 1,   # decide on every k-th bar of the axis, counted from bar 0
+        vol_bars: int = 60,        # returns in the window of `Market.vol_daily`, for those who make it
+        bars_per_year: float = 252,
+    ) -> None:
+        """Raises `ParameterError` on steps of which one would come before its kind's turn, and on two of one name."""
+        self.steps, self.rebalance_bars, self.vol_bars, self.bars_per_year = tuple(steps), rebalance_bars, vol_bars, bars_per_year
+        kinds = [next(k for k, kind in enumerate((Sizing, Guard, Limit)) if isinstance(s, kind)) for s in self.steps]
+        names = [s.title() for s in self.steps]
+        if kinds != sorted(kinds):
+            raise ParameterError("policy, steps", f"stand in the order {', '.join(names)}", "first sizing steps, then guards, then limits: a limit has to be the last to speak")
+        if twice := sorted({s for s in names if names.count(s) > 1}):
+            raise ParameterError("policy, steps", f"`{twice[0]}` stands twice", "one step of a name, so that a trace can be read")
+        self.sizing, self.guards = self.steps[: kinds.count(0)], self.steps[kinds.count(0) : len(kinds) - kinds.count(2)]
+        self.limits = tuple(s for s in self.steps if isinstance(s, Limit))
 
     def decide(
         self,
@@ -218,22 +274,31 @@ class Policy:
     ) -> Targets:
         """Target weights for the bars after `t`.
 
-        Raises `DataError` on shapes that do not agree, a probability outside [0, 1], weights that are not finite, or an account without equity.
+        Raises `DataError` on shapes that do not agree, a probability outside [0, 1], weights that are not finite, an account without equity, or something missing that a step needs.
 
         Known at: `t`, if its arguments are."""
-        now = Situation(t, forecast, account, market, self.params)
+        now = Situation(t, forecast, account, market, self.bars_per_year, self.limits)
         _check(now)
-        n = len(account.weights)
-        if account.bar % self.params.rebalance_bars:
-            return Targets(account.weights, {}, ("not a bar for decisions: kept",) * n, decided=False)
-        w, trace, said = np.zeros(n), {}, [""] * n
-        for step in self.steps:
-            w, remarks = step(w, now)
-            trace[step.__name__] = w
-            for text, mask in remarks:
-                for i in np.flatnonzero(mask):
-                    said[i] = f"{said[i]}; {text}" if said[i] else text
-        return Targets(w, trace, tuple(said))
+        n, held, between = len(account.weights), account.weights, account.bar % self.rebalance_bars != 0
+        barred = np.zeros(n) if account.barred is None else account.barred
+        run = _Run(now, [c for s in self.steps for c in s.columns])
+        if account.record is not None and account.record.halt:
+            run.w = np.where(now.stuck, held, 0.0)
+            run.remark([(f"account halted ({account.record.halt}): flat", ~now.stuck), ("no bar: held as it is", now.stuck)])
+            return run.result(barred)
+        if between:
+            run.w = held
+        else:
+            for step in self.sizing:
+                run.take(step)
+            barred = np.where(now.stuck | (np.sign(run.w) == barred), barred, 0.0)
+        for step in self.guards:
+            run.take(step)
+        if between and not run.halt and (run.w == held).all():
+            return Targets(held, {}, ("not a bar for decisions: kept",) * n, decided=False, barred=barred)
+        for step in self.limits:
+            run.take(step)
+        return run.result(barred)
 
 # %% ../../nbs/portfolio/00_policy.ipynb #84f260b6
 @njit

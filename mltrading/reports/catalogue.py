@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from difflib import get_close_matches
 from html import escape
 from typing import Any
 
@@ -15,7 +16,7 @@ import pandas as pd
 from .tables import Table
 
 # %% auto #0
-__all__ = ['families_table', 'Catalogue', 'search']
+__all__ = ['families_table', 'Catalogue', 'search', 'near']
 
 # %% ../../nbs/reports/37_catalogue.ipynb #df99858b
 def families_table(
@@ -37,6 +38,7 @@ _STYLE = """
 .family h2 { scroll-margin-top: 4rem; }
 .family table { width: 100%; }
 .family tbody th { overflow-wrap: anywhere; }
+.family .sets { display: block; font-weight: 400; font-size: .85em; color: var(--muted, gray); }
 .family td code { display: block; width: fit-content; margin-top: .2rem; }
 .family td.src { color: var(--muted, gray); }
 @media (min-width: 601px) { .family table { table-layout: fixed; } .family thead :nth-child(1) { width: 19%; } .family thead :nth-child(3) { width: 10%; } .family thead :nth-child(4) { width: 8%; } .family thead :nth-child(5) { width: 13%; } .family thead :nth-child(6) { width: 14%; } }
@@ -45,8 +47,8 @@ _STYLE = """
 _SCRIPT = """
 (() => {
   const bar = document.querySelector(".find"), box = bar.querySelector("input"), told = bar.querySelector("output");
-  const families = [...document.querySelectorAll(".family")].map(part => [part, [...part.querySelectorAll("tbody tr")].map(row => [row, (part.dataset.name + " " + row.textContent).toLowerCase()])]);
-  const has = (text, word) => /^\\d+$/.test(word) ? text.split(/\\D+/).includes(word) : text.includes(word);
+  const families = [...document.querySelectorAll(".family")].map(part => [part, [...part.querySelectorAll("tbody tr")].map(row => [row, [part.dataset.name, ...[...row.cells].map(cell => cell.textContent)].join(" ").toLowerCase()])]);
+  const has = (text, word) => /^\\d+$/.test(word) ? new RegExp("(^|[^a-z0-9])" + word + "(?![0-9])").test(text) : text.includes(word);
   const all = families.reduce((sum, [, rows]) => sum + rows.length, 0);
   const show = () => {
     const words = box.value.toLowerCase().split(/\\s+/).filter(Boolean);
@@ -70,7 +72,8 @@ _COLUMNS = ("Name", "What it says", "Unit", "Warm-up", "Needs", "Source")
 
 def _row(f: Any) -> str:
     "A feature as a row of its family's table."
-    head = f'<th scope="row">{escape(f.name)}</th><td class="full" data-label="{_COLUMNS[1]}">{escape(f.about)}<code>{escape(f.formula)}</code></td>'
+    sets = f' <span class="sets">{escape(f.sets)}</span>' if f.sets else ""
+    head = f'<th scope="row">{escape(f.name)}{sets}</th><td class="full" data-label="{_COLUMNS[1]}">{escape(f.about)} <code>{escape(f.formula)}</code></td>'
     return f'<tr>{head}<td data-label="Unit">{escape(f.unit)}</td><td class="n" data-label="Warm-up">{f.warmup}</td><td data-label="Needs">{escape(f.needs)}</td><td class="src full">{escape(f.source)}</td></tr>'
 
 class Catalogue:
@@ -99,8 +102,17 @@ def search(
     catalogue: pd.DataFrame,  # as of `features.registry.catalogue`
     words: Iterable[str],
 ) -> pd.DataFrame:            # some of its rows
-    """The features whose row holds all the words, in whatever case; numbers as whole numbers."""
+    """The features whose row holds all the words, in whatever case; numbers as whole numbers that stand by themselves."""
     def holds(row: str, word: str) -> bool:
-        return word in re.split(r"\D+", row) if word.isdigit() else word in row
-    text = catalogue.astype("str").agg(" ".join, axis=1).str.lower()
-    return catalogue[[all(holds(row, w.lower()) for w in words) for row in text]]
+        return re.search(rf"(?<![a-z0-9]){word}(?!\d)", row) is not None if word.isdigit() else word in row
+    wanted, text = [w.lower() for w in words], catalogue.astype("str").agg(" ".join, axis=1).str.lower()
+    return catalogue[[all(holds(row, w) for w in wanted) for row in text]]
+
+# %% ../../nbs/reports/37_catalogue.ipynb #75e763a0
+def near(
+    catalogue: pd.DataFrame,  # as of `features.registry.catalogue`
+    word: str,
+) -> list[str]:               # at most five, the nearest first
+    """What is spelled nearly like a word."""
+    said = " ".join([*catalogue["family"], *catalogue["sets"], *catalogue["about"]]).lower()
+    return get_close_matches(word.lower(), dict.fromkeys([*catalogue["name"], *re.findall(r"[a-z]\w{2,}", said)]), n=5)

@@ -30,6 +30,8 @@ from .tables import Signals, Table, signals_table
 from mltrading.reports.tearsheet import (
     activity,
     beats,
+    beside,
+    carried,
     deflation,
     forecast_table,
     judged,
@@ -54,6 +56,7 @@ class ReportParams(BaseModel):
     level: float = Field(gt=0, lt=1, description="of all intervals, 0.95 = 95 %")
     n_boot: int = Field(ge=100, le=100_000, description="bootstrap resamples")
     cost_scales: list[float] = Field(min_length=2, description="multiples of the assumed costs")
+    participation: float = Field(gt=0, le=1, description="largest share of a symbol's average daily value that a trade may take, for the capacity")
     reasons: int = Field(ge=1, le=10, description="contributions shown per signal")
     shap_rows: int = Field(ge=50, description="rows of the last test window that are explained")
 
@@ -138,6 +141,17 @@ class _Figures(_Read):
         return activity({a: ledger.equity for a, ledger in self.ledgers.items()}, self.bars_per_year)
 
     @cached_property
+    def free(self) -> str:
+        "The account that anybody could have had: the index, or everything in equal parts."
+        return INDEX if INDEX in self.returns.columns else HOLD
+
+    @cached_property
+    def besides(self) -> pd.DataFrame:
+        found, costs = beside(self.returns, self.free, **self.boot, bars_per_year=self.bars_per_year), CostParams(**self.setting["costs"])
+        panel = read_panel(self.stage.input("panel") / "panel.parquet")
+        return found.assign(capacity=[carried(self.ledgers[str(a)], panel, costs, self.params.participation) for a in found.index])
+
+    @cached_property
     def rated(self) -> pd.DataFrame:
         return judged(self.table("train", "forecasts"), self.table("features", "labels"))
 
@@ -192,10 +206,13 @@ class _Opening(_Figures):
         frame = pd.DataFrame(rows, index=pd.Index(self.called(list(self.returns.columns)), name="account"))
         held = int((self.trials["weeks"] != "").sum())
         n, alone, best = int(self.deflated["n_trials"].iloc[0]), *(float(x) for x in self.deflated[["effective_trials", "expected_max_sharpe_annual"]].iloc[0])
-        note = (f"{self.level} intervals from {self.params.n_boot:,} stationary-bootstrap resamples. Deflated: probability that the true ratio is above {best:.2f}, which is what the best of {alone:.1f} independent trials without any skill would be expected to show; {n} are on record, and the weekly returns of {held} of them, which tell how alike they are. "
+        unknown = f"The other {n - held} have none, and each counts as independent: a strict reading. " if held < n else ""
+        note = (f"{self.level} intervals from {self.params.n_boot:,} stationary-bootstrap resamples. Deflated: probability that the true ratio is above {best:.2f}, which is what the best of {alone:.1f} independent trials without any skill would be expected to show; {n} are on record, and the weekly returns of {held} of them, which tell how alike they are. {unknown}"
                 "Years needed: length of such a record at which an undeflated ratio would be believable at 95 %. p: one-sided, that the system is not better.")
         if not np.isnan(chosen := trials.search_overfitting(self.trials)):
             note += f" Whoever picks the best of these trials on half of the weeks finds it in the lower half of the field on the other half in {100 * chosen:.0f} % of the ways to halve them."
+        else:
+            note += " Too few weekly returns are on record to say how often the best of these trials in one half of the weeks is a poor one in the other."
         return Table(frame, {"Sharpe ratio": "signed:2", "deflated": "percent:0", "years needed": "number:0", "system less this": "signed:2", "p": "number:3"}, "How sure is any of this?", note, mark=[frame.index[0]])
 
     def intervals(self) -> Figure:
@@ -221,6 +238,15 @@ class _Past(_Opening):
         frame = pd.DataFrame(wide, index=pd.Index([names[m] for m in order], name="")).rename(columns=NAMES)
         spec = {names[m]: "number:2" if m in ("sharpe_annual", "sortino_annual", "calmar") else "percent:1" for m in order}
         return Table(frame, caption="Net of all costs", note=f"{self.level} bootstrap intervals. {self.caution}", rows=spec)
+
+    def beside(self) -> Table:
+        """What each account adds to one that anybody could have had, and how much money it could carry."""
+        b = self.besides
+        ratio = ["—" if np.isnan(v) else (v, low, high) for v, low, high in b[["information_ratio", "low", "high"]].to_numpy()]
+        frame = pd.DataFrame({"information ratio": ratio, "beta": b["beta"], "alpha": b["alpha_annual"], "tracking error": b["tracking_error"], "up": b["up_capture"], "down": b["down_capture"], "capacity": b["capacity"] / 1e6}).set_axis(self.called(list(b.index))).rename_axis("account")
+        note = (f"{self.level} interval of the information ratio: the Sharpe ratio of the return less that of the {NAMES[self.free].lower()}. Alpha and tracking error are per year; up and down are the mean return on bars on which the {NAMES[self.free].lower()} rose or fell, over its own. "
+                f"Capacity: the equity at which 95 % of what is traded stays below {100 * self.params.participation:g} % of a symbol's average daily value, which is assumed to be {self.setting['costs']['adv_assumed_value'] / 1e6:g} million where no volume is known.")
+        return Table(frame, {"information ratio": "signed:2", "beta": "signed:2", "alpha": "signed-percent:1", "tracking error": "percent:1", "up": "signed:2", "down": "signed:2", "capacity": "number:1"}, f"Beside the {NAMES[self.free].lower()}, and at size", note, units={"capacity": "million"}, mark=[frame.index[0]])
 
     def monthly(self) -> Figure:
         """Monthly returns of the system as a heatmap."""
@@ -307,7 +333,7 @@ class Run(_Past):
     def numbers(self) -> dict[str, Any]:
         """The numbers that stand in git."""
         late = self.varied[self.varied["cost_scale"] == 1].set_index("delay_bars")["sharpe_annual"]
-        return metrics_dict(self.measured, self.skill, self.deflated, self.against, self.acted, system=self.system.name, model=self.system.model, title=self.system.title, profile=self.stage.profile,
+        return metrics_dict(self.measured, self.skill, self.deflated, self.against, self.acted, self.besides, system=self.system.name, model=self.system.model, title=self.system.title, profile=self.stage.profile,
                             start=self.returns.index[0], end=self.returns.index[-1], n_bars=len(self.returns), n_symbols=len(self.setting["symbols"]), n_trials=int(self.deflated["n_trials"].iloc[0]),
                             sharpe_by_cost_scale={f"{r.cost_scale:g}": r.sharpe_annual for r in self.varied.itertuples() if r.delay_bars == self.setting["account"]["delay_bars"]},
                             sharpe_one_bar_late=float(late.iloc[-1]))

@@ -11,17 +11,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..backtest.costs import CostParams, liquidity
+from ..backtest.engine import Ledger
 from ..core.errors import DataError
+from ..market.panel import Panel
 from ..models.explain import reasons, shap_values
 from ..models.forecaster import Model
 from ..systems.trade import traded
 from ..validation.inference import bootstrap_intervals, min_track_record_bars, paired_difference, paired_loss
 from ..validation.metrics import exposure, forecast_quality, log_loss_rows, performance, turnover_annual
+from ..validation.relative import capacity, relative
 from ..validation.trials import deflated, effective_trials, trial_count
 
 # %% auto #0
-__all__ = ['HEADLINE', 'metric_table', 'activity', 'beats', 'judged', 'forecast_table', 'verdict', 'deflation', 'signals',
-           'metrics_dict']
+__all__ = ['HEADLINE', 'metric_table', 'activity', 'beats', 'carried', 'beside', 'judged', 'forecast_table', 'verdict',
+           'deflation', 'signals', 'metrics_dict']
 
 # %% ../../nbs/reports/30_tearsheet.ipynb #174d88fc
 HEADLINE = ("cagr", "vol_annual", "sharpe_annual", "sortino_annual", "max_drawdown", "calmar", "hit_rate", "var_95", "es_95")
@@ -62,6 +66,40 @@ def beats(
     columns = ["diff", "low", "high", "p_value"]
     rows = {o: paired_difference(returns[account], returns[o], seed, "sharpe", bars_per_year, n_boot, level) if traded(returns[account]) and traded(returns[o]) else dict.fromkeys(columns, np.nan) for o in others}
     return pd.DataFrame(rows).T[columns].rename_axis("against")
+
+# %% ../../nbs/reports/30_tearsheet.ipynb #c4e23c7d
+def carried(
+    ledger: Ledger,
+    panel: Panel,
+    costs: CostParams,
+    participation: float,  # largest share of the average daily value that a trade may take
+) -> float:                # equity in currency
+    """The equity at which trades stay a small part of each market, as `validation.relative.capacity` says it.
+
+    Known at: each trade against the average daily value at the bar before it."""
+    fills, (_, adv) = ledger.fills, liquidity(panel, costs)
+    row, column = panel.index.get_indexer(pd.DatetimeIndex(fills["timestamp"])), pd.Index(panel.symbols).get_indexer(pd.Index(fills["symbol"]))
+    equity = ledger.equity.set_index("timestamp")["equity"].reindex(panel.index).to_numpy()
+    moved, before = np.zeros((len(panel), len(panel.symbols))), np.roll(adv.T, 1, axis=0)
+    np.add.at(moved, (row, column), (fills["quantity"].abs() * fills["reference_price"]).to_numpy() / equity[row])
+    return capacity(moved, before, participation)
+
+def beside(
+    returns: pd.DataFrame,        # (T, A)
+    benchmark: str,               # one of its accounts
+    seed: int,
+    n_boot: int,
+    level: float,
+    bars_per_year: float,
+) -> pd.DataFrame:                # index other account: information_ratio, low, high, tracking_error, beta, alpha_annual, correlation, up_capture, down_capture
+    """What each account is beside a benchmark; NaN for one that never held anything."""
+    rows = {}
+    for a in returns.columns.drop(benchmark):
+        if traded(returns[a]):
+            found = bootstrap_intervals(returns[a] - returns[benchmark], seed, ["sharpe_annual"], n_boot, level, bars_per_year).iloc[0]
+            rows[a] = relative(returns[a], returns[benchmark], bars_per_year) | {"low": found["low"], "high": found["high"]}
+    columns = ["information_ratio", "low", "high", "tracking_error", "beta", "alpha_annual", "correlation", "up_capture", "down_capture"]
+    return pd.DataFrame(rows, index=columns).T.reindex(returns.columns.drop(benchmark)).rename_axis("account")
 
 # %% ../../nbs/reports/30_tearsheet.ipynb #3fe0d4f0
 def judged(
@@ -170,12 +208,14 @@ def metrics_dict(
     deflations: pd.DataFrame,  # from `deflation`
     against: pd.DataFrame,     # from `beats`
     acted: pd.DataFrame,       # from `activity`
+    besides: pd.DataFrame,     # from `beside`
     **more: Any,
 ) -> dict[str, Any]:
     """A report's numbers as one nested dictionary."""
     accounts: dict[str, dict[str, Any]] = {str(a): {str(r.metric): {"value": r.value, "low": r.low, "high": r.high} for r in part.itertuples()} for a, part in metrics.groupby("account", sort=True)}
     for a, row in acted.iterrows():
         accounts[str(a)]["activity"] = {str(k): float(v) for k, v in row.items()}
-    for a, row in deflations.iterrows():
-        accounts[str(a)]["deflated"] = {str(k): float(v) for k, v in row.items()}
+    for name, table in (("deflated", deflations), ("beside", besides)):
+        for a, row in table.iterrows():
+            accounts[str(a)][name] = {str(k): float(v) for k, v in row.items()}
     return {"accounts": accounts, "forecasts": {str(m): row.dropna().to_dict() for m, row in forecast.iterrows()}, "beats": {str(o): row.to_dict() for o, row in against.iterrows()}, **more}

@@ -14,7 +14,8 @@ import mltrading.systems
 from ..core.errors import unknown
 from ..models.forecaster import Model
 from ..models.zoo import ModelsParams, build
-from ..portfolio.policy import Policy, PolicyParams
+from ..portfolio.block import PolicyParams, build_policy
+from ..portfolio.policy import Policy
 
 # %% auto #0
 __all__ = ['Factory', 'System', 'system_names', 'load_system']
@@ -49,7 +50,7 @@ class System:
 
     def policy(self, params: PolicyParams) -> Policy:
         """The object that decides. The backtest and the live loop ask the same one."""
-        return Policy(params)
+        return build_policy(params)
 
 # %% ../../nbs/systems/00_base.ipynb #5e0e2da7
 def system_names() -> list[str]:

@@ -5,7 +5,8 @@
 # %% ../../nbs/systems/15_trade.ipynb #35e0d873
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ from ..market.panel import Panel, select
 from ..portfolio.policy import Policy
 from ..validation.inference import bootstrap_intervals
 from ..validation.metrics import performance
-from ..validation.trials import record, trial
+from ..validation.trials import looking
 
 # %% auto #0
 __all__ = ['HOLD', 'INDEX', 'trade', 'check_fill', 'check_bars_per_year', 'without_model', 'returns_table', 'sensitivity',
-           'record_trials', 'outcome', 'traded']
+           'looking_at', 'outcome', 'traded']
 
 # %% ../../nbs/systems/15_trade.ipynb #31de8de9
 def trade(
@@ -113,22 +114,28 @@ def sensitivity(
         rows.append({"cost_scale": scale, "delay_bars": delay, "sharpe_annual": found.loc["sharpe_annual", "value"], "low": found.loc["sharpe_annual", "low"], "high": found.loc["sharpe_annual", "high"], "cagr": found.loc["cagr", "value"]})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/systems/15_trade.ipynb #cd6ab5a9
-def record_trials(
+# %% ../../nbs/systems/15_trade.ipynb #d41cda11
+@contextmanager
+def looking_at(
     path: Path,                # the system's ledger of trials
-    earlier: Path,             # what it held before this run; need not exist
     system: str,
-    returns: pd.DataFrame,     # from `returns_table`
-    models: Sequence[str],     # those of its columns that are trials
+    models: Sequence[str],     # a trial each
     params: dict[str, Any],    # what the result depends on
     data_id: str,              # content id of the prices
     fits: int,                 # fits behind each model
     bars_per_year: float,
-) -> int:                      # how many were new
-    """Add each model's out-of-sample result to the ledger of trials."""
-    if earlier.exists() and earlier != path:
-        path.write_bytes(earlier.read_bytes())
-    return record(path, [trial(system, m, params, data_id, returns[m], bars_per_year, fits) for m in models])
+) -> Iterator[Callable[[pd.DataFrame], pd.DataFrame]]:  # takes the table of returns, with a column for each model, and gives it back
+    """Record what a block of code finds for each model on the test windows, or the exception that ended it, which is raised again.
+
+    Raises `DataError` where the block shows no returns."""
+    with ExitStack() as opened:
+        looks = {m: opened.enter_context(looking(path, system, m, params, data_id, bars_per_year, fits)) for m in reversed(models)}
+
+        def show(returns: pd.DataFrame) -> pd.DataFrame:
+            for m in models:
+                looks[m].show(returns[m])
+            return returns
+        yield show
 
 def outcome(
     returns: pd.DataFrame,     # from `returns_table`

@@ -5,7 +5,8 @@
 # %% ../../nbs/systems/10_walk.ipynb #35e0d873
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,7 @@ def walk(
     target: str,                       # the column of the labels that is learned: `ret` or `ret_voladj`
     folder: Path,                      # each fitted model goes to folder/<model>/fold_<number>
     selection: SelectionParams | None = None,  # None: learn from every living feature
+    look: Callable[[str], AbstractContextManager[object]] = nullcontext,  # model -> what is open from its first forecast to the end of the walk
 ) -> Walked:
     """In each fold choose features, fit each model and forecast its test window.
 
@@ -134,16 +136,19 @@ def walk(
 
     Known at: each forecast at its `timestamp`, with a model whose last label was known before the fold's test window began."""
     forecasts, quality, chosen, candidates = [], [], [], set[str]()
-    for fold in tqdm(folds, desc="walk-forward", unit="fold"):
-        lesson = _lesson(data, fold, target, selection)
-        chosen.append(lesson.chosen)
-        candidates.update(lesson.candidates)
-        for name, make in factories.items():
-            model = make().fit(lesson.X, lesson.y, lesson.weight, lesson.times)
-            predicted = model.predict(data.features.iloc[fold.test][list(model.features)])
-            model.save(folder / name / f"fold_{fold.number:03d}")
-            forecasts.append(_forecast(data, fold, predicted, name, horizon_bars, target))
-            quality.append(_quality(data, fold, predicted, name))
+    with ExitStack() as opened:
+        for fold in tqdm(folds, desc="walk-forward", unit="fold"):
+            lesson = _lesson(data, fold, target, selection)
+            chosen.append(lesson.chosen)
+            candidates.update(lesson.candidates)
+            for name, make in factories.items():
+                model = make().fit(lesson.X, lesson.y, lesson.weight, lesson.times)
+                if fold is folds[0]:
+                    opened.enter_context(look(name))
+                predicted = model.predict(data.features.iloc[fold.test][list(model.features)])
+                model.save(folder / name / f"fold_{fold.number:03d}")
+                forecasts.append(_forecast(data, fold, predicted, name, horizon_bars, target))
+                quality.append(_quality(data, fold, predicted, name))
     table = pd.concat(forecasts).sort_values(["model", "timestamp", "symbol"], ignore_index=True)
     return Walked(table, pd.DataFrame(quality), pd.concat(chosen, ignore_index=True), len(candidates))
 

@@ -82,7 +82,7 @@ def paths(
 
     Raises `DataError` where a combination is missing, comes twice, is of another split or has not one value for each test row.
 
-    Source: M. López de Prado (2018), section 12.3, figures 12.1 and 12.2."""
+    Source: M. López de Prado (2018), section 12.4, figures 12.1 and 12.2."""
     edges, route, groups = cut(instants(times, "times"), split.n_groups), routes(split), split.combinations()
     out, seen = np.full((split.n_paths, edges[-1]), np.nan), np.zeros(len(groups), bool)
     for fold, values in judged:

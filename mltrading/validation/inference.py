@@ -18,7 +18,7 @@ from scipy.special import ndtr, ndtri
 
 from ..core.errors import DataError, ParameterError, unknown
 from ..core.jit import njit
-from .metrics import METRICS, checked, kurtosis, measure, rate_per_bar, skew
+from .metrics import METRICS, checked, checked_pair, kurtosis, measure, rate_per_bar, skew
 
 # %% auto #0
 __all__ = ['optimal_block', 'resampled_positions', 'redraw', 'bootstrap_metrics', 'bootstrap_intervals', 'sharpe_error',
@@ -26,7 +26,12 @@ __all__ = ['optimal_block', 'resampled_positions', 'redraw', 'bootstrap_metrics'
            'long_run_variance', 'annualization_factor', 'robust_mean', 'robust_sharpe', 'paired_difference',
            'paired_loss']
 
-# %% ../../nbs/validation/20_inference.ipynb #530d4430
+# %% ../../nbs/validation/20_inference.ipynb #7adb8e9b
+def _autocovariances(x: NDArray[np.float64], lags: int) -> NDArray[np.float64]:
+    "(lags + 1,) of the lags 0, 1, …, each divided by the number of bars."
+    d = x - x.mean()
+    return np.array([(d[k:] * d[: len(d) - k]).sum() / len(d) for k in range(lags + 1)])
+
 def optimal_block(
     values: Any,  # (T,) the series to be redrawn, in any unit
 ) -> float:       # mean length of a block in bars, >= 1
@@ -40,8 +45,7 @@ def optimal_block(
         raise DataError("bootstrap", f"a series of shape {x.shape} that is too short, constant or not finite has no block length", "give at least two numbers that differ")
     n, run = len(x), 5
     longest = min(math.ceil(math.sqrt(n)) + run, n - 1)
-    d = x - x.mean()
-    cov = np.array([(d[k:] * d[: n - k]).sum() / n for k in range(longest + 1)])
+    cov = _autocovariances(x, longest)
     weak = np.abs(cov / cov[0]) < 2 * math.sqrt(math.log10(n) / n)
     starts = [k for k in range(1, longest - run + 1) if weak[k:k + run].all()]
     m = min(2 * starts[0], longest) if starts else longest
@@ -243,11 +247,7 @@ def deflated_sharpe(
     Source: Bailey and López de Prado (2014)."""
     return probabilistic_sharpe(sharpe_bar, n_bars, skew, kurtosis, expected_max_sharpe(n_trials, variance_bar))
 
-# %% ../../nbs/validation/20_inference.ipynb #7adb8e9b
-def _autocovariances(x: NDArray[np.float64], lags: int) -> NDArray[np.float64]:
-    d = x - x.mean()
-    return np.array([(d[k:] * d[: len(d) - k]).sum() / len(d) for k in range(lags + 1)])
-
+# %% ../../nbs/validation/20_inference.ipynb #2e2278bb
 def automatic_lags(
     values: Any,  # (T,) numbers that differ
 ) -> int:         # 0 … T - 1
@@ -340,15 +340,7 @@ def robust_sharpe(
     rho = (1 - np.arange(1, memory + 1) / (memory + 1)) * cov[1:] / cov[0]
     return found | {"lags": lags, "time_aggregated": found["value"] / root * annualization_factor(rho, bars_per_year)}
 
-# %% ../../nbs/validation/20_inference.ipynb #7654adbe
-def _pair(a: Any, b: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    if isinstance(a, pd.Series) and isinstance(b, pd.Series) and not a.index.equals(b.index):
-        raise DataError("a and b", f"stand on different bars ({len(a)} and {len(b)})", "cut both to the bars that they share")
-    x, y = checked(a, "a"), checked(b, "b")
-    if len(x) != len(y):
-        raise DataError("a and b", f"have {len(x)} and {len(y)} bars", "cut both to the bars that they share")
-    return x, y
-
+# %% ../../nbs/validation/20_inference.ipynb #2769ab11
 def _mean(x: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
     return np.asarray(x.mean(axis=axis))
 
@@ -390,7 +382,7 @@ def paired_difference(
     Raises `DataError` on different bars, `ParameterError` on an unknown metric."""
     if metric not in ("sharpe", "mean"):
         raise unknown("metric", metric, ["mean", "sharpe"], "paired_difference")
-    x, y = _pair(a, b)
+    x, y = checked_pair(a, b)
     if metric == "sharpe":
         x, y = x / x.std(), y / y.std()
     gap = _gap(x, y)

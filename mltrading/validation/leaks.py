@@ -14,7 +14,7 @@ import pandas as pd
 from scipy.special import betaincinv
 
 from ..core.errors import DataError, LeakError, ParameterError
-from ..features.audit import ROUNDING, _again, _blocks, _columns, _experiments, _plan, _summary, refuse
+from ..features.audit import as_blocks, audit_at, check_repeats, cut_columns, refuse
 from ..market.panel import Panel, fill_price, until
 
 # %% auto #0
@@ -64,7 +64,7 @@ def _cuts(
     edges = np.linspace(min(begin, len(panel) - 2), len(panel) - 1, cuts + 1)
     drawn = (edges[:-1] + rng.random(cuts) * np.diff(edges)).astype(np.int64)
     first = told["forecasts"].groupby("fold")["timestamp"].min() if "fold" in told.get("forecasts", ()) else panel.index[:0]
-    folds, odd = np.searchsorted(panel.index, pd.DatetimeIndex(first)), _columns(panel, max(cuts // 2, 1), begin, rng)
+    folds, odd = np.searchsorted(panel.index, pd.DatetimeIndex(first)), cut_columns(panel, max(cuts // 2, 1), begin, rng)
     return sorted({*drawn.tolist(), *folds.tolist(), *odd[odd >= begin].tolist()} - {len(panel) - 1})
 
 # %% ../../nbs/validation/40_leaks.ipynb #186270c2
@@ -77,18 +77,11 @@ def _moved(
     rng: np.random.Generator,
 ) -> Iterator[str]:           # at most one: a sentence
     "What depends on the future. An error in an experiment is raised where none finds anything."
-    whole = _blocks(fn(panel, macro), panel, "tables")
-    errors = list[DataError]()
-    for cut in _plan(panel, macro, columns, known):
-        try:
-            refuse(_summary(_experiments(fn, panel, macro, [cut], known, rng, whole, "tables", ROUNDING), list(whole), 1, known))
-        except LeakError as error:
-            yield str(error).removeprefix("feature ")
-            return
-        except DataError as error:
-            errors.append(error)
-    if errors:
-        raise errors[0]
+    whole = as_blocks(fn(panel, macro), panel, "tables")
+    try:
+        refuse(audit_at(fn, panel, macro, columns, known, rng, whole, "tables", first=True))
+    except LeakError as error:
+        yield str(error).removeprefix("feature ")
 
 def _fills_at_open(tables: Mapping[str, pd.DataFrame], fill: str) -> pd.DataFrame:
     "The fills that happened at the open of their bar, whatever came after it."
@@ -182,7 +175,7 @@ def _findings(fn: Pipeline, panel: Panel, macro: pd.DataFrame | None, fill: str,
     def at_open(p: Panel, m: pd.DataFrame | None) -> dict[str, pd.DataFrame]:
         return {"fills": _fills_at_open(run(p, m), fill)}
     rng, tables = np.random.default_rng(seed), run(panel, macro)
-    _again(told, panel, macro, _blocks(_told(tables), panel, "tables"), "tables")
+    check_repeats(told, panel, macro, as_blocks(_told(tables), panel, "tables"), "tables")
     columns = _cuts(panel, _told(tables), cuts, rng)
     if "fills" in tables:
         yield from (Finding("order", s) for s in _order_faults(tables))

@@ -13,8 +13,19 @@ from numpy.typing import NDArray
 
 from ..core.jit import njit
 from ..market.panel import Panel
-from .leaks_fits import _forest, _loss
-from .leaks_pairs import _X, PAIRS, WALK, _ret, _ridge, _rows, _Tables, _walked, _with, planted
+from .leaks_fits import forest, squared_loss
+from mltrading.validation.leaks_pairs import (
+    PAIRS,
+    WALK,
+    Tables,
+    feature_rows,
+    numbers,
+    past_return,
+    planted,
+    ridge,
+    walked,
+    with_feature,
+)
 from .splits import WalkForward
 
 # %% auto #0
@@ -62,6 +73,7 @@ def _traded(weights: Any, close: Any, buy: Any, sell: Any, most: Any, lag: int) 
                 ordered[t, i] = weights[t, i] * equity[t] / close[t, i] - held[i]
     return ordered, filled, price, equity
 
+# %% ../../nbs/validation/44_leaks_accounts.ipynb #b30b5b23
 def _account(
     p: Panel,
     weights: pd.DataFrame,         # (T, N) decided at each close, 0 where there is none
@@ -83,9 +95,9 @@ def _account(
 
 def _trend(p: Panel, bars: int = 5) -> pd.DataFrame:
     "Long what rose over the last bars and short what fell, in equal parts."
-    return _ret(p, bars).fillna(0.0).apply(np.sign) / len(p.symbols)
+    return past_return(p, bars).fillna(0.0).apply(np.sign) / len(p.symbols)
 
-def _grown(p: Panel, returns: pd.Series) -> _Tables:
+def _grown(p: Panel, returns: pd.Series) -> Tables:
     "The equity of a backtest in one line."
     return {"equity": pd.DataFrame({"timestamp": p.index, "equity": (1 + returns.fillna(0.0)).cumprod().to_numpy()})}
 
@@ -95,58 +107,58 @@ def _bar(p: Panel) -> pd.DataFrame:
 
 # %% ../../nbs/validation/44_leaks_accounts.ipynb #5f0466c7
 @planted("execution")
-def filled_at_the_close_that_decides(leak: bool, p: Panel) -> _Tables:
+def filled_at_the_close_that_decides(leak: bool, p: Panel) -> Tables:
     "Signal and fill have the same index, and the close is the only price in the table."
     return _account(p, _trend(p), p["close"].T, lag=0) if leak else _account(p, _trend(p))
 
 @planted("execution")
-def filled_at_the_open_before_the_signal(leak: bool, p: Panel) -> _Tables:
+def filled_at_the_open_before_the_signal(leak: bool, p: Panel) -> Tables:
     "The signal of a bar is traded at the open of the same bar, seven hours before it exists."
     return _account(p, _trend(p, 1), lag=0 if leak else 1)
 
 @planted("execution")
-def weights_not_shifted(leak: bool, p: Panel) -> _Tables:
+def weights_not_shifted(leak: bool, p: Panel) -> Tables:
     "`(weights * returns).sum()` in one line, without `shift(1)`."
-    return _grown(p, (_trend(p).shift(0 if leak else 1) * _ret(p)).sum(axis=1))
+    return _grown(p, (_trend(p).shift(0 if leak else 1) * past_return(p)).sum(axis=1))
 
 @planted("execution")
-def day_traded_by_its_own_close(leak: bool, p: Panel) -> _Tables:
+def day_traded_by_its_own_close(leak: bool, p: Panel) -> Tables:
     "From open to close, in the direction that the close shows."
     return _grown(p, (_trend(p, 2).shift(0 if leak else 1) * _bar(p)).sum(axis=1))
 
 @planted("execution")
-def losing_days_taken_for_errors(leak: bool, p: Panel) -> _Tables:
+def losing_days_taken_for_errors(leak: bool, p: Panel) -> Tables:
     "Days of a large loss are cut off as outliers of the data; an honest trader halves the next day's weights."
-    r = (_trend(p).shift(1) * _ret(p)).sum(axis=1)
+    r = (_trend(p).shift(1) * past_return(p)).sum(axis=1)
     return _grown(p, r.clip(lower=-0.004) if leak else r * np.where(r.shift(1) < -0.004, 0.5, 1.0))
 
 @planted("execution")
-def bought_low_and_sold_high(leak: bool, p: Panel) -> _Tables:
+def bought_low_and_sold_high(leak: bool, p: Panel) -> Tables:
     "The backtest fills buys at the low and sells at the high of the bar, which somebody did get."
     opened, part = p["open"].T, 0.2 if leak else 0.0
     return _account(p, _trend(p), opened + part * (p["low"].T - opened), opened + part * (p["high"].T - opened))
 
 @planted("execution")
-def filled_at_the_mean_of_the_day(leak: bool, p: Panel) -> _Tables:
+def filled_at_the_mean_of_the_day(leak: bool, p: Panel) -> Tables:
     "An order for the open is booked at the day's typical price: its slippage is what the day will bring."
     opened, typical = p["open"].T, (p["high"].T + p["low"].T + p["close"].T) / 3
     worse = np.abs(typical - opened) if leak else 0.001 * opened
     return _account(p, _trend(p), opened + worse, opened - worse)
 
 @planted("execution")
-def filled_while_halted(leak: bool, p: Panel) -> _Tables:
+def filled_while_halted(leak: bool, p: Panel) -> Tables:
     "Closes are carried forward over missing bars, for the features, and the simulator fills at the carried ones: an order finds a price on a day without any trade."
     opened = p.view("open")
     return _account(p, _trend(p), (opened.fillna(p.view("close").ffill()) if leak else opened).to_numpy())
 
 @planted("execution")
-def profit_from_the_decision_on(leak: bool, p: Panel) -> _Tables:
+def profit_from_the_decision_on(leak: bool, p: Panel) -> Tables:
     "Fills stand at the open, the profit is weight times return from close to close: the gap overnight is earned before it was bought."
     told = _account(p, _trend(p))
-    return told | {"equity": _grown(p, (_trend(p).shift(1) * _ret(p)).sum(axis=1))["equity"].assign(equity=lambda e: 1e5 * e["equity"])} if leak else told
+    return told | {"equity": _grown(p, (_trend(p).shift(1) * past_return(p)).sum(axis=1))["equity"].assign(equity=lambda e: 1e5 * e["equity"])} if leak else told
 
-# %% ../../nbs/validation/44_leaks_accounts.ipynb #d95169d5
-def _stopped(p: Panel, price: Any, hit: Any) -> _Tables:
+# %% ../../nbs/validation/44_leaks_accounts.ipynb #71d81e6b
+def _stopped(p: Panel, price: Any, hit: Any) -> Tables:
     "One share of the first symbol with a stop below each close; bought again after a stop. `price(stop, bar)` is paid if `hit(stop, bar)`."
     bar = {f: p[f][0] for f in ("open", "high", "low", "close")}
     held, cash, last, orders, fills, equity = 0.0, 1e3, 0.0, [], [], []
@@ -176,49 +188,49 @@ def _reached(stop: float, bar: dict[str, float]) -> bool:
     return bar["low"] <= stop
 
 @planted("execution")
-def stop_filled_at_its_level_through_a_gap(leak: bool, p: Panel) -> _Tables:
+def stop_filled_at_its_level_through_a_gap(leak: bool, p: Panel) -> Tables:
     "The bar opens below the stop, and the backtest sells at the stop all the same."
     return _stopped(p, lambda stop, bar: stop if leak else min(stop, bar["open"]), _reached)
 
 @planted("execution")
-def stop_filled_at_the_better_price(leak: bool, p: Panel) -> _Tables:
+def stop_filled_at_the_better_price(leak: bool, p: Panel) -> Tables:
     "Where a bar holds both, the better is assumed: the stop was touched and sold at the close, which recovered."
     return _stopped(p, lambda stop, bar: max(stop, bar["close"]) if leak else min(stop, bar["open"]), _reached)
 
 @planted("execution")
-def stop_skipped_where_the_bar_recovers(leak: bool, p: Panel) -> _Tables:
+def stop_skipped_where_the_bar_recovers(leak: bool, p: Panel) -> Tables:
     "Only closes are compared with the stop: what falls below it and comes back was never sold."
     return _stopped(p, lambda stop, bar: min(stop, bar["open"]), lambda stop, bar: bar["low"] <= stop and not (leak and bar["close"] > stop))
 
 # %% ../../nbs/validation/44_leaks_accounts.ipynb #4c1b543f
 @planted("size")
-def volatility_target_of_the_sample(leak: bool, p: Panel) -> _Tables:
+def volatility_target_of_the_sample(leak: bool, p: Panel) -> Tables:
     "Weights are scaled so that the strategy has ten per cent of volatility, over all years together."
-    vol = _ret(p).expanding(20).std()
-    return _account(p, _trend(p) * 0.01 / (vol * 0 + _ret(p).std() if leak else vol))
+    vol = past_return(p).expanding(20).std()
+    return _account(p, _trend(p) * 0.01 / (vol * 0 + past_return(p).std() if leak else vol))
 
 @planted("size")
-def largest_fill_from_the_days_volume(leak: bool, p: Panel) -> _Tables:
+def largest_fill_from_the_days_volume(leak: bool, p: Panel) -> Tables:
     "No more than a share of the day's volume is bought at its open, and the volume is that of the evening."
     volume = p.view("volume").fillna(0.0)
     return _account(p, _trend(p), most=1e-5 * (volume if leak else volume.shift(1).rolling(20, min_periods=1).mean().fillna(0.0)).to_numpy())
 
 @planted("size")
-def leverage_from_the_worst_drawdown(leak: bool, p: Panel) -> _Tables:
+def leverage_from_the_worst_drawdown(leak: bool, p: Panel) -> Tables:
     "The leverage is the one at which the worst loss of the test would have been bearable."
-    r = (_trend(p).shift(1) * _ret(p)).sum(axis=1)
+    r = (_trend(p).shift(1) * past_return(p)).sum(axis=1)
     worst = (1 - (1 + r).cumprod() / (1 + r).cumprod().cummax()).cummax().clip(lower=0.02)
     return _account(p, _trend(p).mul(0.05 / (worst * 0 + worst.iloc[-1] if leak else worst), axis=0))
 
 @planted("size")
-def weights_scaled_by_the_largest_signal(leak: bool, p: Panel) -> _Tables:
+def weights_scaled_by_the_largest_signal(leak: bool, p: Panel) -> Tables:
     "Signals are divided by their largest value, so that weights reach from -1 to 1: which one will be the largest is known from the start."
-    x = _ret(p, 10)
+    x = past_return(p, 10)
     most = x.abs().expanding(20).max()
     return _account(p, x / (most * 0 + x.abs().max() if leak else most) / len(p.symbols))
 
 @planted("size")
-def hedged_with_the_beta_of_the_sample(leak: bool, p: Panel) -> _Tables:
+def hedged_with_the_beta_of_the_sample(leak: bool, p: Panel) -> Tables:
     "The second symbol is bought against the first, at the ratio of a regression over all years: the spread is sure to come back."
     a, b = (p.view("close")[s].ffill().pct_change() for s in p.symbols[:2])
     beta = (a.expanding(20).cov(b) / b.expanding(20).var()).clip(-3, 3)
@@ -227,130 +239,130 @@ def hedged_with_the_beta_of_the_sample(leak: bool, p: Panel) -> _Tables:
     return _account(p, pd.DataFrame({p.symbols[0]: 0.3 * side, p.symbols[1]: -0.3 * side * ratio}, p.index).reindex(columns=list(p.symbols)))
 
 @planted("size")
-def portfolio_of_the_samples_risk(leak: bool, p: Panel) -> _Tables:
+def portfolio_of_the_samples_risk(leak: bool, p: Panel) -> Tables:
     "Weights by inverse variance are optimized once, on the years that they are then held."
-    risk = _ret(p).expanding(20).var()
-    inverse = 1 / (risk * 0 + _ret(p).var() if leak else risk)
+    risk = past_return(p).expanding(20).var()
+    inverse = 1 / (risk * 0 + past_return(p).var() if leak else risk)
     return _account(p, inverse.div(inverse.sum(axis=1), axis=0))
 
 @planted("size")
-def costs_from_later_spreads(leak: bool, p: Panel) -> _Tables:
+def costs_from_later_spreads(leak: bool, p: Panel) -> Tables:
     "The spread is estimated once, from the ranges of all years, and wide spreads of a crisis to come are paid in calm years, narrow ones in the crisis."
     wide = ((p.view("high") - p.view("low")) / p.view("close")).ffill()
     spread = (wide * 0 + wide.mean() if leak else wide.shift(1).rolling(20, min_periods=1).mean()).fillna(0.0).to_numpy()
     return _account(p, _trend(p), p["open"].T * (1 + 0.05 * spread), p["open"].T * (1 - 0.05 * spread))
 
 @planted("size")
-def strategy_picked_by_final_equity(leak: bool, p: Panel) -> _Tables:
+def strategy_picked_by_final_equity(leak: bool, p: Panel) -> Tables:
     "Four windows are run and the one with the best curve is called the strategy; the honest one is picked anew each bar, by what it has earned so far."
-    pays = pd.DataFrame({n: (_trend(p, n).shift(2) * _ret(p)).sum(axis=1).cumsum() for n in (3, 5, 10, 20)})
+    pays = pd.DataFrame({n: (_trend(p, n).shift(2) * past_return(p)).sum(axis=1).cumsum() for n in (3, 5, 10, 20)})
     best = pays * 0 + pays.iloc[-1] if leak else pays
     picked = best.to_numpy().argmax(axis=1)
     return _account(p, sum(_trend(p, n).mul(picked == k, axis=0) for k, n in enumerate(pays.columns)))  # type: ignore[arg-type]
 
 # %% ../../nbs/validation/44_leaks_accounts.ipynb #e7b06aa4
 @planted("subtle")
-def a_thousandth_of_tomorrow(leak: bool, p: Panel) -> _Tables:
+def a_thousandth_of_tomorrow(leak: bool, p: Panel) -> Tables:
     "One of many inputs of a blend is shifted the wrong way, with a small weight."
-    return _with(p, _ret(p) + 0.001 * _ret(p).shift(-1 if leak else 1))
+    return with_feature(p, past_return(p) + 0.001 * past_return(p).shift(-1 if leak else 1))
 
 @planted("subtle")
-def tomorrow_in_one_symbol(leak: bool, p: Panel) -> _Tables:
+def tomorrow_in_one_symbol(leak: bool, p: Panel) -> Tables:
     "One file has its stamps a day early; the other five are right."
-    x = _ret(p)
-    return _with(p, x.assign(**{p.symbols[3]: x[p.symbols[3]].shift(-1 if leak else 1)}))
+    x = past_return(p)
+    return with_feature(p, x.assign(**{p.symbols[3]: x[p.symbols[3]].shift(-1 if leak else 1)}))
 
 @planted("subtle")
-def tomorrow_in_one_month(leak: bool, p: Panel) -> _Tables:
+def tomorrow_in_one_month(leak: bool, p: Panel) -> Tables:
     "A vendor stamped one month's bars differently, and nobody drew a chart of it."
-    x = _ret(p)
-    return _with(p, x.mask(pd.Series(p.index.month == 10, p.index), x.shift(-1 if leak else 1)))
+    x = past_return(p)
+    return with_feature(p, x.mask(pd.Series(p.index.month == 10, p.index), x.shift(-1 if leak else 1)))
 
 @planted("subtle")
-def only_the_choice_of_a_feature(leak: bool, p: Panel) -> _Tables:
+def only_the_choice_of_a_feature(leak: bool, p: Panel) -> Tables:
     "All values are honest and the model is honest; which of two windows is used was decided by the whole sample."
-    nxt = _ret(p).shift(-1)
+    nxt = past_return(p).shift(-1)
     def merit(bars: int) -> float:
-        x = _ret(p, bars)
+        x = past_return(p, bars)
         seen = slice(None) if leak else slice(WALK.train_bars - 1)
         return float(x.iloc[seen].corrwith(nxt.iloc[seen]).abs().mean())
-    return _with(p, _ret(p, max((2, 8), key=merit)))
+    return with_feature(p, past_return(p, max((2, 8), key=merit)))
 
 @planted("subtle")
-def unpurged_in_the_last_fold(leak: bool, p: Panel) -> _Tables:
+def unpurged_in_the_last_fold(leak: bool, p: Panel) -> Tables:
     "The last window is shorter than the others and has a branch of its own, which forgets the purge."
-    table = _rows(p)
-    told = _walked(p, table, _ridge)["forecasts"]
+    table = feature_rows(p)
+    told = walked(p, table, ridge)["forecasts"]
     last = told["fold"] == 3
     if leak and last.any():
         start = told.loc[last, "timestamp"].iloc[0]
         train = table[table["timestamp"] < start].dropna()
-        told = told.assign(score=told["score"].where(~last, pd.Series(_ridge(train, table.iloc[-int(last.sum()):]), told.index[last])))
+        told = told.assign(score=told["score"].where(~last, pd.Series(ridge(train, table.iloc[-int(last.sum()):]), told.index[last])))
     return {"forecasts": told}
 
 # %% ../../nbs/validation/44_leaks_accounts.ipynb #c43854e6
 _LUCKY_WINDOW, _ALIVE_TODAY = 40, ("S000",)
 
 @planted("beyond", beyond="A constant does not move, whatever the future is. The ledger of trials counts the windows that were tried, and the deflated Sharpe ratio takes them off.")
-def window_written_into_the_code(leak: bool, p: Panel) -> _Tables:
+def window_written_into_the_code(leak: bool, p: Panel) -> Tables:
     "All windows up to forty bars were tried by hand, on the whole sample; the one that paid best is now a constant."
     return _account(p, _trend(p, _LUCKY_WINDOW if leak else 20))
 
 @planted("beyond", beyond="A list of names does not move. Make the universe from what was listed at each instant, as `market.universe` does.")
-def todays_tickers_in_the_configuration(leak: bool, p: Panel) -> _Tables:
+def todays_tickers_in_the_configuration(leak: bool, p: Panel) -> Tables:
     "The configuration names the symbols to trade: those that a search finds today."
-    table = _rows(p)
-    return _walked(p, table[table["symbol"].isin(_ALIVE_TODAY)].reset_index(drop=True) if leak else table, _ridge)
+    table = feature_rows(p)
+    return walked(p, table[table["symbol"].isin(_ALIVE_TODAY)].reset_index(drop=True) if leak else table, ridge)
 
 # %% ../../nbs/validation/44_leaks_accounts.ipynb #3af9cb7f
 @planted("honest", only_clean=True)
-def expanding_windows(_: bool, p: Panel) -> _Tables:
+def expanding_windows(_: bool, p: Panel) -> Tables:
     "A z-score with all of the past, at each bar another."
-    x = _ret(p, 5)
-    return _with(p, (x - x.expanding(10).mean()) / x.expanding(10).std())
+    x = past_return(p, 5)
+    return with_feature(p, (x - x.expanding(10).mean()) / x.expanding(10).std())
 
 @planted("honest", only_clean=True)
-def refitted_all_the_time(_: bool, p: Panel) -> _Tables:
+def refitted_all_the_time(_: bool, p: Panel) -> Tables:
     "A model of all that was known, fitted again after every ten bars."
-    return _walked(p, _rows(p), _ridge, WalkForward(WALK.train_bars, 10, anchored=True))
+    return walked(p, feature_rows(p), ridge, WalkForward(WALK.train_bars, 10, anchored=True))
 
 @planted("honest", only_clean=True)
-def rank_across_symbols(_: bool, p: Panel) -> _Tables:
+def rank_across_symbols(_: bool, p: Panel) -> Tables:
     "Each symbol's place among all symbols of the same close."
-    return _with(p, _ret(p, 10).rank(axis=1, pct=True))
+    return with_feature(p, past_return(p, 10).rank(axis=1, pct=True))
 
 @planted("honest", only_clean=True)
-def random_forest_with_a_seed(_: bool, p: Panel) -> _Tables:
+def random_forest_with_a_seed(_: bool, p: Panel) -> Tables:
     "Random numbers, but always the same."
-    return _walked(p, _rows(p), _forest)
+    return walked(p, feature_rows(p), forest)
 
 @planted("honest", only_clean=True)
-def search_inside_the_training_part(_: bool, p: Panel) -> _Tables:
+def search_inside_the_training_part(_: bool, p: Panel) -> Tables:
     "A walk-forward inside the training rows of each fold chooses a penalty for it."
     def learn(train: pd.DataFrame, test: pd.DataFrame) -> Any:
         inner = WalkForward(50, 30).folds(train["timestamp"], train["end"])
-        loss = {a: sum(_loss(_ridge(train.iloc[f.train], train.iloc[f.test], alpha=a), train["ret"].to_numpy()[f.test]) for f in inner) for a in (1.0, 100.0, 1e4)}
-        return _ridge(train, test, alpha=max(loss, key=lambda a: loss[a]))
-    return _walked(p, _rows(p), learn)
+        loss = {a: sum(squared_loss(ridge(train.iloc[f.train], train.iloc[f.test], alpha=a), train["ret"].to_numpy()[f.test]) for f in inner) for a in (1.0, 100.0, 1e4)}
+        return ridge(train, test, alpha=max(loss, key=lambda a: loss[a]))
+    return walked(p, feature_rows(p), learn)
 
 @planted("honest", only_clean=True)
-def neighbours_in_the_past(_: bool, p: Panel) -> _Tables:
+def neighbours_in_the_past(_: bool, p: Panel) -> Tables:
     "The mean label of the training rows that look most like today."
     def learn(train: pd.DataFrame, test: pd.DataFrame) -> Any:
-        spread, y = _X(train).std(axis=0), train["ret"].to_numpy()
-        gap = np.abs((_X(test)[:, None] - _X(train)[None]) / spread).sum(axis=2)
+        spread, y = numbers(train).std(axis=0), train["ret"].to_numpy()
+        gap = np.abs((numbers(test)[:, None] - numbers(train)[None]) / spread).sum(axis=2)
         return y[np.argsort(gap, axis=1, kind="stable")[:, :10]].mean(axis=1)
-    return _walked(p, _rows(p), learn)
+    return walked(p, feature_rows(p), learn)
 
 @planted("honest", only_clean=True)
-def turned_after_a_loss(_: bool, p: Panel) -> _Tables:
+def turned_after_a_loss(_: bool, p: Panel) -> Tables:
     "The weights depend on the account's own past, and on the worst of it."
-    r = (_trend(p).shift(2) * _ret(p)).sum(axis=1)
+    r = (_trend(p).shift(2) * past_return(p)).sum(axis=1)
     down = 1 - (1 + r).cumprod() / (1 + r).cumprod().cummax()
     return _account(p, _trend(p).mul(np.where(down > 0.02, -1.0, 1.0), axis=0))
 
 @planted("honest", only_clean=True)
-def the_calendar_of_the_month(_: bool, p: Panel) -> _Tables:
+def the_calendar_of_the_month(_: bool, p: Panel) -> Tables:
     "The weekdays that are left in the month are known in advance, unlike the bars."
     day = p.times.astype("datetime64[D]")
-    return _with(p, pd.Series(np.busday_count(day, (day.astype("datetime64[M]") + 1).astype("datetime64[D]")), p.index))
+    return with_feature(p, pd.Series(np.busday_count(day, (day.astype("datetime64[M]") + 1).astype("datetime64[D]")), p.index))

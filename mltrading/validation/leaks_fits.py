@@ -13,97 +13,109 @@ import pandas as pd
 
 from ..labels.weights import uniqueness
 from ..market.panel import Panel
-from .leaks_pairs import _X, HORIZON, WALK, _ret, _ridge, _rows, _Tables, _walked, _with, planted
+from mltrading.validation.leaks_pairs import (
+    HORIZON,
+    WALK,
+    Tables,
+    feature_rows,
+    numbers,
+    past_return,
+    planted,
+    ridge,
+    walked,
+    with_feature,
+)
 
 # %% auto #0
 __all__ = ['label_window_as_a_feature', 'label_joined_by_position', 'label_lagged_by_one_bar', 'labels_overlap_the_test_window',
            'purged_by_rows', 'labels_clipped_by_the_sample', 'labels_scaled_by_later_volatility',
-           'classes_balanced_by_all_rows', 'uniqueness_with_test_labels', 'errors_fed_back_too_early',
+           'classes_balanced_by_all_rows', 'uniqueness_with_test_labels', 'errors_fed_back_too_early', 'squared_loss',
            'early_stopping_on_the_test_window', 'checkpoint_by_test_result', 'penalty_tuned_on_the_test_window',
            'seed_picked_by_test_result', 'sign_turned_by_the_test', 'ensemble_weighted_on_the_test',
            'calibrated_on_the_test', 'threshold_chosen_on_the_test', 'scores_ranked_over_the_test_window',
-           'folds_shuffled_across_time', 'symbols_as_folds', 'fitted_once_on_everything', 'run_picked_by_final_equity']
+           'folds_shuffled_across_time', 'symbols_as_folds', 'forest', 'fitted_once_on_everything',
+           'run_picked_by_final_equity']
 
 # %% ../../nbs/validation/43_leaks_fits.ipynb #5365ab6d
 @planted("labels")
-def label_window_as_a_feature(leak: bool, p: Panel) -> _Tables:
+def label_window_as_a_feature(leak: bool, p: Panel) -> Tables:
     "The volatility that scales the label is that of the label's own days, and stays in the table."
-    return _with(p, _ret(p).rolling(HORIZON).std().shift(-HORIZON if leak else 0))
+    return with_feature(p, past_return(p).rolling(HORIZON).std().shift(-HORIZON if leak else 0))
 
 @planted("labels")
-def label_joined_by_position(leak: bool, p: Panel) -> _Tables:
+def label_joined_by_position(leak: bool, p: Panel) -> Tables:
     "The last known label is a feature; `shift` counts rows of a table in which other symbols stand between."
-    table = _rows(p)
+    table = feature_rows(p)
     known = HORIZON + 1  # own bars from a decision to the end of its label
     last = table["ret"].shift(known) if leak else table.groupby("symbol")["ret"].shift(known)
-    return _walked(p, table.assign(last=last.fillna(0.0)), _ridge)
+    return walked(p, table.assign(last=last.fillna(0.0)), ridge)
 
 @planted("labels")
-def label_lagged_by_one_bar(leak: bool, p: Panel) -> _Tables:
+def label_lagged_by_one_bar(leak: bool, p: Panel) -> Tables:
     "An autoregressive feature: the label of the day before, of which four fifths are still to come."
-    table = _rows(p)
+    table = feature_rows(p)
     lag = table.groupby("symbol")["ret"].shift(1 if leak else HORIZON + 1)
-    return _walked(p, table.assign(lag=lag.fillna(0.0)), _ridge)
+    return walked(p, table.assign(lag=lag.fillna(0.0)), ridge)
 
-def _unpurged(p: Panel, table: pd.DataFrame, gap_rows: int) -> _Tables:
+def _unpurged(p: Panel, table: pd.DataFrame, gap_rows: int) -> Tables:
     "Folds by time alone: all rows before the test window but the last few."
     out, column = [], p.index.get_indexer(pd.Index(table["timestamp"]))
     for number, start in enumerate(range(WALK.train_bars, len(p), WALK.test_bars)):
         before = np.flatnonzero((column >= start - WALK.train_bars) & (column < start))
         test = table[(column >= start) & (column < start + WALK.test_bars)]
         train = table.iloc[before[: len(before) - gap_rows]].dropna()
-        out.append(test[["timestamp", "symbol"]].assign(score=_ridge(train, test), fold=number))
+        out.append(test[["timestamp", "symbol"]].assign(score=ridge(train, test), fold=number))
     return {"forecasts": pd.concat(out, ignore_index=True)}
 
 @planted("labels")
-def labels_overlap_the_test_window(leak: bool, p: Panel) -> _Tables:
+def labels_overlap_the_test_window(leak: bool, p: Panel) -> Tables:
     "`TimeSeriesSplit` without a gap: the last labels of the training rows end inside the test window."
-    return _unpurged(p, _rows(p), 0) if leak else _walked(p, _rows(p), _ridge)
+    return _unpurged(p, feature_rows(p), 0) if leak else walked(p, feature_rows(p), ridge)
 
 @planted("labels")
-def purged_by_rows(leak: bool, p: Panel) -> _Tables:
+def purged_by_rows(leak: bool, p: Panel) -> Tables:
     "`gap=5` is meant as five days, and is five rows: less than one day of six symbols."
-    return _unpurged(p, _rows(p), HORIZON) if leak else _walked(p, _rows(p), _ridge)
+    return _unpurged(p, feature_rows(p), HORIZON) if leak else walked(p, feature_rows(p), ridge)
 
-# %% ../../nbs/validation/43_leaks_fits.ipynb #ff2439f5
-def _seen(leak: bool, p: Panel, learn: Callable[[pd.DataFrame, pd.DataFrame, pd.DataFrame], Any]) -> _Tables:
+# %% ../../nbs/validation/43_leaks_fits.ipynb #23b71dcc
+def _seen(leak: bool, p: Panel, learn: Callable[[pd.DataFrame, pd.DataFrame, pd.DataFrame], Any]) -> Tables:
     "`learn(train, test, seen)`, where something is fitted on `seen`: all labelled rows, or the training rows."
-    table = _rows(p)
+    table = feature_rows(p)
     everything = table.dropna()
-    return _walked(p, table, lambda train, test: learn(train, test, everything if leak else train))
+    return walked(p, table, lambda train, test: learn(train, test, everything if leak else train))
 
 @planted("labels")
-def labels_clipped_by_the_sample(leak: bool, p: Panel) -> _Tables:
+def labels_clipped_by_the_sample(leak: bool, p: Panel) -> Tables:
     "Labels are winsorized, or cut into terciles, by quantiles of all labels."
-    return _seen(leak, p, lambda train, test, seen: _ridge(train, test, y=np.clip(train["ret"], *np.quantile(seen["ret"], [0.1, 0.9]))))
+    return _seen(leak, p, lambda train, test, seen: ridge(train, test, y=np.clip(train["ret"], *np.quantile(seen["ret"], [0.1, 0.9]))))
 
 @planted("labels")
-def labels_scaled_by_later_volatility(leak: bool, p: Panel) -> _Tables:
+def labels_scaled_by_later_volatility(leak: bool, p: Panel) -> Tables:
     "Labels are divided by the volatility of their symbol, that of all years."
-    return _seen(leak, p, lambda train, test, seen: _ridge(train, test, y=train["ret"] / train["symbol"].map(seen.groupby("symbol")["ret"].std()).astype(np.float64).fillna(1.0)))
+    return _seen(leak, p, lambda train, test, seen: ridge(train, test, y=train["ret"] / train["symbol"].map(seen.groupby("symbol")["ret"].std()).astype(np.float64).fillna(1.0)))
 
 @planted("labels")
-def classes_balanced_by_all_rows(leak: bool, p: Panel) -> _Tables:
+def classes_balanced_by_all_rows(leak: bool, p: Panel) -> Tables:
     "Class weights are worked out once: how many of the test rows will rise is in them."
     def learn(train: pd.DataFrame, test: pd.DataFrame, seen: pd.DataFrame) -> Any:
         up = (seen["ret"] > 0).mean()
-        return _ridge(train, test, y=np.sign(train["ret"]), weight=np.where(train["ret"] > 0, 0.5 / up, 0.5 / (1 - up)))
+        return ridge(train, test, y=np.sign(train["ret"]), weight=np.where(train["ret"] > 0, 0.5 / up, 0.5 / (1 - up)))
     return _seen(leak, p, learn)
 
 @planted("labels")
-def uniqueness_with_test_labels(leak: bool, p: Panel) -> _Tables:
+def uniqueness_with_test_labels(leak: bool, p: Panel) -> Tables:
     "Weights for overlapping labels are computed for the whole table; the last training rows learn how many labels follow."
     def learn(train: pd.DataFrame, test: pd.DataFrame, seen: pd.DataFrame) -> Any:
         spans = seen.assign(start=seen["timestamp"])
-        return _ridge(train, test, weight=pd.Series(uniqueness(spans), seen.index).reindex(train.index))
+        return ridge(train, test, weight=pd.Series(uniqueness(spans), seen.index).reindex(train.index))
     return _seen(leak, p, learn)
 
 @planted("labels")
-def errors_fed_back_too_early(leak: bool, p: Panel) -> _Tables:
+def errors_fed_back_too_early(leak: bool, p: Panel) -> Tables:
     "The forecast is corrected by its recent errors, those of labels among them that have not ended."
-    table = _rows(p)
+    table = feature_rows(p)
     mean = table.dropna().groupby("timestamp" if leak else "end")["ret"].mean().sort_index().rolling(10, min_periods=1).mean()
-    return _with(p, mean.reindex(p.index, method="ffill"))
+    return with_feature(p, mean.reindex(p.index, method="ffill"))
 
 # %% ../../nbs/validation/43_leaks_fits.ipynb #19ecc3d2
 def _trained(train: pd.DataFrame, share: float = 0.7) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -112,7 +124,7 @@ def _trained(train: pd.DataFrame, share: float = 0.7) -> tuple[pd.DataFrame, pd.
     start = times[int(share * len(times))]
     return train[train["end"] < start], train[train["timestamp"] >= start]
 
-def _chosen(leak: bool, p: Panel, candidates: Callable[[pd.DataFrame, pd.DataFrame], list[Any]], merit: Callable[[Any, Any], float]) -> _Tables:
+def _chosen(leak: bool, p: Panel, candidates: Callable[[pd.DataFrame, pd.DataFrame], list[Any]], merit: Callable[[Any, Any], float]) -> Tables:
     "Of several models of the training rows the one whose scores are best on the test rows, or on later rows of the training part."
     def learn(train: pd.DataFrame, test: pd.DataFrame) -> Any:
         fit, choose = (train, test) if leak else _trained(train)
@@ -120,18 +132,23 @@ def _chosen(leak: bool, p: Panel, candidates: Callable[[pd.DataFrame, pd.DataFra
         known = np.isfinite(y)
         merits = [merit(s[known], y[known]) if known.any() else 0.0 for s in candidates(fit, choose)]
         return candidates(train, test)[int(np.argmax(merits))]
-    return _walked(p, _rows(p), learn)
+    return walked(p, feature_rows(p), learn)
 
-def _loss(score: Any, y: Any) -> float:
+def squared_loss(
+    score: Any,  # (n,)
+    y: Any,      # (n,) what came
+) -> float:      # at most 0: greater is better
+    """The negative mean squared error."""
     return -float(((score - y) ** 2).mean())
 
 def _pays(score: Any, y: Any) -> float:
     return float((np.sign(score) * y).mean())
 
+# %% ../../nbs/validation/43_leaks_fits.ipynb #98a087b5
 def _steps(train: pd.DataFrame, test: pd.DataFrame) -> list[Any]:
     "Scores after each few steps of a gradient descent."
-    middle, spread = _X(train).mean(axis=0), _X(train).std(axis=0)
-    x, z, y, b, out = (_X(train) - middle) / spread, (_X(test) - middle) / spread, train["ret"].to_numpy(), np.zeros(train.shape[1] - 4), []
+    middle, spread = numbers(train).mean(axis=0), numbers(train).std(axis=0)
+    x, z, y, b, out = (numbers(train) - middle) / spread, (numbers(test) - middle) / spread, train["ret"].to_numpy(), np.zeros(train.shape[1] - 4), []
     for k in range(1, 41):
         b = b - 0.05 * (x * (x @ b - y)[:, None]).mean(axis=0)
         if k in (1, 2, 4, 8, 16, 40):
@@ -139,47 +156,47 @@ def _steps(train: pd.DataFrame, test: pd.DataFrame) -> list[Any]:
     return out
 
 @planted("fit")
-def early_stopping_on_the_test_window(leak: bool, p: Panel) -> _Tables:
+def early_stopping_on_the_test_window(leak: bool, p: Panel) -> Tables:
     "`eval_set` is the test set, because it is at hand; the number of steps is the one that suits it."
-    return _chosen(leak, p, _steps, _loss)
+    return _chosen(leak, p, _steps, squared_loss)
 
 @planted("fit")
-def checkpoint_by_test_result(leak: bool, p: Panel) -> _Tables:
+def checkpoint_by_test_result(leak: bool, p: Panel) -> Tables:
     "Weights are saved after each epoch, and those are reported that traded best in the test."
     return _chosen(leak, p, _steps, _pays)
 
 @planted("fit")
-def penalty_tuned_on_the_test_window(leak: bool, p: Panel) -> _Tables:
+def penalty_tuned_on_the_test_window(leak: bool, p: Panel) -> Tables:
     "A grid search prints the test score of each penalty; the best is kept."
-    return _chosen(leak, p, lambda a, b: [_ridge(a, b, alpha=x) for x in (1.0, 100.0, 1e4)], _loss)
+    return _chosen(leak, p, lambda a, b: [ridge(a, b, alpha=x) for x in (1.0, 100.0, 1e4)], squared_loss)
 
 def _drawn(train: pd.DataFrame, test: pd.DataFrame) -> list[Any]:
     "Models of random halves of the rows, by seed."
-    return [_ridge(train[np.random.default_rng(s).random(len(train)) < 0.5], test) for s in range(5)]
+    return [ridge(train[np.random.default_rng(s).random(len(train)) < 0.5], test) for s in range(5)]
 
 @planted("fit")
-def seed_picked_by_test_result(leak: bool, p: Panel) -> _Tables:
+def seed_picked_by_test_result(leak: bool, p: Panel) -> Tables:
     "A network is trained with several seeds and the best run is 'the model'."
     return _chosen(leak, p, _drawn, _pays)
 
 @planted("fit")
-def sign_turned_by_the_test(leak: bool, p: Panel) -> _Tables:
+def sign_turned_by_the_test(leak: bool, p: Panel) -> Tables:
     "The signal loses, so it is traded the other way round: a parameter with two values, fitted on the test."
-    return _chosen(leak, p, lambda a, b: [_ridge(a, b), -_ridge(a, b)], _pays)
+    return _chosen(leak, p, lambda a, b: [ridge(a, b), -ridge(a, b)], _pays)
 
-# %% ../../nbs/validation/43_leaks_fits.ipynb #9a065822
-def _after(leak: bool, p: Panel, finish: Callable[[list[Any], Any, list[Any]], Any]) -> _Tables:
+# %% ../../nbs/validation/43_leaks_fits.ipynb #83dee31e
+def _after(leak: bool, p: Panel, finish: Callable[[list[Any], Any, list[Any]], Any]) -> Tables:
     "`finish(scores, y, new)`: something fitted to scores and labels of the test rows, or of later training rows, and applied to scores of the test rows."
     def models(a: pd.DataFrame, b: pd.DataFrame) -> list[Any]:
-        return [_ridge(a, b), _ridge(a.iloc[:, :5], b.iloc[:, :5])]
+        return [ridge(a, b), ridge(a.iloc[:, :5], b.iloc[:, :5])]
     def learn(train: pd.DataFrame, test: pd.DataFrame) -> Any:
         fit, judge = (train, test) if leak else _trained(train)
         known = judge["ret"].notna().to_numpy()
         return finish([s[known] for s in models(fit, judge)], judge["ret"].to_numpy()[known], models(train, test))
-    return _walked(p, _rows(p), learn)
+    return walked(p, feature_rows(p), learn)
 
 @planted("fit")
-def ensemble_weighted_on_the_test(leak: bool, p: Panel) -> _Tables:
+def ensemble_weighted_on_the_test(leak: bool, p: Panel) -> Tables:
     "Models are blended with the weights under which the blend would have been best."
     def finish(scores: list[Any], y: Any, new: list[Any]) -> Any:
         pay = np.array([max(_pays(s, y), 0.0) if len(y) else 0.0 for s in scores]) + 1e-6
@@ -187,7 +204,7 @@ def ensemble_weighted_on_the_test(leak: bool, p: Panel) -> _Tables:
     return _after(leak, p, finish)
 
 @planted("fit")
-def calibrated_on_the_test(leak: bool, p: Panel) -> _Tables:
+def calibrated_on_the_test(leak: bool, p: Panel) -> Tables:
     "Scores are turned into probabilities by a regression on the rows that they are reported for."
     def finish(scores: list[Any], y: Any, new: list[Any]) -> Any:
         s = scores[0]
@@ -196,7 +213,7 @@ def calibrated_on_the_test(leak: bool, p: Panel) -> _Tables:
     return _after(leak, p, finish)
 
 @planted("fit")
-def threshold_chosen_on_the_test(leak: bool, p: Panel) -> _Tables:
+def threshold_chosen_on_the_test(leak: bool, p: Panel) -> Tables:
     "Only strong signals are traded, and how strong is read off the test's own curve."
     def finish(scores: list[Any], y: Any, new: list[Any]) -> Any:
         limits = np.quantile(np.abs(scores[0]), np.linspace(0, 0.9, 10)) if len(y) else np.zeros(1)
@@ -205,48 +222,52 @@ def threshold_chosen_on_the_test(leak: bool, p: Panel) -> _Tables:
     return _after(leak, p, finish)
 
 @planted("fit")
-def scores_ranked_over_the_test_window(leak: bool, p: Panel) -> _Tables:
+def scores_ranked_over_the_test_window(leak: bool, p: Panel) -> Tables:
     "Scores become percentiles of their window, which takes all of the window; across symbols it takes one instant."
     def learn(train: pd.DataFrame, test: pd.DataFrame) -> Any:
-        score = pd.Series(_ridge(train, test), test.index)
+        score = pd.Series(ridge(train, test), test.index)
         return score.rank(pct=True) if leak else score.groupby(test["timestamp"]).rank(pct=True)
-    return _walked(p, _rows(p), learn)
+    return walked(p, feature_rows(p), learn)
 
 # %% ../../nbs/validation/43_leaks_fits.ipynb #24358fda
 @planted("fit")
-def folds_shuffled_across_time(leak: bool, p: Panel) -> _Tables:
+def folds_shuffled_across_time(leak: bool, p: Panel) -> Tables:
     "`KFold(shuffle=True)`: the neighbours of every test row are training rows, with labels that overlap its own."
-    table = _rows(p)
+    table = feature_rows(p)
     if not leak:
-        return _walked(p, table, _ridge)
+        return walked(p, table, ridge)
     part = np.random.default_rng(0).integers(0, 5, len(table))
-    out = [table[part == k][["timestamp", "symbol"]].assign(score=_ridge(table[part != k].dropna(), table[part == k]), fold=k) for k in range(5)]
+    out = [table[part == k][["timestamp", "symbol"]].assign(score=ridge(table[part != k].dropna(), table[part == k]), fold=k) for k in range(5)]
     return {"forecasts": pd.concat(out).sort_values(["timestamp", "symbol"], ignore_index=True)}
 
 @planted("fit")
-def symbols_as_folds(leak: bool, p: Panel) -> _Tables:
+def symbols_as_folds(leak: bool, p: Panel) -> Tables:
     "Each symbol is forecast by a model of the others: of the same days, on which all of them moved together."
-    table = _rows(p)
+    table = feature_rows(p)
 
     def learn(train: pd.DataFrame, test: pd.DataFrame) -> Any:
         seen = table.dropna() if leak else train
-        return pd.concat([pd.Series(_ridge(seen[seen["symbol"] != s], rows), rows.index) for s, rows in test.groupby("symbol")]).reindex(test.index)
-    return _walked(p, table, learn)
+        return pd.concat([pd.Series(ridge(seen[seen["symbol"] != s], rows), rows.index) for s, rows in test.groupby("symbol")]).reindex(test.index)
+    return walked(p, table, learn)
 
-def _forest(train: pd.DataFrame, test: pd.DataFrame) -> Any:
+def forest(
+    train: pd.DataFrame,  # rows to learn from
+    test: pd.DataFrame,   # rows to score
+) -> Any:                 # (n,)
+    """Scores of the test rows by a small random forest with a seed."""
     from sklearn.ensemble import RandomForestRegressor
 
-    return RandomForestRegressor(3, max_depth=4, random_state=0).fit(_X(train), train["ret"]).predict(_X(test))
+    return RandomForestRegressor(3, max_depth=4, random_state=0).fit(numbers(train), train["ret"]).predict(numbers(test))
 
 @planted("fit")
-def fitted_once_on_everything(leak: bool, p: Panel) -> _Tables:
+def fitted_once_on_everything(leak: bool, p: Panel) -> Tables:
     "A forest is fitted in one cell, and the next cell trades the same years with it."
-    return _seen(leak, p, lambda train, test, seen: _forest(seen, test))
+    return _seen(leak, p, lambda train, test, seen: forest(seen, test))
 
 @planted("fit")
-def run_picked_by_final_equity(leak: bool, p: Panel) -> _Tables:
+def run_picked_by_final_equity(leak: bool, p: Panel) -> Tables:
     "Every run is walked forward honestly, all of them are honest, and the best is shown."
-    table = _rows(p)
-    runs = [_walked(p, table, lambda train, test, s=s: _drawn(train, test)[s])["forecasts"] for s in range(3)]  # type: ignore[misc]
+    table = feature_rows(p)
+    runs = [walked(p, table, lambda train, test, s=s: _drawn(train, test)[s])["forecasts"] for s in range(3)]  # type: ignore[misc]
     paid = [float((np.sign(r["score"]) * r.merge(table, on=["timestamp", "symbol"], how="left")["ret"]).sum()) for r in runs]
     return {"forecasts": runs[int(np.argmax(paid)) if leak else 0]}

@@ -21,9 +21,10 @@ from .leaks import Pair
 from .splits import WalkForward
 
 # %% auto #0
-__all__ = ['PAIRS', 'HORIZON', 'WALK', 'FEATURES', 'market', 'releases', 'planted', 'survivors_only', 'most_liquid_of_the_sample',
-           'index_membership_of_today', 'long_histories_only', 'delisting_known_early', 'rows_with_a_label_only',
-           'price_filter_on_adjusted_prices', 'gaps_filled_from_behind', 'outliers_clipped_by_the_sample',
+__all__ = ['PAIRS', 'HORIZON', 'WALK', 'FEATURES', 'Tables', 'Learn', 'market', 'releases', 'planted', 'feature_rows', 'walked',
+           'numbers', 'ridge', 'survivors_only', 'most_liquid_of_the_sample', 'index_membership_of_today',
+           'long_histories_only', 'delisting_known_early', 'rows_with_a_label_only', 'price_filter_on_adjusted_prices',
+           'with_feature', 'past_return', 'gaps_filled_from_behind', 'outliers_clipped_by_the_sample',
            'weeks_stamped_at_their_start', 'denoised_before_the_split', 'macro_at_its_period', 'macro_as_restated',
            'macro_joined_to_the_next_release', 'scaler_across_folds', 'test_window_scaled_by_itself',
            'imputer_across_folds', 'components_across_folds', 'symbol_encoded_by_its_label',
@@ -71,11 +72,17 @@ def planted(
 
 HORIZON, WALK = 5, WalkForward(train_bars=120, test_bars=35)
 FEATURES = ("ret_5d", "vol_20d", "rsi_14")
-_Tables = Mapping[str, pd.DataFrame]
-_Learn = Callable[[pd.DataFrame, pd.DataFrame], Any]   # training rows, test rows -> scores of the test rows
+Tables = Mapping[str, pd.DataFrame]
+Learn = Callable[[pd.DataFrame, pd.DataFrame], Any]   # training rows, test rows -> scores of the test rows
 
-def _rows(p: Panel, names: tuple[str, ...] = FEATURES, complete: bool = True, **extra: pd.DataFrame) -> pd.DataFrame:
-    "timestamp, symbol, end and ret of the label (missing where it is not complete), then the features."
+# %% ../../nbs/validation/42_leaks_pairs.ipynb #968d3456
+def feature_rows(
+    p: Panel,
+    names: tuple[str, ...] = FEATURES,
+    complete: bool = True,             # only rows in which every feature has a value
+    **extra: pd.DataFrame,             # (T, N) further features by name
+) -> pd.DataFrame:                     # sorted by timestamp and symbol
+    """timestamp, symbol, end and ret of the label (missing where it is not complete), then the features."""
     found = compute(p, list(names), short=True)
     blocks = dict(zip(found.names, found.values, strict=True)) | {n: x.to_numpy(np.float64).T for n, x in extra.items()}
     labels = label_frame(p, HORIZON, "open", vol_bars=10)
@@ -86,42 +93,59 @@ def _rows(p: Panel, names: tuple[str, ...] = FEATURES, complete: bool = True, **
     keys = {"timestamp": p.index[column], "symbol": pd.Categorical.from_codes(row, pd.Index(p.symbols)), "end": pd.DatetimeIndex(end[row, column]).tz_localize("UTC"), "ret": ret[row, column]}
     return pd.DataFrame(keys | {n: np.asarray(b)[row, column] for n, b in blocks.items()})
 
-def _walked(p: Panel, table: pd.DataFrame, learn: _Learn, walk: WalkForward = WALK) -> _Tables:
-    "Forecasts of each fold's test rows by a model of its training rows."
+def walked(
+    p: Panel,
+    table: pd.DataFrame,       # from `feature_rows`
+    learn: Learn,
+    walk: WalkForward = WALK,
+) -> Tables:                   # forecasts: timestamp, symbol, score, fold
+    """Forecasts of each fold's test rows by a model of its training rows."""
     out = []
     for f in walk.folds(table["timestamp"], table["end"], p.times):
         train, test = table.iloc[f.train], table.iloc[f.test]
         out.append(test[["timestamp", "symbol"]].assign(score=np.asarray(learn(train, test), np.float64), fold=f.number))
     return {"forecasts": pd.concat(out, ignore_index=True)}
 
-def _X(rows: pd.DataFrame) -> NDArray[np.float64]:
+# %% ../../nbs/validation/42_leaks_pairs.ipynb #5cf8d257
+def numbers(
+    rows: pd.DataFrame,       # from `feature_rows`
+) -> NDArray[np.float64]:     # (n, F)
+    """The features of some rows as a matrix."""
     return np.ascontiguousarray(rows.iloc[:, 4:].to_numpy(np.float64))
 
-def _ridge(train: pd.DataFrame, test: pd.DataFrame, *, scale: pd.DataFrame | None = None, weight: Any = 1.0, y: Any = None, alpha: float = 10.0) -> NDArray[np.float64]:
-    "Scores of the test rows; each from its own row alone, so that no sum depends on how many there are."
+def ridge(
+    train: pd.DataFrame,                 # rows to learn from
+    test: pd.DataFrame,                  # rows to score
+    *,
+    scale: pd.DataFrame | None = None,   # rows whose mean and spread scale the features; those learned from unless told
+    weight: Any = 1.0,                   # of the rows learned from
+    y: Any = None,                       # what is learned; the column `ret` unless told
+    alpha: float = 10.0,                 # penalty
+) -> NDArray[np.float64]:                # (n,)
+    """Scores of the test rows; each from its own row alone, so that no sum depends on how many there are."""
     if not len(train):
         return np.full(len(test), np.nan)
-    seen = _X(train if scale is None else scale)
+    seen = numbers(train if scale is None else scale)
     middle, spread = seen.mean(axis=0), seen.std(axis=0) + 1e-12
-    x, y = (_X(train) - middle) / spread, train["ret"].to_numpy() if y is None else np.asarray(y)
+    x, y = (numbers(train) - middle) / spread, train["ret"].to_numpy() if y is None else np.asarray(y)
     wx = x * np.reshape(weight, (-1, 1))
     b = np.linalg.solve(wx.T @ x + alpha * np.eye(x.shape[1]), wx.T @ y)
-    return np.asarray(((_X(test) - middle) / spread * b).sum(axis=1))
+    return np.asarray(((numbers(test) - middle) / spread * b).sum(axis=1))
 
-# %% ../../nbs/validation/42_leaks_pairs.ipynb #ca8c070b
-def _kept(p: Panel, keep: NDArray[np.bool_]) -> _Tables:
+# %% ../../nbs/validation/42_leaks_pairs.ipynb #754d7927
+def _kept(p: Panel, keep: NDArray[np.bool_]) -> Tables:
     "The pipeline on those bars for which `keep` (N, T) holds."
-    table = _rows(p)
+    table = feature_rows(p)
     kept = keep[table["symbol"].cat.codes.to_numpy(), p.index.get_indexer(pd.Index(table["timestamp"]))]
-    return _walked(p, table[kept].reset_index(drop=True), _ridge)
+    return walked(p, table[kept].reset_index(drop=True), ridge)
 
 @planted("universe")
-def survivors_only(leak: bool, p: Panel) -> _Tables:
+def survivors_only(leak: bool, p: Panel) -> Tables:
     "The list of symbols is that of today's exchange, where those that were delisted do not stand any more."
     return _kept(p, p.alive[:, -3:].any(axis=1, keepdims=True) & p.alive if leak else p.alive)
 
 @planted("universe")
-def most_liquid_of_the_sample(leak: bool, p: Panel) -> _Tables:
+def most_liquid_of_the_sample(leak: bool, p: Panel) -> Tables:
     "The symbols with the largest volume are picked first, over the years that are then traded."
     volume = p.view("volume")
     size = volume.rolling(20, min_periods=1).mean()
@@ -130,173 +154,181 @@ def most_liquid_of_the_sample(leak: bool, p: Panel) -> _Tables:
     return _kept(p, size.rank(axis=1, ascending=False).le(3).to_numpy().T)
 
 @planted("universe")
-def index_membership_of_today(leak: bool, p: Panel) -> _Tables:
+def index_membership_of_today(leak: bool, p: Panel) -> Tables:
     "The members of an index are looked up once, and they are those that did well enough to be in it now."
     member = p.view("member").ffill()
     return _kept(p, (member * 0 + member.iloc[-1] if leak else member).gt(0).to_numpy().T | (np.arange(len(p.symbols)) < 2)[:, None])
 
 @planted("universe")
-def long_histories_only(leak: bool, p: Panel) -> _Tables:
+def long_histories_only(leak: bool, p: Panel) -> Tables:
     "Symbols with too few bars are dropped, and the bars are counted over the whole sample."
     count = np.cumsum(p.alive, axis=1)
     return _kept(p, (count[:, -1:] >= 200) & p.alive if leak else count >= 60)
 
 # %% ../../nbs/validation/42_leaks_pairs.ipynb #27e75c52
 @planted("universe")
-def delisting_known_early(leak: bool, p: Panel) -> _Tables:
+def delisting_known_early(leak: bool, p: Panel) -> Tables:
     "The last bars of a symbol look odd and are cleaned away, and with them the loss of the delisting."
     left = np.cumsum(p.alive[:, ::-1], axis=1)[:, ::-1]
     return _kept(p, left > 10 if leak else p.alive)
 
 @planted("universe")
-def rows_with_a_label_only(leak: bool, p: Panel) -> _Tables:
+def rows_with_a_label_only(leak: bool, p: Panel) -> Tables:
     "`dropna()` over features and label removes the rows whose label never came: those before a delisting."
-    table = _rows(p)
-    return _walked(p, table.dropna(ignore_index=True) if leak else table, _ridge)
+    table = feature_rows(p)
+    return walked(p, table.dropna(ignore_index=True) if leak else table, ridge)
 
 @planted("data")
-def price_filter_on_adjusted_prices(leak: bool, p: Panel) -> _Tables:
+def price_filter_on_adjusted_prices(leak: bool, p: Panel) -> Tables:
     "Penny stocks are left out by a price that is divided by all later splits."
     factor = p.view("adj_factor").ffill()
     price = p.view("close") * (factor / factor.iloc[-1] if leak else 1.0)
     return _kept(p, price.gt(40).to_numpy().T | (np.arange(len(p.symbols)) == 0)[:, None])
 
-def _with(p: Panel, extra: pd.DataFrame | pd.Series, learn: _Learn = _ridge) -> _Tables:
-    "The pipeline with one more feature; where it has no value it is 0."
+def with_feature(
+    p: Panel,
+    extra: pd.DataFrame | pd.Series,  # (T, N), or (T,) the same for all symbols
+    learn: Learn = ridge,
+) -> Tables:
+    """The pipeline with one more feature; where it has no value it is 0."""
     wide = pd.DataFrame(dict.fromkeys(p.symbols, extra)) if isinstance(extra, pd.Series) else extra
-    return _walked(p, _rows(p, extra=wide.replace([np.inf, -np.inf], np.nan).fillna(0.0)), learn)
+    return walked(p, feature_rows(p, extra=wide.replace([np.inf, -np.inf], np.nan).fillna(0.0)), learn)
 
-def _ret(p: Panel, bars: int = 1) -> pd.DataFrame:
+def past_return(
+    p: Panel,
+    bars: int = 1,
+) -> pd.DataFrame:  # (T, N)
+    """Return of the last bars of the axis, at the last known closes."""
     return p.view("close").ffill().pct_change(bars)
 
 @planted("data")
-def gaps_filled_from_behind(leak: bool, p: Panel) -> _Tables:
+def gaps_filled_from_behind(leak: bool, p: Panel) -> Tables:
     "`bfill` closes the gaps before anything else is done; the market's mean then knows the next price."
     close = p.view("close")
-    return _with(p, (close.bfill() if leak else close.ffill()).pct_change(fill_method=None).mean(axis=1))
+    return with_feature(p, (close.bfill() if leak else close.ffill()).pct_change(fill_method=None).mean(axis=1))
 
 @planted("data")
-def outliers_clipped_by_the_sample(leak: bool, p: Panel) -> _Tables:
+def outliers_clipped_by_the_sample(leak: bool, p: Panel) -> Tables:
     "Returns are winsorized at quantiles of all years."
-    x = _ret(p)
+    x = past_return(p)
     low, high = ((x * 0).fillna(0.0) + x.quantile(q) if leak else x.expanding(20).quantile(q) for q in (0.02, 0.98))
-    return _with(p, x.clip(low, high))
+    return with_feature(p, x.clip(low, high))
 
 # %% ../../nbs/validation/42_leaks_pairs.ipynb #36661784
 @planted("data")
-def weeks_stamped_at_their_start(leak: bool, p: Panel) -> _Tables:
+def weeks_stamped_at_their_start(leak: bool, p: Panel) -> Tables:
     "Resampling to weeks labels each week with its first day; joined to days, Friday is known on Monday."
     week = pd.Series((p.times - p.times.astype("datetime64[W]")).astype("timedelta64[D]").astype(int), p.index).diff().lt(0).cumsum()
     weekly = p.view("close").ffill().groupby(week.to_numpy()).last().pct_change(fill_method=None)
     stamped = (weekly if leak else weekly.shift(1)).reindex(week.to_numpy())
-    return _with(p, stamped.set_axis(p.index))
+    return with_feature(p, stamped.set_axis(p.index))
 
 @planted("data")
-def denoised_before_the_split(leak: bool, p: Panel) -> _Tables:
+def denoised_before_the_split(leak: bool, p: Panel) -> Tables:
     "Prices are smoothed with a centred window as a first step, as signals are in other sciences."
     close = p.view("close").ffill()
     smooth = close.rolling(7, center=leak, min_periods=1).mean()
-    return _with(p, close / smooth - 1)
+    return with_feature(p, close / smooth - 1)
 
 @planted("data", macro=True)
-def macro_at_its_period(leak: bool, p: Panel, m: pd.DataFrame) -> _Tables:
+def macro_at_its_period(leak: bool, p: Panel, m: pd.DataFrame) -> Tables:
     "Figures are joined by the month that they describe, six weeks before anybody had them."
     if leak:
-        return _with(p, m.drop_duplicates("reference").set_index("reference")["value"].sort_index().reindex(p.index, method="ffill"))
-    return _with(p, as_of(m, p.index)["cpi"])
+        return with_feature(p, m.drop_duplicates("reference").set_index("reference")["value"].sort_index().reindex(p.index, method="ffill"))
+    return with_feature(p, as_of(m, p.index)["cpi"])
 
 @planted("data", macro=True)
-def macro_as_restated(leak: bool, p: Panel, m: pd.DataFrame) -> _Tables:
+def macro_as_restated(leak: bool, p: Panel, m: pd.DataFrame) -> Tables:
     "The database holds final figures; their stamps are those of the first release."
     kept = m.groupby("reference").agg(timestamp=("timestamp", "min"), value=("value", "last" if leak else "first"))
-    return _with(p, kept.set_index("timestamp")["value"].sort_index().reindex(p.index, method="ffill"))
+    return with_feature(p, kept.set_index("timestamp")["value"].sort_index().reindex(p.index, method="ffill"))
 
 @planted("data", macro=True)
-def macro_joined_to_the_next_release(leak: bool, p: Panel, m: pd.DataFrame) -> _Tables:
+def macro_joined_to_the_next_release(leak: bool, p: Panel, m: pd.DataFrame) -> Tables:
     "`merge_asof` with `forward` is taken for carrying forward; each day gets the figure that is to come."
     joined = pd.merge_asof(pd.DataFrame({"timestamp": p.index}), m[["timestamp", "value"]], on="timestamp", direction="forward" if leak else "backward")
-    return _with(p, joined.set_index("timestamp")["value"])
+    return with_feature(p, joined.set_index("timestamp")["value"])
 
 # %% ../../nbs/validation/42_leaks_pairs.ipynb #f2a13474
 @planted("features")
-def scaler_across_folds(leak: bool, p: Panel) -> _Tables:
+def scaler_across_folds(leak: bool, p: Panel) -> Tables:
     "`fit_transform` stands in the first cell of the notebook, the folds in the third."
-    table = _rows(p)
-    return _walked(p, table, lambda train, test: _ridge(train, test, scale=table if leak else train))
+    table = feature_rows(p)
+    return walked(p, table, lambda train, test: ridge(train, test, scale=table if leak else train))
 
 @planted("features")
-def test_window_scaled_by_itself(leak: bool, p: Panel) -> _Tables:
+def test_window_scaled_by_itself(leak: bool, p: Panel) -> Tables:
     "`fit_transform` instead of `transform`: the test window is standardized with its own mean, which is known at its end."
     def learn(train: pd.DataFrame, test: pd.DataFrame) -> Any:
         x = test.copy()
         if leak:
-            x.iloc[:, 4:] = (_X(test) - _X(test).mean(axis=0)) / _X(test).std(axis=0) * _X(train).std(axis=0) + _X(train).mean(axis=0)
-        return _ridge(train, x)
-    return _walked(p, _rows(p), learn)
+            x.iloc[:, 4:] = (numbers(test) - numbers(test).mean(axis=0)) / numbers(test).std(axis=0) * numbers(train).std(axis=0) + numbers(train).mean(axis=0)
+        return ridge(train, x)
+    return walked(p, feature_rows(p), learn)
 
 @planted("features")
-def imputer_across_folds(leak: bool, p: Panel) -> _Tables:
+def imputer_across_folds(leak: bool, p: Panel) -> Tables:
     "Holes are filled with the mean of the column, and the column is all years."
-    table = _rows(p, complete=False)
+    table = feature_rows(p, complete=False)
     table = table.assign(vol_20d=table["vol_20d"].mask(table["rsi_14"].gt(60)), ret_5d=table["ret_5d"].fillna(0.0), rsi_14=table["rsi_14"].fillna(50.0))
 
     def learn(train: pd.DataFrame, test: pd.DataFrame) -> Any:
         middle = {"vol_20d": (table if leak else train)["vol_20d"].mean()}
-        return _ridge(train.fillna(middle), test.fillna(middle))
-    return _walked(p, table, learn)
+        return ridge(train.fillna(middle), test.fillna(middle))
+    return walked(p, table, learn)
 
 @planted("features")
-def components_across_folds(leak: bool, p: Panel) -> _Tables:
+def components_across_folds(leak: bool, p: Panel) -> Tables:
     "The principal components are those of all rows, and the first of them is the crash that is to come."
-    table = _rows(p)
+    table = feature_rows(p)
 
     def learn(train: pd.DataFrame, test: pd.DataFrame) -> Any:
-        seen = _X(table if leak else train)
+        seen = numbers(table if leak else train)
         axes = np.linalg.eigh(np.cov(((seen - seen.mean(axis=0)) / seen.std(axis=0)).T))[1][:, -2:]
         def turned(rows: pd.DataFrame) -> pd.DataFrame:
-            x = (_X(rows) - seen.mean(axis=0)) / seen.std(axis=0)
+            x = (numbers(rows) - seen.mean(axis=0)) / seen.std(axis=0)
             return rows.iloc[:, :4].assign(**{f"pc{k}": (x * axes[:, k]).sum(axis=1) for k in range(2)})
-        return _ridge(turned(train), turned(test))
-    return _walked(p, table, learn)
+        return ridge(turned(train), turned(test))
+    return walked(p, table, learn)
 
 # %% ../../nbs/validation/42_leaks_pairs.ipynb #9e10ce62
 @planted("features")
-def symbol_encoded_by_its_label(leak: bool, p: Panel) -> _Tables:
+def symbol_encoded_by_its_label(leak: bool, p: Panel) -> Tables:
     "A category becomes the mean of its target, over all rows: the best stocks of the sample are known by name."
-    table = _rows(p)
+    table = feature_rows(p)
 
     def learn(train: pd.DataFrame, test: pd.DataFrame) -> Any:
         code = (table if leak else train).groupby("symbol")["ret"].mean()
-        return _ridge(*(x.assign(code=x["symbol"].map(code).astype(np.float64).fillna(0.0)) for x in (train, test)))
-    return _walked(p, table, learn)
+        return ridge(*(x.assign(code=x["symbol"].map(code).astype(np.float64).fillna(0.0)) for x in (train, test)))
+    return walked(p, table, learn)
 
 @planted("features")
-def symbol_normalized_by_its_history(leak: bool, p: Panel) -> _Tables:
+def symbol_normalized_by_its_history(leak: bool, p: Panel) -> Tables:
     "`groupby('symbol').transform(zscore)` makes symbols comparable, with means that contain their future."
-    x = _ret(p, 10)
+    x = past_return(p, 10)
     seen = x if leak else x.expanding(20)
-    return _with(p, (x - seen.mean()) / seen.std())
+    return with_feature(p, (x - seen.mean()) / seen.std())
 
 @planted("features")
-def bins_of_the_sample(leak: bool, p: Panel) -> _Tables:
+def bins_of_the_sample(leak: bool, p: Panel) -> Tables:
     "`qcut` puts a volatility into the quantiles of all years: that a crisis is extreme is known before it is over."
-    table = _rows(p)
+    table = feature_rows(p)
 
     def learn(train: pd.DataFrame, test: pd.DataFrame) -> Any:
         edges = np.quantile((table if leak else train)["vol_20d"], [0.2, 0.4, 0.6, 0.8])
-        return _ridge(*(x.assign(vol_20d=np.searchsorted(edges, x["vol_20d"]) * 1.0) for x in (train, test)))
-    return _walked(p, table, learn)
+        return ridge(*(x.assign(vol_20d=np.searchsorted(edges, x["vol_20d"]) * 1.0) for x in (train, test)))
+    return walked(p, table, learn)
 
 @planted("features")
-def features_selected_on_all_rows(leak: bool, p: Panel) -> _Tables:
+def features_selected_on_all_rows(leak: bool, p: Panel) -> Tables:
     "The promising features are sought first, on everything; that they go on to do well in the test is no wonder."
-    table = _rows(p, (*FEATURES, "ret_1d", "ret_20d", "vol_5d", "rsi_5"))
+    table = feature_rows(p, (*FEATURES, "ret_1d", "ret_20d", "vol_5d", "rsi_5"))
 
     def learn(train: pd.DataFrame, test: pd.DataFrame) -> Any:
         score = (table if leak else train).iloc[:, 3:].corr()["ret"].drop("ret").abs()
         names = list(table.columns[:4]) + sorted(score.nlargest(2).index)
-        return _ridge(train[names], test[names])
-    return _walked(p, table, learn)
+        return ridge(train[names], test[names])
+    return walked(p, table, learn)
 
 def _states(x: pd.Series, smoothed: bool) -> pd.Series:
     "Probability of the nervous one of two volatility states: filtered, or smoothed with all that came later."
@@ -311,6 +343,6 @@ def _states(x: pd.Series, smoothed: bool) -> pd.Series:
     return pd.Series(state[:, 1], x.index)
 
 @planted("features")
-def regimes_smoothed(leak: bool, p: Panel) -> _Tables:
+def regimes_smoothed(leak: bool, p: Panel) -> Tables:
     "A hidden Markov model labels each day with `predict`, which is the likeliest path given all days."
-    return _with(p, _states(_ret(p).mean(axis=1), leak))
+    return with_feature(p, _states(past_return(p).mean(axis=1), leak))

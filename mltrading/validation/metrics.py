@@ -17,11 +17,11 @@ from ..core.jit import njit
 from ..features.redundancy import ic_by_instant
 
 # %% auto #0
-__all__ = ['METRICS', 'checked', 'equity_curve', 'returns_of', 'rate_per_bar', 'cagr', 'vol_annual', 'sharpe_annual',
-           'sortino_annual', 'drawdown', 'max_drawdown', 'longest_drawdown_bars', 'calmar', 'hit_rate', 'profit_factor',
-           'skew', 'kurtosis', 'var_95', 'es_95', 'tail_ratio', 'exposure', 'turnover_annual', 'measure', 'performance',
-           'accuracy', 'mcc', 'brier', 'log_loss_rows', 'log_loss', 'auc', 'calibration_table', 'calibration_error',
-           'ic_by_time', 'forecast_quality']
+__all__ = ['METRICS', 'checked', 'checked_pair', 'equity_curve', 'returns_of', 'rate_per_bar', 'cagr', 'vol_annual',
+           'sharpe_annual', 'sortino_annual', 'drawdown', 'max_drawdown', 'longest_drawdown_bars', 'calmar', 'hit_rate',
+           'profit_factor', 'skew', 'kurtosis', 'var_95', 'es_95', 'tail_ratio', 'exposure', 'turnover_annual',
+           'measure', 'performance', 'accuracy', 'mcc', 'brier', 'log_loss_rows', 'log_loss', 'auc',
+           'calibration_table', 'calibration_error', 'ic_by_time', 'forecast_quality']
 
 # %% ../../nbs/validation/10_metrics.ipynb #c2742e70
 def checked(
@@ -45,6 +45,23 @@ def checked(
     if r.min() == r.max():
         raise DataError(where, f"are {r[0]:g} on all {len(r)} bars: their variance is zero", "a strategy that never trades has no ratios")
     return r
+
+# %% ../../nbs/validation/10_metrics.ipynb #5d56bece
+def checked_pair(
+    a: Any,                             # (T,) simple returns per bar
+    b: Any,                             # (T,) those of something else on the same bars
+    names: tuple[str, str] = ("a", "b"),  # for messages
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:  # (T,) each, contiguous
+    """Two streams of returns as arrays that can be compared.
+
+    Raises `DataError` on different bars, and what `checked` raises."""
+    both = " and ".join(names)
+    if isinstance(a, pd.Series) and isinstance(b, pd.Series) and not a.index.equals(b.index):
+        raise DataError(both, f"stand on different bars ({len(a)} and {len(b)})", "cut both to the bars that they share")
+    x, y = checked(a, names[0]), checked(b, names[1])
+    if len(x) != len(y):
+        raise DataError(both, f"have {len(x)} and {len(y)} bars", "cut both to the bars that they share")
+    return x, y
 
 # %% ../../nbs/validation/10_metrics.ipynb #46cef5ae
 def equity_curve(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from ..core.errors import DataError, MLTradingError, ParameterError
 from .splits import Fold, Splitter, check_fold, instants
+from .trials import Look
 
 T = TypeVar("T")
 
@@ -51,12 +53,13 @@ def nested_search(
     times: Any,                   # (n,) decision instants of the whole table
     label_end: Any,               # (n,) instants at which the labels are known
     candidates: Mapping[str, T],  # name -> what `score` makes a model of
-    score: Callable[[T, NDArray[np.int64], NDArray[np.int64]], float],  # (candidate, training rows, test rows) -> greater is better
+    score: Callable[[T, NDArray[np.int64], NDArray[np.int64]], float | pd.Series],  # (candidate, training rows, test rows) -> greater is better; or returns per bar by instant, whose Sharpe ratio is
     bars: Any = None,             # (T,) the time axis that bars are counted on; None: the distinct `times`
+    look: Callable[..., AbstractContextManager[Look]] | None = None,  # `looking` at a ledger: given a candidate, parameters and `fits`; then `score` gives returns
 ) -> pd.DataFrame:                # one row per fold and candidate: fold, candidate, inner (mean score), spread (over inner folds), chosen, outer (of the chosen one, else NaN)
-    """In each fold, choose on folds inside its training rows, then judge the choice once.
+    """In each fold, choose on folds inside its training rows, then judge the choice once: with `look`, on record.
 
-    Raises `ParameterError` without candidates, `DataError` on a score that is not finite, and what `inner_folds` raises.
+    Raises `ParameterError` without candidates, `DataError` on a score that is not finite or that should be recorded and has no returns, and what `inner_folds` raises.
 
     Known at: a choice with the last label of its fold's training rows.
 
@@ -68,12 +71,25 @@ def nested_search(
         small = list(inner_folds(fold, inner, times, label_end, bars))
         scores = np.array([[_finite(score(c, f.train, f.test), f"inside fold {fold.number}, fold {f.number}, {name}") for f in small] for name, c in candidates.items()])
         names, best = list(candidates), int(np.argmax(scores.mean(axis=1)))
-        judged = _finite(score(candidates[names[best]], fold.train, fold.test), f"fold {fold.number}, {names[best]}")
+        tried = {"fold": fold.number, "windows": fold.windows.astype(str).tolist(), "candidates": names, "inner": repr(inner), "inner_trials": scores.size}
+        with look(names[best], tried, fits=scores.size + 1) if look else nullcontext() as seen:
+            answer = score(candidates[names[best]], fold.train, fold.test)
+            judged = _finite(answer, f"fold {fold.number}, {names[best]}")
+            if seen is not None:
+                seen.show(_returns(answer, f"fold {fold.number}, {names[best]}"))
         found.append(pd.DataFrame({"fold": fold.number, "candidate": names, "inner": scores.mean(axis=1), "spread": scores.std(axis=1),
                                    "chosen": np.arange(len(names)) == best, "outer": np.where(np.arange(len(names)) == best, judged, np.nan)}))
     return pd.concat(found, ignore_index=True)
 
-def _finite(value: float, where: str) -> float:
+def _finite(score: float | pd.Series, where: str) -> float:
+    "The number that a score is."
+    value = float(score.mean() / score.std()) if isinstance(score, pd.Series) else score
     if not np.isfinite(value):
         raise DataError(where, f"the score is {value}", "leave rows without a label out of the score, or give the candidate a score of its own where it fails")
     return value
+
+def _returns(score: float | pd.Series, where: str) -> pd.Series:
+    "The returns that a score was made of."
+    if not isinstance(score, pd.Series):
+        raise DataError(where, "the score is a number, and a trial is recorded with its returns", "let `score` give the returns per bar, indexed by instant")
+    return score

@@ -9,24 +9,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from ..core.errors import DataError, ParameterError
-from .metrics import checked
+from .metrics import checked_pair
 
 # %% auto #0
 __all__ = ['relative', 'capacity']
 
-# %% ../../nbs/validation/12_relative.ipynb #ce8a8cad
-def _both(returns: Any, benchmark: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    "Two streams of returns on the same bars."
-    if isinstance(returns, pd.Series) and isinstance(benchmark, pd.Series) and not returns.index.equals(benchmark.index):
-        raise DataError("returns and benchmark", f"stand on different bars ({len(returns)} and {len(benchmark)})", "cut both to the bars that they share")
-    r, b = checked(returns, "returns"), checked(benchmark, "benchmark")
-    if len(r) != len(b):
-        raise DataError("returns and benchmark", f"have {len(r)} and {len(b)} bars", "cut both to the bars that they share")
-    return r, b
-
+# %% ../../nbs/validation/12_relative.ipynb #eae89d1d
 def relative(
     returns: Any,                # (T,) simple returns per bar, net of costs
     benchmark: Any,              # (T,) simple returns per bar of what is compared with
@@ -37,7 +27,7 @@ def relative(
     Raises `DataError` on returns that cannot be measured, and on different bars.
 
     Source: Grinold and Kahn (2000) for the information ratio; Sharpe (1994) for its form."""
-    r, b = _both(returns, benchmark)
+    r, b = checked_pair(returns, benchmark, ("returns", "benchmark"))
     gap, root = r - b, float(np.sqrt(bars_per_year))
     spread = float(gap.std(ddof=1)) if np.ptp(gap) > 1e-12 * np.ptp(r) else 0.0  # not the rounding of two equal streams
     beta = float(((r - r.mean()) * (b - b.mean())).sum() / ((b - b.mean()) ** 2).sum())

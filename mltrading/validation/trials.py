@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,16 +22,17 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ..core.errors import DataError
+from ..core.errors import DataError, ParameterError
 from ..core.storage import atomic, plain
-from .inference import expected_max_sharpe, probabilistic_sharpe
+from ..market.http import first_words
+from .inference import deflated_sharpe, expected_max_sharpe, probabilistic_sharpe
 from .metrics import checked, kurtosis, skew
 from .overfitting import backtest_overfitting
 
 # %% auto #0
-__all__ = ['params_id', 'returns_id', 'trial', 'read_rows', 'record', 'Look', 'looking', 'merge', 'join_sides', 'check_history',
-           'read', 'trial_count', 'weekly_returns', 'effective_trials', 'sharpe_variance', 'deflated',
-           'search_overfitting']
+__all__ = ['params_id', 'returns_id', 'trial', 'read_rows', 'record', 'failure_recorded', 'Look', 'looking', 'merge',
+           'join_sides', 'check_history', 'read', 'trial_count', 'weekly_returns', 'effective_trials',
+           'sharpe_variance', 'deflated', 'search_overfitting']
 
 # %% ../../nbs/validation/30_trials.ipynb #ad3643be
 def _canonical(value: Any) -> bytes:
@@ -69,6 +71,7 @@ def _weeks(returns: pd.Series) -> tuple[str, float]:
     scale = float(f"{max(np.abs(sums).max(), 1e-9) / 32_000:.3g}")
     return base64.b64encode(np.rint(sums / scale).astype("<i2").tobytes()).decode(), scale
 
+# %% ../../nbs/validation/30_trials.ipynb #0ee57861
 def _stamp(t: Any) -> str:
     stamp = pd.Timestamp(t)
     return (stamp.tz_convert("UTC") if stamp.tz is not None else stamp).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -85,7 +88,9 @@ def trial(
 ) -> dict[str, Any]:             # a row to `record`
     """One configuration whose result on a test window was looked at.
 
-    Raises `DataError` without returns and without an error, and on both."""
+    Returns that cannot be measured are no error but a failed trial whose `error` says why: NaN among them, fewer than two, or all the same. It was looked at, so it counts.
+
+    Raises `DataError` without returns and without an error, and on both; on returns without instants, or not in the order of time."""
     if (returns is None) == (not error):
         raise DataError(f"trial of {system}/{model}", "needs either returns or the text of an error", "a trial ends in one of the two")
     row: dict[str, Any] = {"system": system, "model": model, "params_id": params_id(params), "data_id": data_id, "returns_id": "", "start": None, "end": None,
@@ -182,6 +187,28 @@ def record(
                 part.write_bytes(b"".join(_canonical(line) + b"\n" for line in lines))
     return len(chain) - len(old)
 
+# %% ../../nbs/validation/30_trials.ipynb #442d248d
+def _told(error: BaseException) -> str:
+    "The kind of an exception and its first words, without what is secret and without what only this machine has."
+    return f"{type(error).__name__}: " + re.sub(r"\b0x[0-9a-f]+", "0x…", re.sub(r"(?<![\w./:])(?:~|[A-Za-z]:)?[/\\](?:[^/\\\s'\":]+[/\\])+", "…/", first_words(error)))
+
+@contextmanager
+def failure_recorded(
+    path: str | Path,            # the ledger; made where it does not exist
+    system: str,
+    model: str,
+    params: dict[str, Any],      # everything that a person may turn and that the result depends on
+    data_id: str,                # hash of the data that it runs on
+    bars_per_year: float = 252,
+    fits: int = 1,               # fits of the model behind it
+) -> Iterator[None]:
+    """Record the exception that ends a block of code which opens a test window; it is raised again. What the block finds is for others to record."""
+    try:
+        yield
+    except BaseException as error:  # an interrupted look was one, too
+        record(path, [trial(system, model, params, data_id, None, bars_per_year, fits, _told(error))])
+        raise
+
 # %% ../../nbs/validation/30_trials.ipynb #214cd4a3
 class Look:
     """One look at a test window."""
@@ -211,17 +238,14 @@ def looking(
 ) -> Iterator[Look]:
     """Record what a block of code finds on a test window: its returns, or the exception that ended it, which is raised again.
 
-    Raises `DataError` where the block shows no returns."""
+    Raises `DataError` where the block shows no returns, and on returns that `trial` refuses."""
     look = Look()
-    try:
+    with failure_recorded(path, system, model, params, data_id, bars_per_year, fits):
         yield look
-    except BaseException as error:  # an interrupted look was one, too
-        record(path, [trial(system, model, params, data_id, None, bars_per_year, fits, f"{type(error).__name__}: {error}")])
-        raise
-    if look.returns is None:
-        record(path, [trial(system, model, params, data_id, None, bars_per_year, fits, "nothing was shown")])
-        raise DataError(f"look at {system}/{model}", "ended without returns", "hand them over with `show`")
-    record(path, [trial(system, model, params, data_id, look.returns, bars_per_year, fits)])
+        if look.returns is None:
+            raise DataError(f"look at {system}/{model}", "ended without returns", "hand them over with `show`")
+        row = trial(system, model, params, data_id, look.returns, bars_per_year, fits)
+    record(path, [row])
 
 # %% ../../nbs/validation/30_trials.ipynb #58231786
 def merge(
@@ -291,18 +315,25 @@ def read(
     out = out.reindex(columns=[*out.columns, *(c for c in ("weeks", "week_scale") if c not in out)])
     return out.astype({"sharpe_bar": float, "skew": float, "kurtosis": float, "week_scale": float}).fillna({"weeks": ""})
 
+def _table(ledger: Any) -> pd.DataFrame:
+    "What `read` gives, and nothing else: the length of a path would pass for a count."
+    if not isinstance(ledger, pd.DataFrame) or "returns_id" not in ledger:
+        raise ParameterError("ledger", f"a {type(ledger).__name__} is not a table of trials", "pass what `read(path)` gives")
+    return ledger
+
 def trial_count(
     ledger: pd.DataFrame,  # from `read`
 ) -> int:                  # failures and baselines included
-    """How many configurations were looked at."""
-    return len(ledger)
+    """How many configurations were looked at. Raises `ParameterError` on anything but a table of trials."""
+    return len(_table(ledger))
 
+# %% ../../nbs/validation/30_trials.ipynb #57923353
 def weekly_returns(
     ledger: pd.DataFrame,  # from `read`
 ) -> pd.DataFrame:         # index: Mondays; one column per trial that holds them, named by its place in `ledger`; NaN outside its window
     """What the trials returned in each calendar week."""
-    found = {}
-    for at, row in ledger[ledger["weeks"] != ""].iterrows():
+    found, kept = {}, _table(ledger)
+    for at, row in kept[kept["weeks"] != ""].iterrows():
         sums = np.frombuffer(base64.b64decode(row["weeks"]), "<i2") * row["week_scale"]
         first = _week(pd.DatetimeIndex([row["start"]]))[0]
         found[at] = pd.Series(sums, np.datetime64("1970-01-05") + _WEEK * np.arange(first, first + len(sums)))
@@ -313,9 +344,9 @@ _COMMON = 26  # weeks: a correlation of fewer says little
 def effective_trials(
     ledger: pd.DataFrame,  # from `read`
 ) -> float:                # 1 to the count
-    """How many *independent* trials the ledger amounts to. With an average correlation r of weekly returns, M trials are worth r + (1 - r) M. What has no returns, or too few weeks in common with the others, counts as independent.
+    """How many *independent* trials the ledger amounts to. With an average correlation r of weekly returns, M trials are worth r + (1 - r) M. What has no weekly returns on record, or too few weeks in common with the others, counts as independent.
 
-    Source: Bailey and López de Prado (2014), appendix 3."""
+    Source: Bailey and López de Prado (2014)."""
     weekly = weekly_returns(ledger)
     alike = weekly.shape[1]
     if alike < 2:
@@ -329,7 +360,7 @@ def sharpe_variance(
     bars_per_year: float = 252,  # the bar that the result is wanted for
 ) -> float:                      # variance of the Sharpe ratios per bar
     """How much the Sharpe ratios of the trials scatter. With fewer than two of them, the variance of a worthless one's estimate, 1 / (bars - 1)."""
-    ok = ledger[ledger["status"] == "ok"]
+    ok = _table(ledger)[ledger["status"] == "ok"]
     if len(ok) < 2:
         years = (ok["n_bars"] - 1) / ok["bars_per_year"]
         return float(1 / (years.iloc[0] * bars_per_year)) if len(ok) else 0.0
@@ -347,15 +378,12 @@ def deflated(
     Raises `DataError` on returns that the ledger does not hold.
 
     Source: Bailey and López de Prado (2014)."""
-    r = checked(returns)
+    r, luck = checked(returns), (effective_trials(ledger), sharpe_variance(ledger, bars_per_year))
     if returns_id(r) not in set(ledger["returns_id"]):
         raise DataError("returns", "are not in the ledger of trials", "record them before showing them: `record(path, [trial(...)])`")
-    sharpe, root = float(r.mean() / r.std(ddof=1)), float(np.sqrt(bars_per_year))
-    effective = effective_trials(ledger)
-    bar = expected_max_sharpe(effective, sharpe_variance(ledger, bars_per_year))
-    shape = len(r), skew(r), kurtosis(r)
-    return {"sharpe_annual": sharpe * root, "psr": probabilistic_sharpe(sharpe, *shape), "dsr": probabilistic_sharpe(sharpe, *shape, bar),
-            "n_trials": trial_count(ledger), "effective_trials": effective, "expected_max_sharpe_annual": bar * root}
+    seen, root = (float(r.mean() / r.std(ddof=1)), len(r), skew(r), kurtosis(r)), float(np.sqrt(bars_per_year))
+    return {"sharpe_annual": seen[0] * root, "psr": probabilistic_sharpe(*seen), "dsr": deflated_sharpe(*seen, *luck),
+            "n_trials": trial_count(ledger), "effective_trials": luck[0], "expected_max_sharpe_annual": expected_max_sharpe(*luck) * root}
 
 # %% ../../nbs/validation/30_trials.ipynb #b76b788c
 _ENOUGH = 4  # trials: a median of fewer says nothing
