@@ -102,6 +102,7 @@ def _book_fills(n: int, fills: Grid, k: int, terms: Grid, shares: Grid, mark: fl
         k += 1
     return k
 
+# %% ../../nbs/backtest/15_events.ipynb #0edf1108
 @njit(nogil=True)
 def _end_position(n: int, time: float, haircut: float, terms: Grid, shares: Grid, last: Grid, ending: Grid, row: Grid, close: Grid) -> None:
     "Settle or delist one position, writing the record of it."
@@ -117,6 +118,7 @@ def _end_position(n: int, time: float, haircut: float, terms: Grid, shares: Grid
     close[F_QUANTITY], close[F_REFERENCE], close[F_PRICE] = -shares[n], reference, price
     shares[n] = 0.0
 
+# %% ../../nbs/backtest/15_events.ipynb #f8646d0a
 @njit(nogil=True)
 def _book_bar(
     time: float, years: float, close: Grid, column: NDArray[np.int64], kind: NDArray[np.int64], value: Grid, fills: Grid, terms: Grid, charges: Grid, patience: int,
@@ -159,7 +161,7 @@ def _book_bar(
     row[EQUITY] = row[CASH] + row[VALUE]
     return ended
 
-# %% ../../nbs/backtest/15_events.ipynb #0edf1108
+# %% ../../nbs/backtest/15_events.ipynb #983730cd
 @njit(nogil=True)
 def _screen(rows: Grid, book: Grid, shares: Grid, last: Grid, terms: Grid, limit: float) -> None:
     "Reject what the account cannot carry, and the exits behind it."
@@ -189,6 +191,7 @@ def _screen(rows: Grid, book: Grid, shares: Grid, last: Grid, terms: Grid, limit
         else:
             up[n], down[n], total = above, below, total + more
 
+# %% ../../nbs/backtest/15_events.ipynb #a8c44b34
 class Books:
     """The books of an account: what it holds, and what it is worth."""
 
@@ -312,6 +315,7 @@ def _target_orders(wanted: Grid, equity: float, books: Books, exchange: Exchange
     rows[:, O_WEIGHT], rows[:, O_QUANTITY] = wanted[which] if equity > 0 else 0.0, quantity[which]
     return rows, which
 
+# %% ../../nbs/backtest/15_events.ipynb #73c757cf
 def check_weights(
     weights: Grid,             # (N,)
     last: Grid,                # (N,) last known prices
@@ -331,6 +335,7 @@ def check_weights(
     if gross > max_gross * (1 + 1e-9):
         raise DataError(where, f"|weights| times margins sum to {gross:.6g}, the account accepts {max_gross:g}", "cap the weights in the policy or raise `max_gross`")
 
+# %% ../../nbs/backtest/15_events.ipynb #b7f5fb84
 class Desk:
     """Exchange, books and the rules between them: everything but the loop."""
 
@@ -389,6 +394,7 @@ class Desk:
                 refused = ~np.isnan(rows[:, O_STATUS])
                 exchange.add(rows, ["rejected: more than the account can carry" if no else reason for no, reason in zip(refused, reasons, strict=True)])
 
+# %% ../../nbs/backtest/15_events.ipynb #d532d6f9
 def run(
     bars: Iterable[Bar],
     symbols: Sequence[str],
