@@ -20,8 +20,10 @@ from mltrading.backtest.replay import decided_targets, replay
 from mltrading.core.errors import DataError, ParameterError
 from mltrading.market.panel import Panel, from_frame, until
 from mltrading.market.simulate import random_walk
+from mltrading.portfolio.block import PolicyParams, build_policy
 from mltrading.portfolio.limits import CapGross, CapNet, CapPosition, NoTradeBand
 from mltrading.portfolio.policy import Policy
+from mltrading.portfolio.record import follow_bar
 from mltrading.portfolio.sizing import Conviction, Direction, VolatilityTarget
 from mltrading.systems.trade import check_bars_per_year
 
@@ -366,3 +368,46 @@ def test_bars_per_year_have_to_fit_the_panel() -> None:
     check_bars_per_year(panel, 252.0)
     with pytest.raises(ParameterError, match="says 19,656, and the panel has about 26"):
         check_bars_per_year(panel, 19_656.0)
+
+
+class Spy:
+    """A policy, and the accounts that it was shown."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy, self.vol_bars, self.seen = policy, policy.vol_bars, []
+
+    def decide(self, t, forecast, account, market):
+        self.seen.append((account, market.close))
+        return self.policy.decide(t, forecast, account, market)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_an_account_remembers(seed: int) -> None:
+    """Entry, age and best close of every position as they follow from the ledger's fills; the record from its equity; a halt that ends by itself. And targets from a policy with exits are still targets."""
+    panel, params = market(seed), PARAMS.model_copy(update={"release_after_bars": 4, "delist_after_bars": 60})
+    block = {"rebalance_bars": 2, "vol_bars": 10, "bars_per_year": 252, "direction": {"prob_threshold": 0.02, "allow_short": True}, "equal_weight": {"gross": 1.0}, "stop_loss": {"loss": 0.04},
+             "trailing_stop": {"drop": 0.05}, "max_holding": {"bars": 9}, "drawdown_stop": {"max_drawdown": 0.05}, "cap_gross": {"max_gross": 1.2}}
+    spy = Spy(build_policy(PolicyParams(**block)))
+    ledger, decisions = replay(panel, spy, opinions(panel, seed, after=2), DEAR, params)
+    same(ledger, simulate(panel, decided_targets(panel, decisions), DEAR, params), but=("reason",))
+    n, (accounts, closes) = len(panel.symbols), zip(*spy.seen, strict=True)
+    quantity, price = wide(ledger.fills, "quantity", panel).to_numpy(), wide(ledger.fills, "fill_price", panel).to_numpy()
+    shares, memory = np.zeros(n), (np.full(n, np.nan), np.zeros(n), np.full(n, np.nan), np.full(n, np.nan))
+    first = accounts[0].bar
+    for t in range(len(panel)):
+        *memory, _ = follow_bar(shares, quantity[t], price[t], panel["close"][:, t], *memory)
+        shares = shares + quantity[t]
+        shares[np.abs(shares) < 1e-9] = 0.0
+        if t >= first and t - first < len(accounts):
+            account = accounts[t - first]
+            assert account.bar == t
+            np.testing.assert_array_equal(closes[t - first], panel["close"][:, t])
+            for found, expected in ((account.entry, memory[0]), (account.age, memory[2]), (account.best, memory[3])):
+                held = account.weights != 0
+                np.testing.assert_allclose(found[held], expected[held], rtol=1e-9)
+    equity = ledger.equity["equity"].to_numpy()
+    released = [k for k, a in enumerate(accounts) if k and accounts[k - 1].record.halt and not a.record.halt]
+    for k, account in enumerate(accounts):
+        since = max([first + r for r in released if r <= k], default=0)
+        assert account.record.peak == max(equity[since:first + k + 1].max(), params.initial_cash if since == 0 else 0)
+    assert any(a.record.halt for a in accounts)

@@ -250,7 +250,7 @@ def _run(
         cash = settle(t, close, reference, room, vol, adv, years, actions, terms, charges, patience, shares, orders, last, ending, missing, cash, out, log)
         if out[t, EQUITY] <= charges[3] * out[t, REQUIRED]:
             place(shares, 0.0, shares, last, terms, orders)
-        elif t >= delay and decided[t - delay] and out[t, EQUITY] > 0.0:
+        elif t >= delay and decided[t - delay] and out[t, EQUITY] > 0.0 and out[t - delay, EQUITY] > 0.0:
             place(targets[t - delay], out[t, EQUITY], shares, last, terms, orders)
         if log.shape[1]:
             log[ORDERED, t], log[HELD, t], log[LAST, t] = orders, shares, last

@@ -360,6 +360,7 @@ def check_weights(
     if gross > max_gross * (1 + 1e-9):
         raise DataError(where, f"|weights| times margins sum to {gross:.6g}, the account accepts {max_gross:g}", "cap the weights in the policy or raise `max_gross`")
 
+# %% ../../nbs/backtest/15_events.ipynb #4ce7a31b
 class Desk:
     """Exchange, books and the rules between them: everything but the loop."""
 
@@ -419,6 +420,7 @@ class Desk:
                 refused = ~np.isnan(rows[:, O_STATUS])
                 exchange.add(rows, ["rejected: more than the account can carry" if no else reason for no, reason in zip(refused, reasons, strict=True)])
 
+# %% ../../nbs/backtest/15_events.ipynb #4ce7a31c
 def run(
     bars: Iterable[Bar],
     symbols: Sequence[str],

@@ -72,7 +72,7 @@ from ..core.errors import DataError
 from ..core.jit import njit
 
 # %% auto #0
-__all__ = ['ASLEEP', 'WORKS', 'TRIGGERED', 'Exchange']
+__all__ = ['ASLEEP', 'WORKS', 'TRIGGERED', 'Book', 'Exchange']
 
 # %% ../../nbs/backtest/09_exchange.ipynb #da523785
 ASLEEP, WORKS = 0.0, 1.0
@@ -107,6 +107,7 @@ def _wake(book: Grid, count: int, i: int, quantity: float, where: int) -> None:
             if book[k, READY] == ASLEEP:
                 book[k, READY] = 1.0 + where
 
+# %% ../../nbs/backtest/09_exchange.ipynb #e29cc27f
 @njit(nogil=True)
 def _take(i: int, quantity: float, price: float, micros: float, vol: Grid, adv: Grid, rates: Grid, least: float, book: Grid, fill: Grid) -> None:
     "Write one fill: what it costs, and what it leaves of the order."
@@ -120,6 +121,7 @@ def _take(i: int, quantity: float, price: float, micros: float, vol: Grid, adv: 
     fill[F_SPREAD], fill[F_SLIPPAGE], fill[F_IMPACT] = spread, slip, impact
     book[i, O_FILLED_AT] = micros
 
+# %% ../../nbs/backtest/09_exchange.ipynb #0edf1108
 @njit(nogil=True)
 def _visit(
     i: int, late: bool, micros: float, prices: Grid, room: Grid, at_close: bool, vol: Grid, adv: Grid, terms: Grid, patient: Grid, least: float,
@@ -181,6 +183,7 @@ def _rank(kind: float, at_close: bool) -> float:
         return 4.0 if at_close else 0.0
     return 3.0 if kind == LIMIT else 2.0 if kind == STOP_LIMIT else 1.0
 
+# %% ../../nbs/backtest/09_exchange.ipynb #f8646d0a
 @njit(nogil=True)
 def _match(
     micros: float,                # instant of the bar, microseconds since 1970
@@ -217,7 +220,7 @@ def _match(
         first = stop
     return done
 
-# %% ../../nbs/backtest/09_exchange.ipynb #e29cc27f
+# %% ../../nbs/backtest/09_exchange.ipynb #983730cd
 @njit(nogil=True)
 def _state(book: Grid, count: int, i: int, gone: NDArray[np.bool_]) -> float:
     "The final state of an order, -1 where it stays in the book."
@@ -263,52 +266,21 @@ def _sweep_book(
             kept += 1
     return kept, left
 
-# %% ../../nbs/backtest/09_exchange.ipynb #943905da
-class Exchange:
-    """A simulated market place for a list of symbols."""
+# %% ../../nbs/backtest/09_exchange.ipynb #a78b819d
+class Book:
+    """Orders that have not ended, and those that have since they were last collected."""
 
-    def __init__(
-        self,
-        symbols: Sequence[str],
-        costs: CostParams,
-        terms: Grid,              # (N, 11) from `lay_terms`
-    ) -> None:
-        n = len(symbols)
-        self.place, self.costs, self.flow = {s: i for i, s in enumerate(symbols)}, costs, Liquidity(n, costs)
-        self.terms = terms.copy()
-        self.terms[:, MINIMUM] = 0.0
-        self.patient = passive(self.terms)
+    def __init__(self, n: int) -> None:
         self.book, self.count, self.number = np.empty((64, WIDTH)), 0, 0
         self.fills, self.ended = np.empty((64, 11)), np.empty((64, WIDTH))
         self.reasons: dict[int, str] = {}
         self.out: list[Grid] = []
-        self.traded, self.room, self.nobody = np.zeros(n, bool), np.empty(n), np.zeros(n, bool)
-        self.alive, self.last = np.zeros(n, bool), np.full(n, np.nan)
+        self.nobody = np.zeros(n, bool)
 
     @property
     def working(self) -> Grid:
         "(K, 20) the orders in the book; see `backtest.orders` for the columns."
         return self.book[:self.count]
-
-    def draft(
-        self,
-        orders: Orders,
-        now: float,               # instant of the decision, microseconds since 1970
-    ) -> tuple[Grid, list[str]]:  # rows and reasons, to be added
-        """A batch as rows. An order for a symbol without a bar now is rejected. Raises `DataError` as `lay_orders` does."""
-        rows, reasons = lay_orders(orders, self.place, now, self.number, self.last)
-        rows[~self.alive[rows[:, O_COLUMN].astype(np.int64)], O_STATUS] = REJECTED
-        return rows, reasons
-
-    def check_open(
-        self,
-        symbols: Sequence[str],
-        now: float,               # microseconds since 1970
-    ) -> None:
-        """Raises `DataError` on a symbol without a bar now: its session is closed."""
-        for s in symbols:
-            if s in self.place and not self.alive[self.place[s]]:
-                raise DataError(f"orders at {np.datetime64(int(now), 'us')}, symbol {s}", "has no bar: its session is closed", "order when it trades")
 
     def add(
         self,
@@ -346,6 +318,59 @@ class Exchange:
             rows[np.isin(rows[:, O_NUMBER], list(numbers)) if numbers is not None else slice(None), O_STATUS] = CANCELLED
         self._sweep(self.nobody if gone is None else gone, False)
 
+    def collect(
+        self,
+    ) -> tuple[Grid, list[str]]:  # (K, 20) and one reason each
+        """The orders that ended since the last time."""
+        rows = np.concatenate(self.out) if self.out else np.empty((0, WIDTH))
+        self.out = []
+        return rows, [self.reasons.pop(int(k)) for k in rows[:, O_NUMBER]]
+
+    def close(self) -> None:
+        """The data has ended: what is left is pending or working."""
+        rows = self.working
+        rows[:, O_STATUS] = np.where(rows[:, AGE] == 0, PENDING, WORKING)
+        self._sweep(self.nobody, False)
+
+# %% ../../nbs/backtest/09_exchange.ipynb #49b13297
+class Exchange(Book):
+    """A simulated market place for a list of symbols."""
+
+    def __init__(
+        self,
+        symbols: Sequence[str],
+        costs: CostParams,
+        terms: Grid,              # (N, 11) from `lay_terms`
+    ) -> None:
+        n = len(symbols)
+        super().__init__(n)
+        self.place, self.costs, self.flow = {s: i for i, s in enumerate(symbols)}, costs, Liquidity(n, costs)
+        self.terms = terms.copy()
+        self.terms[:, MINIMUM] = 0.0
+        self.patient = passive(self.terms)
+        self.traded, self.room = np.zeros(n, bool), np.empty(n)
+        self.alive, self.last = np.zeros(n, bool), np.full(n, np.nan)
+
+    def draft(
+        self,
+        orders: Orders,
+        now: float,               # instant of the decision, microseconds since 1970
+    ) -> tuple[Grid, list[str]]:  # rows and reasons, to be added
+        """A batch as rows. An order for a symbol without a bar now is rejected. Raises `DataError` as `lay_orders` does."""
+        rows, reasons = lay_orders(orders, self.place, now, self.number, self.last)
+        rows[~self.alive[rows[:, O_COLUMN].astype(np.int64)], O_STATUS] = REJECTED
+        return rows, reasons
+
+    def check_open(
+        self,
+        symbols: Sequence[str],
+        now: float,               # microseconds since 1970
+    ) -> None:
+        """Raises `DataError` on a symbol without a bar now: its session is closed."""
+        for s in symbols:
+            if s in self.place and not self.alive[self.place[s]]:
+                raise DataError(f"orders at {np.datetime64(int(now), 'us')}, symbol {s}", "has no bar: its session is closed", "order when it trades")
+
     def match(
         self,
         bar: Bar,
@@ -368,17 +393,3 @@ class Exchange:
         self.alive = ~np.isnan(bar.prices[3])
         self.last = np.where(self.alive, bar.prices[3], self.last)
         return self.fills[:found]
-
-    def collect(
-        self,
-    ) -> tuple[Grid, list[str]]:  # (K, 20) and one reason each
-        """The orders that ended since the last time."""
-        rows = np.concatenate(self.out) if self.out else np.empty((0, WIDTH))
-        self.out = []
-        return rows, [self.reasons.pop(int(k)) for k in rows[:, O_NUMBER]]
-
-    def close(self) -> None:
-        """The data has ended: what is left is pending or working."""
-        rows = self.working
-        rows[:, O_STATUS] = np.where(rows[:, AGE] == 0, PENDING, WORKING)
-        self._sweep(self.nobody, False)

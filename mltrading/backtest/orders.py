@@ -100,6 +100,7 @@ class Orders:
     cancel: Sequence[int] = ()            # numbers of working orders
     reason: str | Sequence[str] = ""
 
+# %% ../../nbs/backtest/08_orders.ipynb #69a0c7fb
 # behind the eleven columns of the ledger's record of an order
 LEVEL, BEST, TRAIL, LIFE, PARENT, PAIR, UNCUT, READY, AGE = range(11, 20)
 WIDTH = 20
@@ -135,6 +136,7 @@ def _check(orders: Orders, rows: Grid, profit: Grid, loss: Grid, where: str) -> 
             i = int(np.argmax(bad))
             raise DataError(f"{where}, {ORDER_KINDS[int(kind[i])]} order {i} for {orders.symbol[i]}", what, fix)
 
+# %% ../../nbs/backtest/08_orders.ipynb #00ae98c6
 def lay_orders(
     orders: Orders,
     place: Mapping[str, int],  # symbol -> its number
@@ -170,6 +172,7 @@ def lay_orders(
     rows[:, O_NUMBER] = number + np.arange(count) + np.cumsum(exits) - exits
     return _with_exits(rows, reasons, profit, loss) if exits.any() else (rows, reasons)
 
+# %% ../../nbs/backtest/08_orders.ipynb #a8e8497e
 def _with_exits(rows: Grid, reasons: list[str], profit: Grid, loss: Grid) -> tuple[Grid, list[str]]:
     "Put the sleeping exits behind their entries."
     out, said = [], []

@@ -148,7 +148,7 @@ def _account(
         order = 0.0
         if equity[t] <= call * abs(shares) * last:
             order = -shares
-        elif delay <= t < bars + delay and equity[t] > 0.0 and not isnan(out[t - delay]):
+        elif delay <= t < bars + delay and equity[t] > 0.0 and equity[t - delay] > 0.0 and not isnan(out[t - delay]):
             order = _order(out[t - delay], equity[t], shares, last)
     sums[COSTS], sums[HELD] = costs, held
 

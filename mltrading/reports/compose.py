@@ -265,6 +265,10 @@ class _Past(_Opening):
         note = f"Commission {c['commission_bps']:g} bp, half-spread {c['half_spread_bps']:g} bp, square-root impact with coefficient {c['impact_coefficient']:g}, borrow {c['borrow_bps_annual']:g} bp a year; orders fill at the next bar's {c['fill']}. Cash earns and costs nothing. A position whose symbol has no bar for {a['delist_after_bars']} bars is settled {100 * a['delist_haircut']:g} % worse than its last close."
         return Table(frame, spec, "How much was traded", note, units={"turnover per year": "× equity"})
 
+# %% ../../nbs/reports/40_compose.ipynb #1d6a1f5d
+class _Turned(_Past):
+    "The same decisions under other assumptions."
+
     @cached_property
     def varied(self) -> pd.DataFrame:
         """Sharpe ratios of the same decisions at other costs, later, and with more money."""
@@ -292,7 +296,7 @@ class _Past(_Opening):
         return Table(frame, {"Sharpe ratio": "signed:2", "growth per year": "signed-percent:1"}, "And if every decision came late?", "A result that lives on one bar's timing would not survive a real desk.")
 
 # %% ../../nbs/reports/40_compose.ipynb #fab0b3b9
-class Run(_Past):
+class Run(_Turned):
     """A finished run of a system, as its report sees it."""
 
     def forecasts(self) -> Table:
