@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mltrading.backtest.baselines import equal_weight, hold
 from mltrading.backtest.costs import CostParams
-from mltrading.backtest.engine import BacktestParams, equity_curve, lay_tape, simulate, sweep
+from mltrading.backtest.engine import BacktestParams, equity_curve, lay_tape, simulate
 from mltrading.backtest.ledger import TABLES, Ledger
 from mltrading.backtest.replay import decided_targets, replay
 from mltrading.core.errors import DataError, ParameterError
@@ -292,9 +292,9 @@ def test_delay_shifts_decisions(delay: int) -> None:
 
 def test_costs_only_cost() -> None:
     panel = market(9)
-    curves = sweep(panel, {"w": wishes(panel, 10, 1.0)}, DEAR, PARAMS, cost_scales=(0, 0.5, 1, 2, 4), delays=(0, 1), threads=2)
+    curves = equity_curves(panel, {"w": wishes(panel, 10, 1.0)}, DEAR, PARAMS, cost_scales=(0, 0.5, 1, 2, 4), delays=(0, 1), threads=2)
     assert (curves.xs(0, axis=1, level="delay_bars").iloc[-1].diff().dropna() < 0).all()
-    pd.testing.assert_frame_equal(curves, sweep(panel, {"w": wishes(panel, 10, 1.0)}, DEAR, PARAMS, cost_scales=(0, 0.5, 1, 2, 4), delays=(0, 1)), check_exact=True)
+    pd.testing.assert_frame_equal(curves, equity_curves(panel, {"w": wishes(panel, 10, 1.0)}, DEAR, PARAMS, cost_scales=(0, 0.5, 1, 2, 4), delays=(0, 1)), check_exact=True)
 
 
 def test_ruin_closes_the_account() -> None:

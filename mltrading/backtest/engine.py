@@ -51,7 +51,7 @@ from ..market.panel import Panel, fill_price
 # %% auto #0
 __all__ = ['ORDERED', 'TAKEN', 'REFERENCE', 'PRICE', 'COMMISSION', 'SPREAD', 'SLIPPAGE', 'IMPACT', 'ENDED', 'FINAL', 'HELD',
            'LAST', 'CLOSED_OUT', 'BacktestParams', 'Tape', 'tradable', 'lay_tape', 'settle', 'place', 'account_charges',
-           'check_targets', 'simulate', 'equity_curve', 'sweep']
+           'check_targets', 'simulate', 'equity_curve', 'equity_curves']
 
 # %% ../../nbs/backtest/10_engine.ipynb #aaaff9fd
 class BacktestParams(BaseModel):
@@ -414,7 +414,7 @@ def equity_curve(
          params.initial_cash, out, np.zeros((12, 0, 0)))
     return np.ascontiguousarray(out[:, EQUITY])
 
-def sweep(
+def equity_curves(
     panel: Panel,
     targets: Mapping[str, Grid | pd.DataFrame],  # name -> (T, N) as for `simulate`
     costs: CostParams,
