@@ -237,17 +237,19 @@ def failure_recorded(
 class Look:
     """One look at a test window."""
 
-    def __init__(self) -> None:
+    def __init__(self, fits: int = 1) -> None:
         self.returns: pd.Series | None = None
+        self.fits = fits
 
     def show(
         self,
-        returns: pd.Series,  # (T,) out-of-sample returns per bar, net of costs, indexed by instant
-    ) -> pd.Series:          # the same
+        returns: pd.Series,       # (T,) out-of-sample returns per bar, net of costs, indexed by instant
+        fits: int | None = None,  # fits behind them, where they are counted only on the way; None: as `looking` was told
+    ) -> pd.Series:               # the same
         """Hand over what was seen. Raises `DataError` the second time: another result is another look."""
         if self.returns is not None:
             raise DataError("look", "has shown its returns already", "open another one with `looking` for another result")
-        self.returns = returns
+        self.returns, self.fits = returns, self.fits if fits is None else fits
         return returns
 
 @contextmanager
@@ -263,12 +265,12 @@ def looking(
     """Record what a block of code finds on a test window: its returns, or the exception that ended it, which is raised again. Warns where returns that were shown cannot be measured, and so count as a failure.
 
     Raises `DataError` where the block shows no returns, and on returns that `trial` refuses."""
-    look = Look()
+    look = Look(fits)
     with failure_recorded(path, system, model, params, data_id, bars_per_year, fits):
         yield look
         if look.returns is None:
             raise DataError(f"look at {system}/{model}", "ended without returns", "hand them over with `show`")
-        row = trial(system, model, params, data_id, look.returns, bars_per_year, fits)
+        row = trial(system, model, params, data_id, look.returns, bars_per_year, look.fits)
     record(path, [row])
     if row["status"] == "failed":
         warnings.warn(f"{system}/{model}: the returns that were shown cannot be measured and are recorded as a failed trial: {row['error']}", stacklevel=3)
