@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from ..core.errors import DataError, ParameterError
 from ..core.storage import atomic, plain
 from ..market.http import first_words
-from .inference import deflated_sharpe, expected_max_sharpe, probabilistic_sharpe
+from .inference import sharpe_significance
 from .metrics import checked, kurtosis, skew
 from .overfitting import backtest_overfitting
 
@@ -405,7 +405,7 @@ def deflated(
     returns: Any,                # (T,) simple returns per bar, net of costs, recorded before
     ledger: pd.DataFrame,        # from `read`: all that was tried
     bars_per_year: float = 252,
-) -> dict[str, float]:           # sharpe_annual, psr, dsr (probabilities), n_trials, effective_trials, expected_max_sharpe_annual
+) -> dict[str, float]:           # sharpe_annual, psr, dsr (probabilities), expected_max_sharpe_annual, n_trials, effective_trials
     """The deflated Sharpe ratio of one recorded trial. The effective number of trials and their variance come from the ledger.
 
     Raises `DataError` on returns that the ledger does not hold.
@@ -414,9 +414,7 @@ def deflated(
     r, luck = checked(returns), (effective_trials(ledger), sharpe_variance(ledger, bars_per_year))
     if returns_id(r) not in set(ledger["returns_id"]):
         raise DataError("returns", "are not in the ledger of trials", "record them before showing them: `record(path, [trial(...)])`")
-    seen, root = (float(r.mean() / r.std(ddof=1)), len(r), skew(r), kurtosis(r)), float(np.sqrt(bars_per_year))
-    return {"sharpe_annual": seen[0] * root, "psr": probabilistic_sharpe(*seen), "dsr": deflated_sharpe(*seen, *luck),
-            "n_trials": trial_count(ledger), "effective_trials": luck[0], "expected_max_sharpe_annual": expected_max_sharpe(*luck) * root}
+    return sharpe_significance(r, *luck, bars_per_year) | {"n_trials": trial_count(ledger), "effective_trials": luck[0]}
 
 # %% ../../nbs/validation/30_trials.ipynb #b76b788c
 _ENOUGH = 4  # trials: a median of fewer says nothing
