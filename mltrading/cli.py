@@ -172,7 +172,7 @@ def parser() -> argparse.ArgumentParser:
     audit.add_argument("--cuts", type=int, default=8, help="instants at which the data are cut")
     trials = command("trials", "count what was tried, and check that no row is gone", _trials)
     trials.add_argument("--merge", action="store_true", help="join both sides of ledgers that git left in conflict")
-    command("leaks", "plant leaks and print how many the audit finds, and how many honest twins it accuses", _leaks)
+    command("leaks", "plant leaks and print how many the audit finds, and how many honest twins it accuses; a minute or two", _leaks)
     command("refresh", "export the package, clean the notebooks, write README.md", _refresh)
     return top
 
@@ -201,3 +201,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more when it flushes at its end
         return 141                                                      # what a shell says of a program that ended so
     return 0
+
+# %% ../nbs/90_cli.ipynb #ffaf9fc6
+if __name__ == "__main__" and globals().get("__spec__"):
+    sys.exit(main())

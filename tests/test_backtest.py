@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mltrading.backtest.baselines import equal_weight, hold
 from mltrading.backtest.costs import CostParams
-from mltrading.backtest.engine import BacktestParams, equity_curve, lay_tape, simulate
+from mltrading.backtest.engine import BacktestParams, equity_curve, equity_curves, lay_tape, simulate
 from mltrading.backtest.ledger import TABLES, Ledger
 from mltrading.backtest.replay import decided_targets, replay
 from mltrading.core.errors import DataError, ParameterError

@@ -9,17 +9,19 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from mltrading.core import runner
 from mltrading.core.errors import StageError
 from mltrading.core.runner import run_stage
 from mltrading.core.storage import content_id, read_parquet
 from mltrading.market.panel import BarSet
 from mltrading.market.snapshot import Snapshot, examined, read_snapshot, write_snapshot
-from mltrading.validation.trials import read_rows
+from mltrading.validation.trials import read_rows, record, trial
 
 SYSTEM, PROFILE = "multiasset", "smoke"
 STAGES = ("panel", "features", "train", "backtest")
@@ -182,3 +184,20 @@ def test_a_stage_that_fails_on_a_test_window_is_a_trial(twins: tuple[Path, Path]
         broken(project, notebook, new, old)
         run_stage(stage, SYSTEM, PROFILE)
         assert len(read_rows(ledger)) == 3 + rows  # what it found is on record already
+
+
+def test_rows_that_others_record_while_a_stage_runs_stay(twins: tuple[Path, Path], tmp_path: Path, new_project: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    project = new_project(tmp_path / "project")
+    shutil.copytree(twins[0].parents[2] / "build" / "smoke", project / "build" / "smoke")
+    monkeypatch.setenv("MLTRADING_ROOT", str(project))
+    ledger = project / "build" / "smoke" / "reports" / "trials" / f"{SYSTEM}.jsonl"
+    executed = runner.execute
+
+    def interrupted(*args: Any) -> Any:
+        done = executed(*args)
+        record(ledger, [trial(SYSTEM, "by hand", {}, "d0", None, error="another process")])
+        return done
+
+    monkeypatch.setattr(runner, "execute", interrupted)
+    run_stage("backtest", SYSTEM, PROFILE)
+    assert [r["model"] for r in read_rows(ledger)][3:] == ["by hand"]

@@ -481,9 +481,15 @@ def test_a_reader_who_leaves_ends_a_command_quietly(root: Path, words: list[str]
 
 def test_the_front_page_shows_what_runs(root: Path, tmp_path: Path) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```$", (root / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     to_frame(random_walk(4, 200, seed=1, closes_only=0)).to_parquet(tmp_path / "prices.parquet")
-    code = "\n".join([*blocks, "print(*table.columns)"])
+    code = "\n".join([*blocks, "print(*table.columns)", "assert deflated(returns, read('trials.jsonl'))['n_trials'] == 4"])
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split() == ["timestamp", "symbol", "calm_20", "calm_60", *SETS["sequence60"](), "har_5"]
+
+
+def test_the_module_is_the_command(root: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "mltrading.cli", "leaks", "--help"], cwd=root, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "a minute or two" in " ".join(done.stdout.split())

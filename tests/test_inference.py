@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import binom, false_discovery_control, rankdata
 
 from mltrading.core.errors import DataError, ParameterError
-from mltrading.validation import inference, many, metrics, overfitting
+from mltrading.validation import inference, many, metrics, overfitting, relative
 
 
 def autoregressive(rng, n, phi, sharpe=0.0):
@@ -442,3 +442,17 @@ def test_rounding_is_no_gain_over_the_baseline(test, noise, size):
     with pytest.raises(DataError, match=r"trials minus baseline, column 1: .*variance is zero"):
         test(size * np.column_stack([other, twin]), 0, size * base, 99)
     test(size * np.column_stack([other, base + 1e-9 * rng.normal(size=300)]), 0, size * base, 99)
+
+
+def test_counts_that_are_not_whole_and_years_without_bars_are_refused():
+    r, b = 0.01 * np.random.default_rng(0).normal(size=(2, 400))
+    for count in (1.5, True, "9", -1):
+        for of in (lambda n: inference.bootstrap_intervals(r, 0, n_boot=n), lambda n: inference.paired_difference(r, b, 0, n_boot=n), lambda n: inference.robust_mean(r, lags=n), lambda n: inference.robust_sharpe(r, lags=n),
+                   lambda n: many.superior_ability(np.column_stack([r, b]), 0, n_boot=n), lambda n: overfitting.backtest_overfitting(np.column_stack([r, b]), n)):
+            with pytest.raises(ParameterError, match="is not a whole number"):
+                of(count)
+    for year in (0, -252, float("nan"), float("inf")):
+        for of in (lambda y: relative.relative(r, b, y), lambda y: overfitting.backtest_overfitting(np.column_stack([r, b]), 4, bars_per_year=y), lambda y: inference.paired_difference(r, b, 0, bars_per_year=y),
+                   lambda y: inference.robust_mean(r, y), lambda y: inference.robust_sharpe(r, y), lambda y: inference.sharpe_significance(r, 5, bars_per_year=y), lambda y: inference.bootstrap_intervals(r, 0, bars_per_year=y)):
+            with pytest.raises(ParameterError, match="make no year"):
+                of(year)

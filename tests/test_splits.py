@@ -1,6 +1,6 @@
 """Splits on label ends against a slow check that compares every training row with every test row."""
 
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -233,23 +233,27 @@ def test_scikit_learn_takes_every_splitter(split):
         cross_val_score(DummyRegressor(), X, y, groups=np.arange(200), cv=split)
 
 
-def test_a_nested_search_records_each_outer_result_and_nothing_else(tmp_path: Path) -> None:
+def test_a_nested_search_is_one_trial(tmp_path: Path) -> None:
+    """Its returns are those of all outer folds, joined; a failure on the way is recorded instead."""
     t = pd.date_range("2020-01-01 21:00", periods=300, freq="B", tz="UTC", unit="us")
     end, returns = t.append(t[-1:] + pd.Timedelta(days=1))[1:], pd.Series(0.01 * np.random.default_rng(0).normal(size=300), t)
     outer, path = WalkForward(150, 50).folds(t, end), tmp_path / "x.jsonl"
-    look = partial(looking, path, "demo", data_id="d")
+
+    def earned(side: int, train: np.ndarray, test: np.ndarray) -> pd.Series:
+        return side * returns.iloc[test]
 
     def fails_outside(side: int, train: np.ndarray, test: np.ndarray) -> pd.Series:
         if test[-1] == 299:
             raise ArithmeticError("the last window")
-        return side * returns.iloc[test]
+        return earned(side, train, test)
 
-    with pytest.raises(ArithmeticError):
-        nested_search(outer, PurgedKFold(3), t, end, {"long": 1, "short": -1}, fails_outside, look=look)
+    for score, width in ((earned, 1), (earned, 2), (fails_outside, 1)):
+        with suppress(ArithmeticError), looking(path, "demo", "sides", {"width": width}, "d") as look:
+            nested_search(outer[::-1], PurgedKFold(3), t, end, {"long": width, "short": -width}, score, look=look)
     rows = read_rows(path)
-    assert [(r["status"], r["fits"]) for r in rows] == [("ok", 7)] * (len(outer) - 1) + [("failed", 7)]
-    for row, fold in zip(rows[:-1], outer, strict=False):
-        assert (pd.Timestamp(row["start"]), pd.Timestamp(row["end"])) == (t[fold.test[0]], t[fold.test[-1]])
+    assert [(r["status"], r["fits"], r["n_bars"]) for r in rows] == [("ok", 7 * len(outer), 150), ("ok", 7 * len(outer), 150), ("failed", 1, 0)]
+    assert len({r["params_id"] for r in rows}) == 2
+    assert (pd.Timestamp(rows[0]["start"]), pd.Timestamp(rows[0]["end"])) == (t[150], t[-1])
     assert rows[-1]["error"] == "ArithmeticError: the last window"
 
 

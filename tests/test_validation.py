@@ -1,5 +1,8 @@
 """The validation floor: no leak in any split, no unnoticed edit of a ledger, no luck that passes for skill."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -287,3 +290,38 @@ def test_returns_in_another_form_are_told_and_counted(tmp_path):
         with pytest.raises(DataError, match=r"Series of returns|order of time"), trials.looking(path, "demo", "x", {"n": n}, "d0") as look:
             look.show(wrong)
         assert [row["status"] for row in trials.read_rows(path)] == ["failed"] * n
+
+
+def test_a_lock_is_the_same_for_every_user_and_folder_of_temporary_files(tmp_path, monkeypatch):
+    """Whoever holds the lock of a ledger holds off a process with another TMPDIR; and no file is left beside the ledger."""
+    path, row = tmp_path / "books" / "x.jsonl", trials.trial("demo", "x", {}, "d", None, error="tried")
+    code = "import sys; from mltrading.validation import trials; print('ready', flush=True); trials.record(sys.argv[1], [trials.trial('demo', 'y', {}, 'd', None, error='tried')])"
+    with trials._alone(path):
+        other = subprocess.Popen([sys.executable, "-c", code, str(path)], env=os.environ | {"TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE)
+        assert other.stdout.readline() == b"ready\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            other.wait(0.5)
+        assert not path.exists()
+    assert other.wait(30) == 0
+    other.stdout.close()
+    trials.record(path, [row])
+    assert [r["model"] for r in trials.read_rows(path)] == ["y", "x"]
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_returns_that_cannot_be_measured_are_warned_of(tmp_path):
+    path, r = tmp_path / "x.jsonl", pd.Series(0.01 * np.random.default_rng(0).normal(size=len(BARS)), BARS)
+    for n, wrong in enumerate((1e4 * r, r.where(r > 0), r[:1]), 1):
+        with pytest.warns(UserWarning, match="recorded as a failed trial"), trials.looking(path, "demo", "x", {"n": n}, "d0") as look:
+            look.show(wrong)
+        assert [row["status"] for row in trials.read_rows(path)] == ["failed"] * n
+
+
+def test_a_part_of_a_ledger_is_refused(tmp_path):
+    block = 0.01 * np.random.default_rng(4).normal(size=(400, 6))
+    ledger = ledger_of(tmp_path / "x.jsonl", block)
+    for of in (trials.trial_count, trials.weekly_returns, trials.effective_trials, trials.sharpe_variance, trials.search_overfitting, lambda x: trials.deflated(block[:, 2], x)):
+        of(ledger.sample(frac=1, random_state=0))  # in another order it is still whole
+        for part in (ledger[ledger["sharpe_bar"] > 0], ledger[2:], ledger[:-1], ledger[:0], pd.concat([ledger, ledger[:1]])):
+            with pytest.raises(ParameterError, match="not all that was tried"):
+                of(part)

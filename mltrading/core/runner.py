@@ -76,13 +76,14 @@ def _staging(folder: Path, name: str) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 def publish(
-    staging: Path,          # where the outputs are
-    folder: Path,           # the project's root
-    outs: tuple[str, ...],  # their paths, the same below both
+    staging: Path,                      # where the outputs are
+    folder: Path,                       # the project's root
+    outs: tuple[str, ...],              # their paths, the same below both
+    in_place: tuple[str, ...] = (),     # outputs that were written below the root and are left alone
 ) -> None:
     """Move a stage's outputs into place, each in one step. Raises `StageError` before touching anything where one of them is missing."""
-    if missing := [o for o in outs if not (staging / o).exists()]:
-        raise StageError(missing[0], "is declared as an output and was not written", "write it with stage.output(…), or remove it from dvc.yaml")
+    if missing := [*(o for o in outs if not (staging / o).exists()), *(o for o in in_place if not (folder / o).exists())]:
+        raise StageError(missing[0], "is declared as an output and was not written", "write it with stage.output(…), a ledger by recording in stage.trials, or remove it from dvc.yaml")
     for out in outs:
         put(staging / out, folder / out)
 
@@ -178,7 +179,8 @@ def run_stage(
     check_parameters(nb.cells, passed, path)
     deps = tuple(rebase(d, profile) for d in entry.deps)
     inputs = {d: content_id(folder / d) for d in deps}
-    outs, label = tuple(rebase(o, profile) for o in entry.outs), f"{stage}@{system}" if system else stage
+    outs, in_place = (tuple(rebase(o, profile) for o in paths) for paths in (entry.staged, [o for o in entry.outs if o not in entry.staged]))
+    label = f"{stage}@{system}" if system else stage
     with _staging(folder, label) as staging:
         env = fixed_environment(int(params["compute"]["threads"]), int(params["compute"]["seed"])) | {"MLTRADING_ROOT": str(folder), "MLTRADING_STAGING": str(staging)}
         done = normalise(execute(folder / path, passed, env, folder / "build" / "failed" / f"{label}.ipynb"))
@@ -191,4 +193,4 @@ def run_stage(
                 nbformat.write(done, staging / out)
             if out.endswith(".html"):
                 render(done, staging / out, provenance(entry, opened.params, inputs, system, profile), **_page(out))
-        publish(staging, folder, outs)
+        publish(staging, folder, outs, in_place)

@@ -16,7 +16,7 @@ from .errors import StageError, unknown
 from .params import SMOKE, block, load_params, read_yaml, root
 
 # %% auto #0
-__all__ = ['M', 'Declared', 'declared', 'rebase', 'Stage', 'open_stage']
+__all__ = ['M', 'Declared', 'declared', 'ledger', 'rebase', 'Stage', 'open_stage']
 
 # %% ../../nbs/core/30_stage.ipynb #f2267b21
 @dataclass(frozen=True)
@@ -26,6 +26,11 @@ class Declared:
     deps: tuple[str, ...]     # paths from the root
     outs: tuple[str, ...]     # paths from the root, metrics included
     params: tuple[str, ...]   # dotted names in params.yaml
+
+    @property
+    def staged(self) -> tuple[str, ...]:
+        "Outputs that a run makes anew. The others, row by row, are only ever added to."
+        return tuple(o for o in self.outs if not o.endswith(".jsonl"))
 
 def _paths(entries: list[Any], system: str) -> tuple[str, ...]:
     names = [next(iter(e)) if isinstance(e, dict) else e for e in entries]
@@ -42,6 +47,17 @@ def declared(
         raise unknown("stage", stage, list(stages), "dvc.yaml")
     entry = stages[stage]
     return Declared(_paths(entry.get("deps", []), system), _paths([*entry.get("outs", []), *entry.get("metrics", [])], system), _paths(entry.get("params", []), system))
+
+def ledger(
+    system: str,
+    folder: Path | None = None,  # where dvc.yaml is; the project's root unless told
+) -> str:                        # path from the root
+    """The system's ledger of trials: the one output of all stages that is added to row by row. Raises `StageError` where dvc.yaml does not declare one such output."""
+    outs = {o for stage in read_yaml((folder or root()) / "dvc.yaml")["stages"].values() for o in _paths(stage.get("outs", []), system)}
+    found = sorted(o for o in outs if Path(o).name == f"{system}.jsonl")
+    if len(found) != 1:
+        raise StageError("dvc.yaml", f"declares {len(found)} ledgers of trials for {system}", "name one as an output of the stage that looks at test windows: reports/trials/${item.system}.jsonl")
+    return found[0]
 
 def rebase(
     path: str,     # a declared path
@@ -91,7 +107,7 @@ class Stage:
 
     def output(self, name: str) -> Path:
         """Where to write a declared output; folders are made. Raises `StageError` where it is not declared."""
-        path = rebase(_pick("output", name, self.declared.outs, self.name), self.profile)
+        path = rebase(_pick("output", name, self.declared.staged, self.name), self.profile)
         out = Path(os.environ.get("MLTRADING_STAGING", self.folder)) / path
         (out if not out.suffix else out.parent).mkdir(parents=True, exist_ok=True)
         return out
@@ -99,7 +115,7 @@ class Stage:
     @property
     def trials(self) -> Path:
         "The system's ledger of trials, in its place: what a stage adds to it stays there if the stage fails."
-        return self.folder / rebase(f"reports/trials/{self.system}.jsonl", self.profile)
+        return self.folder / rebase(ledger(self.system, self.folder), self.profile)
 
 # %% ../../nbs/core/30_stage.ipynb #90453992
 def open_stage(

@@ -76,12 +76,17 @@ def carried(
 ) -> float:                # equity in currency
     """The equity at which trades stay a small part of each market, as `validation.relative.capacity` says it.
 
-    Known at: each trade against the average daily value at the bar before it."""
+    Raises `DataError` on a fill at an instant or in a symbol that the panel lacks.
+
+    Known at: each trade against the average daily value and the equity at the bar before it."""
     fills, (_, adv) = ledger.fills, liquidity(panel, costs)
     row, column = panel.index.get_indexer(pd.DatetimeIndex(fills["timestamp"])), pd.Index(panel.symbols).get_indexer(pd.Index(fills["symbol"]))
-    equity = ledger.equity.set_index("timestamp")["equity"].reindex(panel.index).to_numpy()
-    moved, before = np.zeros((len(panel), len(panel.symbols))), np.roll(adv.T, 1, axis=0)
-    np.add.at(moved, (row, column), (fills["quantity"].abs() * fills["reference_price"]).to_numpy() / equity[row])
+    if (bad := (row < 0) | (column < 0)).any():
+        lost = fills.iloc[int(np.argmax(bad))]
+        raise DataError(f"fill of {lost['symbol']} at {lost['timestamp']}", "is not in the panel", "pass the panel that the account traded in")
+    equity = ledger.equity.set_index("timestamp")["equity"].shift().reindex(fills["timestamp"]).to_numpy()
+    moved, before = np.zeros((len(panel), len(panel.symbols))), np.vstack([np.full((1, len(adv)), np.nan), adv.T[:-1]])
+    np.add.at(moved, (row, column), (fills["quantity"].abs() * fills["reference_price"]).to_numpy() / equity)
     return capacity(moved, before, participation)
 
 def beside(

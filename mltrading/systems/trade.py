@@ -101,7 +101,7 @@ def looking_at(
     fits: int,                 # fits behind each model
     bars_per_year: float,
 ) -> Iterator[Callable[[pd.DataFrame], pd.DataFrame]]:  # takes the table of returns, with a column for each model, and gives it back
-    """Record what a block of code finds for each model on the test windows, or the exception that ended it, which is raised again.
+    """Record what a block of code finds for each model on the test windows, or, for all of them, the exception that ended it, which is raised again.
 
     Raises `DataError` where the block shows no returns."""
     with ExitStack() as opened:

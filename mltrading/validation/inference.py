@@ -18,13 +18,23 @@ from scipy.special import ndtr, ndtri
 
 from ..core.errors import DataError, ParameterError, unknown
 from ..core.jit import njit
-from .metrics import METRICS, checked, checked_pair, kurtosis, measure, rate_per_bar, skew
+from mltrading.validation.metrics import (
+    METRICS,
+    checked,
+    checked_pair,
+    kurtosis,
+    measure,
+    rate_per_bar,
+    skew,
+    whole,
+    year_of,
+)
 
 # %% auto #0
 __all__ = ['optimal_block', 'resampled_positions', 'redraw', 'bootstrap_metrics', 'bootstrap_intervals', 'sharpe_error',
-           'probabilistic_sharpe', 'min_track_record_bars', 'expected_max_sharpe', 'deflated_sharpe', 'automatic_lags',
-           'long_run_variance', 'annualization_factor', 'robust_mean', 'robust_sharpe', 'paired_difference',
-           'paired_loss']
+           'probabilistic_sharpe', 'min_track_record_bars', 'expected_max_sharpe', 'deflated_sharpe',
+           'sharpe_significance', 'automatic_lags', 'long_run_variance', 'annualization_factor', 'robust_mean',
+           'robust_sharpe', 'paired_difference', 'paired_loss']
 
 # %% ../../nbs/validation/20_inference.ipynb #7adb8e9b
 def _autocovariances(x: NDArray[np.float64], lags: int) -> NDArray[np.float64]:
@@ -93,10 +103,7 @@ def redraw(
     """Draw resamples chunk by chunk on all cores. Each chunk has random numbers of its own, so that the number of cores changes nothing.
 
     Raises `ParameterError` on blocks shorter than a bar, no resamples, and a seed that is none."""
-    if n_boot < 1:
-        raise ParameterError("bootstrap", f"{n_boot} resamples", "draw at least one")
-    if not isinstance(seed, int | np.integer) or seed < 0:
-        raise ParameterError("seed", "has to be a whole number, 0 or more", "pass one, such as 0: the same seed gives the same bits")
+    n_boot, seed = whole("n_boot", n_boot, 1), whole("seed", seed)
     def chunk(number: int) -> None:
         places = slice(number * _CHUNK, min((number + 1) * _CHUNK, n_boot))
         work(resampled_positions(n, block, places.stop - places.start, np.random.default_rng([seed, number])), places)
@@ -136,7 +143,7 @@ def bootstrap_metrics(
     Raises `DataError` on returns that cannot be measured.
 
     Source: Politis and Romano (1994)."""
-    r, out = checked(returns), np.empty((max(n_boot, 0), len(METRICS)))
+    r, out = checked(returns), np.empty((whole("n_boot", n_boot, 1), len(METRICS)))
     units = float(bars_per_year), rate_per_bar(rf_annual, bars_per_year)
     redraw(lambda drawn, places: _measure_all(r, drawn, *units, out[places]), len(r), optimal_block(r) if block is None else block, n_boot, seed)
     return pd.DataFrame(out, columns=list(METRICS))
@@ -250,6 +257,21 @@ def deflated_sharpe(
     Source: Bailey and López de Prado (2014)."""
     return probabilistic_sharpe(sharpe_bar, n_bars, skew, kurtosis, expected_max_sharpe(n_trials, variance_bar))
 
+def sharpe_significance(
+    returns: Any,                       # (T,) simple returns per bar, net of costs
+    n_trials: float,                    # that were looked at to find them, this one included, >= 1
+    variance_bar: float | None = None,  # of the Sharpe ratios per bar over the trials; None: of worthless ones, 1 / (T - 1)
+    bars_per_year: float = 252,
+) -> dict[str, float]:                  # sharpe_annual, psr, dsr (probabilities), expected_max_sharpe_annual
+    """The probabilistic and the deflated Sharpe ratio of returns, for who knows how many trials there were. A ledger knows better: `validation.trials.deflated`.
+
+    Raises `DataError` on returns that cannot be measured, `ParameterError` on a year without bars.
+
+    Source: Bailey and López de Prado (2014)."""
+    r, root = checked(returns), math.sqrt(year_of(bars_per_year))
+    seen, luck = (float(r.mean() / r.std(ddof=1)), len(r), skew(r), kurtosis(r)), (n_trials, 1 / (len(r) - 1) if variance_bar is None else variance_bar)
+    return {"sharpe_annual": seen[0] * root, "psr": probabilistic_sharpe(*seen), "dsr": deflated_sharpe(*seen, *luck), "expected_max_sharpe_annual": expected_max_sharpe(*luck) * root}
+
 # %% ../../nbs/validation/20_inference.ipynb #2e2278bb
 def automatic_lags(
     values: Any,  # (T,) numbers that differ
@@ -276,7 +298,7 @@ def long_run_variance(
     if x.ndim != 1 or len(x) < 2 or not np.isfinite(x).all() or x.min() == x.max():
         raise DataError("long-run variance", f"a series of shape {x.shape} is too short, constant or not finite", "give at least two numbers that differ")
     lags = automatic_lags(x) if lags is None else lags
-    if not 0 <= lags < len(x):
+    if whole("lags", lags) >= len(x):
         raise ParameterError("lags", f"{lags} for {len(x)} bars", "use 0 for independent bars, and fewer lags than there are bars")
     cov = _autocovariances(x, lags)
     return float(cov[0] + 2 * ((1 - np.arange(1, lags + 1) / (lags + 1)) * cov[1:]).sum())
@@ -291,8 +313,7 @@ def annualization_factor(
     Raises `DataError` on correlations that no series can have, `ParameterError` on less than a bar per year.
 
     Source: Lo (2002)."""
-    if not 1 <= bars_per_year < math.inf:
-        raise ParameterError("bars_per_year", f"{bars_per_year:g} make no year", "use 252 for daily bars")
+    year_of(bars_per_year, 1)
     rho = np.asarray(autocorrelations, dtype=np.float64)[: round(bars_per_year) - 1]
     variance = bars_per_year + 2 * ((bars_per_year - np.arange(1, len(rho) + 1)) * rho).sum()
     if not variance > 0:
@@ -319,7 +340,7 @@ def robust_mean(
     Source: Newey and West (1987, 1994)."""
     r = checked(returns)
     lags = automatic_lags(r) if lags is None else lags
-    return _judged(bars_per_year * float(r.mean()), bars_per_year * math.sqrt(long_run_variance(r, lags) / len(r)), level) | {"lags": lags}
+    return _judged(year_of(bars_per_year) * float(r.mean()), bars_per_year * math.sqrt(long_run_variance(r, lags) / len(r)), level) | {"lags": lags}
 
 def robust_sharpe(
     returns: Any,                # (T,) simple returns per bar, net of costs
@@ -332,9 +353,7 @@ def robust_sharpe(
     Raises `DataError` on returns that cannot be measured, `ParameterError` on less than a bar per year.
 
     Source: Lo (2002)."""
-    if not 1 <= bars_per_year < math.inf:
-        raise ParameterError("bars_per_year", f"{bars_per_year:g} make no year", "use 252 for daily bars")
-    r, root = checked(returns), math.sqrt(bars_per_year)
+    r, root = checked(returns), math.sqrt(year_of(bars_per_year, 1))
     mean, sd = float(r.mean()), float(r.std())
     psi = (r - mean) / sd - mean / (2 * sd**3) * ((r - mean) ** 2 - sd**2)
     lags = automatic_lags(psi) if lags is None else lags
@@ -354,7 +373,7 @@ def _ratio(x: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
 def _paired(x: NDArray[np.float64], y: NDArray[np.float64], of: Callable[..., NDArray[np.float64]], scale: float,
             block: float, n_boot: int, level: float, seed: int) -> dict[str, float]:
     "Difference of a statistic of two series on the same resamples."
-    diff, drawn = scale * float(of(x) - of(y)), np.empty(max(n_boot, 0))
+    diff, drawn = scale * float(of(x) - of(y)), np.empty(whole("n_boot", n_boot, 1))
     def compare(k: NDArray[np.int64], places: slice) -> None:
         drawn[places] = scale * (of(x[k]) - of(y[k]))
     redraw(compare, len(x), block, n_boot, seed)
@@ -391,8 +410,8 @@ def paired_difference(
     gap = _gap(x, y)
     block = optimal_block(gap if np.ptp(gap) else x) if block is None else block
     if metric == "sharpe":
-        return _paired(x, x - gap, _ratio, math.sqrt(bars_per_year), block, n_boot, level, seed)
-    return _paired(gap, np.zeros(len(gap)), _mean, float(bars_per_year), block, n_boot, level, seed)
+        return _paired(x, x - gap, _ratio, math.sqrt(year_of(bars_per_year)), block, n_boot, level, seed)
+    return _paired(gap, np.zeros(len(gap)), _mean, year_of(bars_per_year), block, n_boot, level, seed)
 
 # %% ../../nbs/validation/20_inference.ipynb #39676190
 def paired_loss(

@@ -15,7 +15,7 @@ from scipy.stats import false_discovery_control
 from ..core.errors import DataError, ParameterError, unknown
 from ..core.jit import njit
 from .inference import optimal_block, redraw
-from .metrics import as_numbers
+from .metrics import as_numbers, whole
 
 # %% auto #0
 __all__ = ['checked_trials', 'resampled_deviations', 'bootstrap_scale', 'superior_ability', 'reality_check', 'stepwise_superior',
@@ -80,7 +80,7 @@ def resampled_deviations(
 ) -> NDArray[np.float64]:         # (n_boot, N) mean on each resample, minus the mean of the sample
     """How the means of all trials move together when the bars are redrawn."""
     tiles = [np.ascontiguousarray(values[:, k:k + _TILE] - values[:, k:k + _TILE].mean(axis=0)) for k in range(0, values.shape[1], _TILE)]
-    out = np.empty((max(n_boot, 0), values.shape[1]))
+    out = np.empty((whole("n_boot", n_boot, 1), values.shape[1]))
     def work(positions: NDArray[np.int64], places: slice) -> None:
         for k, tile in enumerate(tiles):
             _add_rows(tile, positions, out[places, k * _TILE:k * _TILE + tile.shape[1]])

@@ -17,10 +17,10 @@ from ..core.jit import njit
 from ..features.redundancy import ic_by_instant
 
 # %% auto #0
-__all__ = ['METRICS', 'as_numbers', 'checked', 'checked_pair', 'equity_curve', 'returns_of', 'rate_per_bar', 'cagr', 'vol_annual',
-           'sharpe_annual', 'sortino_annual', 'drawdown', 'max_drawdown', 'longest_drawdown_bars', 'calmar', 'hit_rate',
-           'profit_factor', 'skew', 'kurtosis', 'var_95', 'es_95', 'tail_ratio', 'exposure', 'turnover_annual',
-           'measure', 'performance', 'accuracy', 'mcc', 'brier', 'log_loss_rows', 'log_loss', 'auc',
+__all__ = ['METRICS', 'as_numbers', 'checked', 'checked_pair', 'equity_curve', 'returns_of', 'year_of', 'whole', 'rate_per_bar',
+           'cagr', 'vol_annual', 'sharpe_annual', 'sortino_annual', 'drawdown', 'max_drawdown', 'longest_drawdown_bars',
+           'calmar', 'hit_rate', 'profit_factor', 'skew', 'kurtosis', 'var_95', 'es_95', 'tail_ratio', 'exposure',
+           'turnover_annual', 'measure', 'performance', 'accuracy', 'mcc', 'brier', 'log_loss_rows', 'log_loss', 'auc',
            'calibration_table', 'calibration_error', 'ic_by_time', 'forecast_quality']
 
 # %% ../../nbs/validation/10_metrics.ipynb #772da7cb
@@ -118,12 +118,29 @@ def _deviation(r: NDArray[np.float64]) -> float:
 def _sharpe(r: NDArray[np.float64], bars_per_year: float, rf_bar: float) -> float:
     return np.sqrt(bars_per_year) * (r.mean() - rf_bar) / _deviation(r)
 
-# %% ../../nbs/validation/10_metrics.ipynb #5d17db58
+# %% ../../nbs/validation/10_metrics.ipynb #c34fe220
+def year_of(
+    bars_per_year: float,
+    least: float = 0,       # the fewest; in any case more than none
+) -> float:                 # the same
+    """The bars of a year. Raises `ParameterError` on a year without bars, or with fewer than `least`."""
+    if not 0 < bars_per_year < np.inf or bars_per_year < least:
+        raise ParameterError("bars_per_year", f"{bars_per_year:g} make no year", "use 252 for daily bars")
+    return float(bars_per_year)
+
+def whole(
+    name: str,      # for messages
+    value: Any,
+    least: int = 0,
+) -> int:
+    """A count. Raises `ParameterError` on what is no whole number, or below `least`."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ParameterError(name, f"{value} is not a whole number of at least {least}", "counts are whole: pass an int")
+    return int(value)
+
 def rate_per_bar(rate_annual: float, bars_per_year: float) -> float:
     """The rate per bar that compounds to an effective annual rate. Raises `ParameterError` on a year without bars."""
-    if not 0 < bars_per_year < np.inf:
-        raise ParameterError("bars_per_year", f"{bars_per_year:g} make no year", "use 252 for daily bars")
-    return float((1 + rate_annual) ** (1 / bars_per_year) - 1)
+    return float((1 + rate_annual) ** (1 / year_of(bars_per_year)) - 1)
 
 def cagr(
     returns: Any,                # (T,) simple returns per bar

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -56,30 +55,34 @@ def nested_search(
     candidates: Mapping[str, T],  # name -> what `score` makes a model of
     score: Callable[[T, NDArray[np.int64], NDArray[np.int64]], float | pd.Series],  # (candidate, training rows, test rows) -> greater is better; or returns per bar by instant, whose Sharpe ratio is
     bars: Any = None,             # (T,) the time axis that bars are counted on; None: the distinct `times`
-    look: Callable[..., AbstractContextManager[Look]] | None = None,  # `looking` at a ledger: given a candidate, parameters and `fits`; then `score` gives returns
+    look: Look | None = None,     # from `looking`: is shown the returns of all folds, joined, and the count of scores; then `score` gives returns
 ) -> pd.DataFrame:                # one row per fold and candidate: fold, candidate, inner (mean score), spread (over inner folds), chosen, outer (of the chosen one, else NaN)
-    """In each fold, choose on folds inside its training rows, then judge the choice once: with `look`, on record.
+    """In each fold, choose on folds inside its training rows, then judge the choice once: with `look`, on record, as one trial.
 
-    Raises `ParameterError` without candidates, `DataError` on a score that is not finite or that should be recorded and has no returns, and what `inner_folds` raises.
+    Raises `ParameterError` without candidates, `DataError` on a score that is not finite or that should be recorded and has no returns, on folds to be recorded that judge an instant twice, and what `inner_folds` raises.
 
     Known at: a choice with the last label of its fold's training rows.
 
     Source: G. C. Cawley and N. L. C. Talbot (2010), Journal of Machine Learning Research 11, 2079–2107."""
     if not candidates:
         raise ParameterError("nested_search.candidates", "there are none", "give at least one")
-    found = []
+    found, seen, tried = [], [], 0
     for fold in folds:
         small = list(inner_folds(fold, inner, times, label_end, bars))
         scores = np.array([[_finite(score(c, f.train, f.test), f"inside fold {fold.number}, fold {f.number}, {name}") for f in small] for name, c in candidates.items()])
         names, best = list(candidates), int(np.argmax(scores.mean(axis=1)))
-        tried = {"fold": fold.number, "windows": fold.windows.astype(str).tolist(), "candidates": names, "inner": repr(inner), "inner_trials": scores.size}
-        with look(names[best], tried, fits=scores.size + 1) if look else nullcontext() as seen:
-            answer = score(candidates[names[best]], fold.train, fold.test)
-            judged = _finite(answer, f"fold {fold.number}, {names[best]}")
-            if seen is not None:
-                seen.show(_returns(answer, f"fold {fold.number}, {names[best]}"))
+        answer = score(candidates[names[best]], fold.train, fold.test)
+        judged = _finite(answer, where := f"fold {fold.number}, {names[best]}")
+        if look is not None:
+            seen.append(_returns(answer, where))
+        tried += scores.size + 1
         found.append(pd.DataFrame({"fold": fold.number, "candidate": names, "inner": scores.mean(axis=1), "spread": scores.std(axis=1),
                                    "chosen": np.arange(len(names)) == best, "outer": np.where(np.arange(len(names)) == best, judged, np.nan)}))
+    if look is not None:
+        joined = pd.concat(seen).sort_index()
+        if not joined.index.is_unique:
+            raise DataError("nested_search.look", f"{joined.index[joined.index.duplicated()][0]} is judged in more than one fold", "record a search whose outer folds judge every instant once: a walk-forward, or k-fold")
+        look.show(joined, tried)
     return pd.concat(found, ignore_index=True)
 
 def _finite(score: float | pd.Series, where: str) -> float:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ..core.errors import ParameterError, unknown
 from ..core.jit import njit
 from .many import checked_trials
+from .metrics import whole, year_of
 
 # %% auto #0
 __all__ = ['Overfitting', 'backtest_overfitting']
@@ -84,7 +85,7 @@ def backtest_overfitting(
     x, names = checked_trials(returns)
     if metric not in ("sharpe", "mean"):
         raise unknown("metric", metric, ["mean", "sharpe"], "backtest_overfitting")
-    if blocks % 2 or not 2 <= blocks <= 20:
+    if whole("blocks", blocks) % 2 or not 2 <= blocks <= 20:
         raise ParameterError("blocks", f"{blocks} cannot be halved in a number of ways that can be gone through", "use an even number from 2 to 20")
     if 2 * blocks > len(x):
         raise ParameterError("blocks", f"{blocks} blocks of at least two bars do not fit into {len(x)} bars", "use fewer blocks, or longer histories")
@@ -93,7 +94,7 @@ def backtest_overfitting(
     halves = np.array([h for h in combinations(range(blocks), blocks // 2) if h[0] == 0])
     best, (inside, outside, rank) = np.empty(comb(blocks, blocks // 2), np.int64), np.empty((3, comb(blocks, blocks // 2)))
     _split(np.add.reduceat(z, edges), np.add.reduceat(z * z, edges), np.diff(np.append(edges, len(x))).astype(float), halves, mean / sd, sd, metric == "sharpe", best, inside, outside, rank)
-    unit = np.sqrt(bars_per_year) if metric == "sharpe" else bars_per_year
+    unit = np.sqrt(year_of(bars_per_year)) if metric == "sharpe" else year_of(bars_per_year)
     past, future, share = unit * inside, unit * outside, rank / (x.shape[1] + 1)
     spread = ((past - past.mean()) ** 2).sum()
     slope = float(((past - past.mean()) * (future - future.mean())).sum() / spread) if spread > 0 else float("nan")

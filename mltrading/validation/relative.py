@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import DataError, ParameterError
-from .metrics import checked_pair
+from .metrics import checked_pair, year_of
 
 # %% auto #0
 __all__ = ['relative', 'capacity']
@@ -28,7 +28,7 @@ def relative(
 
     Source: Grinold and Kahn (2000) for the information ratio; Sharpe (1994) for its form."""
     r, b = checked_pair(returns, benchmark, ("returns", "benchmark"))
-    gap, root = r - b, float(np.sqrt(bars_per_year))
+    gap, root = r - b, float(np.sqrt(year_of(bars_per_year)))
     spread = float(gap.std(ddof=1)) if np.ptp(gap) > 1e-12 * np.ptp(r) else 0.0  # not the rounding of two equal streams
     beta = float(((r - r.mean()) * (b - b.mean())).sum() / ((b - b.mean()) ** 2).sum())
     out = {"information_ratio": root * float(gap.mean()) / spread if spread > 0 else float("nan"), "tracking_error": root * spread,

@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 from ..core.errors import DataError, ParameterError
 from ..core.storage import atomic, plain
 from ..market.http import first_words
-from .inference import deflated_sharpe, expected_max_sharpe, probabilistic_sharpe
+from .inference import sharpe_significance
 from .metrics import checked, kurtosis, skew
 from .overfitting import backtest_overfitting
 
@@ -168,11 +169,29 @@ def _identity(row: dict[str, Any]) -> tuple[str, ...]:
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    "Hold others off who record in the same ledger, threads and processes, so that no row is lost between reading and writing."
-    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
-    with (Path(tempfile.gettempdir()) / f"mltrading-{os.getuid()}-{name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    "Hold others off who record in the same folder, threads and processes, so that no row is lost between reading and writing."
+    folder = path.resolve().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    held = os.open(folder, os.O_RDONLY)  # the folder itself: the file is replaced by writing, and a lock on it would go with it
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(held)
+
+def _add(path: Path, rows: list[dict[str, Any]]) -> int:
+    "What `record` does while it holds the lock."
+    old = read_rows(path) if path.exists() else []
+    seen, chain = {_identity(r) for r in old}, list(old)
+    for row in rows:
+        if (key := _identity(row)) not in seen:
+            seen.add(key)
+            chain.append(_link(row, len(chain) + 1, chain[-1]["hash"] if chain else _START))
+    if len(chain) > len(old):
+        lines = [*chain, {"rows": len(chain), "head": chain[-1]["hash"]}]
+        with atomic(path) as part:
+            part.write_bytes(b"".join(_canonical(line) + b"\n" for line in lines))
+    return len(chain) - len(old)
 
 def record(
     path: str | Path,                # the ledger; made where it does not exist
@@ -185,17 +204,7 @@ def record(
     if not all(isinstance(row, dict) and "returns_id" in row for row in rows):
         raise DataError(str(path), "something that is no row of a trial", "pass a list of what `trial` gives")
     with _alone(path):
-        old = read_rows(path) if path.exists() else []
-        seen, chain = {_identity(r) for r in old}, list(old)
-        for row in rows:
-            if (key := _identity(row)) not in seen:
-                seen.add(key)
-                chain.append(_link(row, len(chain) + 1, chain[-1]["hash"] if chain else _START))
-        if len(chain) > len(old):
-            lines = [*chain, {"rows": len(chain), "head": chain[-1]["hash"]}]
-            with atomic(path) as part:
-                part.write_bytes(b"".join(_canonical(line) + b"\n" for line in lines))
-    return len(chain) - len(old)
+        return _add(path, rows)
 
 # %% ../../nbs/validation/30_trials.ipynb #442d248d
 def _told(error: BaseException) -> str:
@@ -228,17 +237,19 @@ def failure_recorded(
 class Look:
     """One look at a test window."""
 
-    def __init__(self) -> None:
+    def __init__(self, fits: int = 1) -> None:
         self.returns: pd.Series | None = None
+        self.fits = fits
 
     def show(
         self,
-        returns: pd.Series,  # (T,) out-of-sample returns per bar, net of costs, indexed by instant
-    ) -> pd.Series:          # the same
+        returns: pd.Series,       # (T,) out-of-sample returns per bar, net of costs, indexed by instant
+        fits: int | None = None,  # fits behind them, where they are counted only on the way; None: as `looking` was told
+    ) -> pd.Series:               # the same
         """Hand over what was seen. Raises `DataError` the second time: another result is another look."""
         if self.returns is not None:
             raise DataError("look", "has shown its returns already", "open another one with `looking` for another result")
-        self.returns = returns
+        self.returns, self.fits = returns, self.fits if fits is None else fits
         return returns
 
 @contextmanager
@@ -251,16 +262,18 @@ def looking(
     bars_per_year: float = 252,
     fits: int = 1,               # fits of the model behind it
 ) -> Iterator[Look]:
-    """Record what a block of code finds on a test window: its returns, or the exception that ended it, which is raised again.
+    """Record what a block of code finds on a test window: its returns, or the exception that ended it, which is raised again. Warns where returns that were shown cannot be measured, and so count as a failure.
 
     Raises `DataError` where the block shows no returns, and on returns that `trial` refuses."""
-    look = Look()
+    look = Look(fits)
     with failure_recorded(path, system, model, params, data_id, bars_per_year, fits):
         yield look
         if look.returns is None:
             raise DataError(f"look at {system}/{model}", "ended without returns", "hand them over with `show`")
-        row = trial(system, model, params, data_id, look.returns, bars_per_year, fits)
+        row = trial(system, model, params, data_id, look.returns, bars_per_year, look.fits)
     record(path, [row])
+    if row["status"] == "failed":
+        warnings.warn(f"{system}/{model}: the returns that were shown cannot be measured and are recorded as a failed trial: {row['error']}", stacklevel=3)
 
 # %% ../../nbs/validation/30_trials.ipynb #58231786
 def merge(
@@ -286,10 +299,13 @@ def join_sides(
         ours, theirs = Path(folder) / "ours", Path(folder) / "theirs"
         for side, to in ((2, ours), (3, theirs)):
             to.write_text(_git(path.parent, "show", f":{side}:./{path.name}"), encoding="utf-8")
-        new = merge(ours, theirs)
-        with atomic(path) as part:
-            part.write_bytes(ours.read_bytes())
-    return new
+        read_rows(ours)
+        rows = read_rows(theirs)
+        with _alone(path):
+            if "<<<<<<< " in path.read_text(encoding="utf-8", errors="replace"):  # else it was joined before, and may hold rows since
+                with atomic(path) as part:
+                    part.write_bytes(ours.read_bytes())
+            return _add(path, rows)
 
 # %% ../../nbs/validation/30_trials.ipynb #ba2d8de9
 def check_history(
@@ -316,12 +332,12 @@ def check_history(
 # %% ../../nbs/validation/30_trials.ipynb #5c7ce7be
 def read(
     paths: str | Path | Sequence[str | Path],  # one ledger or several
-) -> pd.DataFrame:                             # one row per trial, the columns of `trial` and of the chain
+) -> pd.DataFrame:                             # one row per trial, the columns of `trial` and of the chain; all of them are needed to count
     """Trials of one or several ledgers, verified.
 
     Raises `DataError` on a missing or broken ledger, and on the same ledger twice."""
     found = [Path(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
-    rows = [{"ledger": str(p), **row} for p in found for row in read_rows(p)]
+    rows = [{"ledger": str(p), "ledger_rows": len(kept), **row} for p in found for kept in [read_rows(p)] for row in kept]
     if not rows:
         raise DataError("trials", "no ledger holds a row", "record every result that was looked at")
     out = pd.DataFrame(rows)
@@ -332,8 +348,10 @@ def read(
 
 def _table(ledger: Any) -> pd.DataFrame:
     "What `read` gives, and nothing else: the length of a path would pass for a count."
-    if not isinstance(ledger, pd.DataFrame) or "returns_id" not in ledger:
+    if not isinstance(ledger, pd.DataFrame) or not {"ledger", "ledger_rows", "number", "returns_id"} <= set(ledger):
         raise ParameterError("ledger", f"a {type(ledger).__name__} is not a table of trials", "pass what `read(path)` gives")
+    if ledger.empty or any(sorted(part["number"]) != list(range(1, part["ledger_rows"].iloc[0] + 1)) for _, part in ledger.groupby("ledger")):
+        raise ParameterError("ledger", f"{len(ledger)} rows are not all that was tried: some that the ledger holds are missing or there twice", "pass what `read(path)` gives, whole: failures and bad results count")
     return ledger
 
 def trial_count(
@@ -387,7 +405,7 @@ def deflated(
     returns: Any,                # (T,) simple returns per bar, net of costs, recorded before
     ledger: pd.DataFrame,        # from `read`: all that was tried
     bars_per_year: float = 252,
-) -> dict[str, float]:           # sharpe_annual, psr, dsr (probabilities), n_trials, effective_trials, expected_max_sharpe_annual
+) -> dict[str, float]:           # sharpe_annual, psr, dsr (probabilities), expected_max_sharpe_annual, n_trials, effective_trials
     """The deflated Sharpe ratio of one recorded trial. The effective number of trials and their variance come from the ledger.
 
     Raises `DataError` on returns that the ledger does not hold.
@@ -396,9 +414,7 @@ def deflated(
     r, luck = checked(returns), (effective_trials(ledger), sharpe_variance(ledger, bars_per_year))
     if returns_id(r) not in set(ledger["returns_id"]):
         raise DataError("returns", "are not in the ledger of trials", "record them before showing them: `record(path, [trial(...)])`")
-    seen, root = (float(r.mean() / r.std(ddof=1)), len(r), skew(r), kurtosis(r)), float(np.sqrt(bars_per_year))
-    return {"sharpe_annual": seen[0] * root, "psr": probabilistic_sharpe(*seen), "dsr": deflated_sharpe(*seen, *luck),
-            "n_trials": trial_count(ledger), "effective_trials": luck[0], "expected_max_sharpe_annual": expected_max_sharpe(*luck) * root}
+    return sharpe_significance(r, *luck, bars_per_year) | {"n_trials": trial_count(ledger), "effective_trials": luck[0]}
 
 # %% ../../nbs/validation/30_trials.ipynb #b76b788c
 _ENOUGH = 4  # trials: a median of fewer says nothing
