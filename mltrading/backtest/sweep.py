@@ -304,7 +304,8 @@ class Sweep:
         "One row per trial that the best is judged against."
         if self.ledger is not None:
             return read(self.ledger)
-        return pd.DataFrame(_trials(self)).astype({"sharpe_bar": float, "skew": float, "kurtosis": float, "week_scale": float})
+        own = pd.DataFrame(_trials(self))
+        return own.assign(ledger="", ledger_rows=len(own), number=np.arange(1, len(own) + 1)).astype({"sharpe_bar": float, "skew": float, "kurtosis": float, "week_scale": float})
 
     @cached_property
     def best(self) -> Best:
@@ -403,13 +404,15 @@ def heatmap(
 ) -> Figure:
     """A measure over two parameters, the others as in the best configuration, which is framed.
 
-    Raises `ParameterError` on an unknown parameter or measure."""
+    Raises `ParameterError` on an unknown parameter or measure, and on one parameter for both axes."""
     import seaborn as sns
     from matplotlib.patches import Rectangle
 
     for name in (across, down):
         if name not in sweep.configs.columns:
             raise unknown("parameter", name, list(sweep.configs.columns), "heatmap")
+    if across == down:
+        raise ParameterError("heatmap", f"`{across}` stands for both axes", "name two parameters")
     if measure not in sweep.portfolio.columns:
         raise unknown("measure", measure, list(sweep.portfolio.columns), "heatmap")
     b = sweep.best
