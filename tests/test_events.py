@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -225,11 +227,56 @@ def once(panel: Panel, at: int, answer: Orders | Weights, costs: CostParams = FR
 @pytest.mark.parametrize(("answer", "message"), [
     (Weights(np.array([np.nan])), "nan is not a weight"), (Weights(np.array([0.1, 0.1])), "have shape"), (Weights(np.array([3.1])), "the account accepts 3"), (Orders(["B"], 1), "unknown symbol `B`"),
     (Orders(["A"], 1, "limit"), "no limit price"), (Orders(["A"], 1, "stop"), "no stop price"), (Orders(["A"], np.inf), "has no quantity"), (Orders(["A"], 1, "iceberg"), "unknown kind of order `iceberg`"),
+    (Orders("A", 1), "is the text 'A'"), (Orders(["A"], [1, 2]), r"`quantity`: has shape \(2,\) beside 1 symbols"), (Orders(["A", "A"], 1, ["market"]), "`kind`: has shape"),
+    (np.array([0.1]), "answered with a ndarray"), ({"A": 0.1}, "answered with a dict"), (Weights([0.1]), "are a list"), (Weights(np.array([0.1]), ("a", "b")), "have 2 reasons"),  # type: ignore[arg-type]
     (Orders(["A"], 1, "trailing"), "no distance"), (Orders(cancel=[7]), "no order has the number 7"), (Orders(["A"], 1, take_profit=9, stop_loss=10), "wrong sides"),
 ])
 def test_bad_answers(answer: Orders | Weights, message: str) -> None:
     with pytest.raises(DataError, match=message):
         once(plain([10, 11, 12]), 1, answer)
+
+
+def test_bars_and_actions_of_another_panel() -> None:
+    """Compiled code does not look whether an index is in its array."""
+    panel = plain([10, 11, 12])
+    with pytest.raises(DataError, match="open, high, low, close and volume of 2 symbols"):
+        run(bars_of(panel, lay_actions(panel)), ("A", "B"), Answer(1, Orders(["A"], 1)), FREE, PARAMS)
+    for wrong, message in ((lay_actions(plain([10, 11])), "laid on a panel of 2 bars"), (pd.DataFrame(columns=["timestamp", "symbol", "kind", "value"]), "are a DataFrame")):
+        with pytest.raises(DataError, match=message):
+            simulate(panel, np.ones((3, 1)), FREE, PARAMS, actions=wrong)
+        with pytest.raises(DataError, match=message):
+            run(bars_of(panel, wrong), ("A",), Answer(1, Orders(["A"], 1)), FREE, PARAMS)
+
+
+class Patient:
+    """Now and then an order for a while, the first one for ever."""
+
+    def decide(self, now: Moment) -> Orders | None:
+        return None if now.number % 100 else Orders(["A"], 1, "limit", limit=1.0 if now.number == 0 else 1000.0)
+
+
+def test_parts_in_a_folder_are_the_ledger(tmp_path: Path) -> None:
+    panel = plain(list(100 + np.arange(1100) % 7))
+    kept = run(bars_of(panel, lay_actions(panel)), ("A",), Patient(), COSTS, PARAMS)
+    stored = run(bars_of(panel, lay_actions(panel)), ("A",), Patient(), COSTS, PARAMS, folder=tmp_path)
+    assert kept.orders["status"].tolist() == ["working"] + ["filled"] * 10
+    for name in TABLES:
+        pd.testing.assert_frame_equal(getattr(stored, name), getattr(kept, name), check_exact=True)
+    with pytest.raises(DataError, match="is not empty"):
+        run(bars_of(panel, lay_actions(panel)), ("A",), Patient(), COSTS, PARAMS, folder=tmp_path)
+
+
+def test_a_split_costs_nothing() -> None:
+    """The same market before and after a split that multiplies shares and volume: impact, participation and equity stay as they were."""
+    rng, grown = np.random.default_rng(5), np.where(np.arange(60) >= 30, 4.0, 1.0)
+    close, volume = 100 * np.cumprod(1 + rng.normal(0, 0.02, 60)), rng.lognormal(10, 0.5, 60)
+    whole, parts = plain(list(close), volume=list(volume)), plain(list(close / grown), volume=list(volume * grown))
+    split = lay_actions(parts, pd.DataFrame({"timestamp": parts.index[[30]], "symbol": "A", "kind": "split", "value": 4.0}))
+    dear, w = COSTS.model_copy(update={"commission_per_share": 0.0}), np.where(np.arange(60) % 5, np.nan, rng.uniform(-1, 1, 60))[:, None]
+    before, after = simulate(whole, w, dear, PARAMS), simulate(parts, w, dear, PARAMS, actions=split)
+    assert after.fills["impact_cost"].gt(0).all()
+    pd.testing.assert_frame_equal(after.equity, before.equity, rtol=1e-9)
+    pd.testing.assert_frame_equal(run(bars_of(parts, split), ("A",), Table(w), dear, PARAMS).equity, before.equity, rtol=1e-9)
 
 
 def test_closed_sessions_and_symbols_without_a_price() -> None:

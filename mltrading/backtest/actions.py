@@ -15,7 +15,7 @@ from ..core.errors import DataError, unknown
 from ..market.panel import Panel
 
 # %% auto #0
-__all__ = ['KINDS', 'SPLIT', 'DIVIDEND', 'SETTLEMENT', 'Actions', 'lay_actions', 'without_splits']
+__all__ = ['KINDS', 'SPLIT', 'DIVIDEND', 'SETTLEMENT', 'Actions', 'lay_actions', 'check_laid', 'without_splits']
 
 # %% ../../nbs/backtest/04_actions.ipynb #75ce8f1c
 KINDS = ("split", "dividend", "settlement")
@@ -68,14 +68,26 @@ def lay_actions(
     order = np.lexsort((kind, column, row))
     return Actions(np.searchsorted(row[order], np.arange(len(panel) + 1)).astype(np.int64), column[order].astype(np.int64), kind[order].astype(np.int64), value[order])
 
-# %% ../../nbs/backtest/04_actions.ipynb #29c09b39
+# %% ../../nbs/backtest/04_actions.ipynb #fd33462d
+def check_laid(
+    actions: Actions,
+    symbols: int,  # of the panel that they go with
+    bars: int,     # of that panel
+) -> None:
+    """Raises `DataError` on actions that were not laid on a panel of this size. Compiled code would not notice."""
+    if not isinstance(actions, Actions):
+        raise DataError("actions", f"are a {type(actions).__name__}", "lay_actions(panel, table) puts a table on the panel's axis")
+    if len(actions.begin) != bars + 1 or (actions.column >= symbols).any():
+        raise DataError("actions", f"were laid on a panel of {len(actions.begin) - 1} bars, and this one has {bars} and {symbols} symbols", "lay them on the panel that is traded")
+
 def without_splits(
     close: NDArray[np.float64],  # (N, T) as traded
     actions: Actions,
 ) -> NDArray[np.float64]:        # (N, T) in units of the first bar's shares
-    """Prices times the split factors up to each bar.
+    """Prices times the split factors up to each bar. Raises `DataError` on actions that do not fit.
 
     Known at: each bar's stamp."""
+    check_laid(actions, *close.shape)
     which = np.flatnonzero(actions.kind == SPLIT)
     if not len(which):
         return close

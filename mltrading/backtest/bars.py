@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .actions import SPLIT, Actions
+from .actions import SPLIT, Actions, check_laid
 from .costs import CostParams
 from .ledger import Grid
 from ..core.jit import njit
@@ -44,6 +44,7 @@ def bars_of(
 ) -> Iterator[Bar]:
     """A panel's bars in order."""
     times = panel.times
+    check_laid(actions, len(panel.symbols), len(times))
     for start in range(0, len(times), chunk):
         stop = min(start + chunk, len(times))
         block = np.full((stop - start, 5, len(panel.symbols)), np.nan)
@@ -78,7 +79,7 @@ def _observe(prices: Grid, bars: int, floor: float, least: float, growth: Grid, 
                 mean = window.sum() / len(window)
                 vol[n] = max(np.sqrt(((window - mean) ** 2).sum() / (len(window) - 1)), least)
         last[n] = close
-        value = close * prices[4, n]
+        value = prices[3, n] * prices[4, n]
         if not math.isnan(value):
             counts[1, n] = _push(values[n], counts[1, n], bars, value)
             adv[n] = max(values[n, max(counts[1, n] - bars, 0):counts[1, n]].mean(), floor)

@@ -114,12 +114,13 @@ def _trailing_value(close: NDArray[np.float64], volume: NDArray[np.float64], bar
 def liquidity(
     panel: Panel,
     params: CostParams,
+    smooth: NDArray[np.float64] | None = None,  # (N, T) closes without the jumps of splits, for the volatility; None: the panel's
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:  # (N, T) daily volatility, (N, T) average daily value in currency
-    """Volatility and average daily value of every symbol at every instant, without gaps. Prices that jump at splits have to be passed adjusted.
+    """Volatility and average daily value of every symbol at every instant, without gaps. The value is that of the shares which changed hands at the prices of the time, so it needs no adjustment for splits.
 
     Known at: each bar's stamp."""
     close = panel["close"]
-    vol = np.fmax(trailing_volatility(close, params.adv_bars, 2), params.vol_floor_daily)
+    vol = np.fmax(trailing_volatility(close if smooth is None else smooth, params.adv_bars, 2), params.vol_floor_daily)
     if "volume" not in panel.fields:
         return vol, np.full(close.shape, params.adv_assumed_value)
     return vol, _trailing_value(close, panel["volume"], params.adv_bars, params.adv_floor_value, params.adv_assumed_value)

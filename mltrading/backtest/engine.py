@@ -105,7 +105,7 @@ def lay_tape(
 
     Known at: each row at its bar's stamp."""
     what = actions if actions is not None else lay_actions(panel)
-    vol, adv = liquidity(Panel(panel.times, panel.symbols, dict(panel.fields) | {"close": without_splits(panel["close"], what)}), costs)
+    vol, adv = liquidity(panel, costs, without_splits(panel["close"], what))
     alive = panel.alive
     years = np.diff(panel.times, prepend=panel.times[:1]) / np.timedelta64(365, "D")
     first = np.where(alive.any(axis=1), alive.argmax(axis=1), len(panel))
@@ -294,6 +294,8 @@ def _as_array(panel: Panel, targets: Grid | pd.DataFrame) -> Grid:
                 raise unknown("symbol", str(name), list(panel.symbols), "targets, columns", DataError)
         if len(targets) != len(panel) or not (targets.index == panel.index).all():
             raise DataError("targets, index", f"has {len(targets)} rows that are not the panel's {len(panel)} instants", "targets.reindex(panel.index)")
+        if not targets.columns.is_unique:
+            raise DataError("targets, columns", f"`{targets.columns[targets.columns.duplicated()][0]}` stands there twice", "one column per symbol")
         idle = targets.isna().all(axis=1).to_numpy()
         out = targets.reindex(columns=list(panel.symbols), fill_value=0.0).to_numpy(np.float64, copy=True)
         out[idle] = np.nan

@@ -350,8 +350,8 @@ def check_weights(
     where: str,
 ) -> None:
     """Raises `DataError` on weights of a wrong shape, that are no numbers, for a symbol without a price, or more than the account accepts."""
-    if np.shape(weights) != (len(symbols),):
-        raise DataError(where, f"have shape {np.shape(weights)}", f"one weight per symbol: ({len(symbols)},)")
+    if not isinstance(weights, np.ndarray) or weights.shape != (len(symbols),):
+        raise DataError(where, f"are a {type(weights).__name__} and have shape {np.shape(weights)}", f"an array with one weight per symbol: ({len(symbols)},)")
     if (bad := ~np.isfinite(weights)).any():
         raise DataError(f"{where}, symbol {symbols[int(np.argmax(bad))]}", f"{weights[bad][0]} is not a weight", "give a finite number, 0 for flat; answer `None` for no decision")
     if (early := (weights != 0) & np.isnan(last)).any():
@@ -360,7 +360,7 @@ def check_weights(
     if gross > max_gross * (1 + 1e-9):
         raise DataError(where, f"|weights| times margins sum to {gross:.6g}, the account accepts {max_gross:g}", "cap the weights in the policy or raise `max_gross`")
 
-# %% ../../nbs/backtest/15_events.ipynb #4ce7a31b
+# %% ../../nbs/backtest/15_events.ipynb #b7f5fb84
 class Desk:
     """Exchange, books and the rules between them: everything but the loop."""
 
@@ -380,7 +380,9 @@ class Desk:
         self,
         bar: Bar,
     ) -> tuple[Grid, Grid]:    # records of fills, and of positions that ended; valid until the next bar
-        """Through a bar: matching, then the books."""
+        """Through a bar: matching, then the books. Raises `DataError` on a bar of other symbols."""
+        if bar.prices.shape != (5, len(self.symbols)):
+            raise DataError(f"bar at {bar.time}", f"has prices of shape {bar.prices.shape}", f"open, high, low, close and volume of {len(self.symbols)} symbols: {(5, len(self.symbols))}")
         fills = self.exchange.match(bar)
         ended = self.books.settle(bar, fills)
         if len(ended):
@@ -400,8 +402,12 @@ class Desk:
         if isinstance(wanted, Weights):
             check_weights(wanted.weights, books.last, books.terms, self.params.max_gross, self.symbols, f"weights at {books.time}")
             books.record, books.barred = halt(books.record, wanted.halt), books.barred if wanted.barred is None else wanted.barred
+            if len(wanted.reasons) not in (0, len(self.symbols)):
+                raise DataError(f"weights at {books.time}", f"have {len(wanted.reasons)} reasons", f"one per symbol, {len(self.symbols)}, or none")
         elif isinstance(wanted, Orders):
             exchange.check_open(wanted.symbol, now)
+        elif wanted is not None:
+            raise DataError(f"strategy at {books.time}", f"answered with a {type(wanted).__name__}", "answer with `Weights`, `Orders`, or `None` for no decision")
         self.queue.append(wanted)
         due = self.queue.popleft()
         if books.broken:
@@ -420,7 +426,7 @@ class Desk:
                 refused = ~np.isnan(rows[:, O_STATUS])
                 exchange.add(rows, ["rejected: more than the account can carry" if no else reason for no, reason in zip(refused, reasons, strict=True)])
 
-# %% ../../nbs/backtest/15_events.ipynb #4ce7a31c
+# %% ../../nbs/backtest/15_events.ipynb #d532d6f9
 def run(
     bars: Iterable[Bar],
     symbols: Sequence[str],
@@ -432,10 +438,12 @@ def run(
 ) -> Ledger:
     """The ledger of an account that a strategy runs, bar by bar.
 
-    Raises `DataError` where there are no bars, and on weights or orders that the account or the exchange cannot take.
+    Raises `DataError` where there are no bars, on bars of other symbols, on a folder that is not empty, on an answer of another kind, and on weights or orders that the account or the exchange cannot take.
 
     Known at: an order at its `decision_time`, everything else at its `timestamp`."""
     desk = Desk(symbols, costs, params, instruments)
+    if folder is not None and Path(folder).is_dir() and any(Path(folder).iterdir()):
+        raise DataError(f"event engine, `{folder}`", "is not empty", "parts of another ledger would be read with this one's: name a new folder")
     recorder = _Recorder(desk.symbols, desk.books.terms[:, MULTIPLIER], params.initial_cash, None if folder is None else Path(folder))
     started = params.start == "panel"
     for number, bar in enumerate(bars):

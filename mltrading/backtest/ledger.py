@@ -54,8 +54,9 @@ class Ledger:
         cls,
         folder: str | Path,
     ) -> Ledger:
-        """Read a ledger. Raises `DataError` on a table that is missing or cut short."""
-        return cls(*(read_parquet(Path(folder) / f"{name}.parquet") for name in TABLES))
+        """Read a ledger, its orders by number. Raises `DataError` on a table that is missing or cut short."""
+        orders, *others = (read_parquet(Path(folder) / f"{name}.parquet") for name in TABLES)
+        return cls(orders.sort_values("order", ignore_index=True), *others)
 
 # %% ../../nbs/backtest/05_ledger.ipynb #c0426127
 Grid = NDArray[np.float64]

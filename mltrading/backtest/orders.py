@@ -136,7 +136,15 @@ def _check(orders: Orders, rows: Grid, profit: Grid, loss: Grid, where: str) -> 
             i = int(np.argmax(bad))
             raise DataError(f"{where}, {ORDER_KINDS[int(kind[i])]} order {i} for {orders.symbol[i]}", what, fix)
 
-# %% ../../nbs/backtest/08_orders.ipynb #00ae98c6
+# %% ../../nbs/backtest/08_orders.ipynb #74875fb1
+def _check_shape(orders: Orders, where: str) -> None:
+    "Every field has one value for all symbols, or one for each."
+    if isinstance(orders.symbol, str):
+        raise DataError(f"{where}, `symbol`", f"is the text {orders.symbol!r}", "give a list of symbols")
+    for name in ("quantity", "kind", "limit", "stop", "trail", "life", "take_profit", "stop_loss", "reason"):
+        if (shape := np.shape(getattr(orders, name))) not in ((), (len(orders.symbol),)):
+            raise DataError(f"{where}, `{name}`", f"has shape {shape} beside {len(orders.symbol)} symbols", "give one value for all, or one for each")
+
 def lay_orders(
     orders: Orders,
     place: Mapping[str, int],  # symbol -> its number
@@ -146,8 +154,9 @@ def lay_orders(
 ) -> tuple[Grid, list[str]]:   # (K, 20) rows of a book, exits behind their entries; one reason per row
     """A batch as rows of a book.
 
-    Raises `DataError` on an unknown symbol or kind, and on an order that lacks a quantity, a price or a distance, or whose exits are on the wrong side."""
+    Raises `DataError` on an unknown symbol or kind, on fields of another length than the symbols, and on an order that lacks a quantity, a price or a distance, or whose exits are on the wrong side."""
     count, where = len(orders.symbol), f"orders at {np.datetime64(int(micros), 'us')}"
+    _check_shape(orders, where)
     rows = blank(count)
     if odd := [s for s in orders.symbol if s not in place]:
         raise unknown("symbol", odd[0], list(place), where, DataError)

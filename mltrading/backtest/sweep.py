@@ -403,13 +403,15 @@ def heatmap(
 ) -> Figure:
     """A measure over two parameters, the others as in the best configuration, which is framed.
 
-    Raises `ParameterError` on an unknown parameter or measure."""
+    Raises `ParameterError` on an unknown parameter or measure, and on one parameter for both axes."""
     import seaborn as sns
     from matplotlib.patches import Rectangle
 
     for name in (across, down):
         if name not in sweep.configs.columns:
             raise unknown("parameter", name, list(sweep.configs.columns), "heatmap")
+    if across == down:
+        raise ParameterError("heatmap", f"`{across}` stands for both axes", "name two parameters")
     if measure not in sweep.portfolio.columns:
         raise unknown("measure", measure, list(sweep.portfolio.columns), "heatmap")
     b = sweep.best
