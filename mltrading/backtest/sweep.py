@@ -27,7 +27,7 @@ from ..core.style import PALETTE, figure
 from ..features.machine import FeatureBlock
 from ..market.panel import Panel, fill_price
 from ..validation.overfitting import backtest_overfitting
-from ..validation.trials import deflated, read, record, trial
+from ..validation.trials import deflated, read, record, trial, unrecorded
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -304,8 +304,7 @@ class Sweep:
         "One row per trial that the best is judged against."
         if self.ledger is not None:
             return read(self.ledger)
-        own = pd.DataFrame(_trials(self))
-        return own.assign(ledger="", ledger_rows=len(own), number=np.arange(1, len(own) + 1)).astype({"sharpe_bar": float, "skew": float, "kurtosis": float, "week_scale": float})
+        return unrecorded(_trials(self))
 
     @cached_property
     def best(self) -> Best:

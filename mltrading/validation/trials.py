@@ -33,7 +33,7 @@ from .overfitting import backtest_overfitting
 
 # %% auto #0
 __all__ = ['params_id', 'returns_id', 'trial', 'read_rows', 'record', 'failure_recorded', 'Look', 'looking', 'merge',
-           'join_sides', 'check_history', 'read', 'trial_count', 'weekly_returns', 'effective_trials',
+           'join_sides', 'check_history', 'read', 'unrecorded', 'trial_count', 'weekly_returns', 'effective_trials',
            'sharpe_variance', 'deflated', 'search_overfitting']
 
 # %% ../../nbs/validation/30_trials.ipynb #ad3643be
@@ -340,11 +340,22 @@ def read(
     rows = [{"ledger": str(p), "ledger_rows": len(kept), **row} for p in found for kept in [read_rows(p)] for row in kept]
     if not rows:
         raise DataError("trials", "no ledger holds a row", "record every result that was looked at")
-    out = pd.DataFrame(rows)
+    out = _framed(rows)
     if (twice := out.duplicated("hash")).any():
         raise DataError(f"{out['ledger'][int(np.argmax(twice))]}", "holds rows of another ledger that was passed, too", "pass every ledger once")
+    return out
+
+def _framed(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    "Rows as a table, the columns of later versions among them."
+    out = pd.DataFrame(rows)
     out = out.reindex(columns=[*out.columns, *(c for c in ("weeks", "week_scale") if c not in out)])
     return out.astype({"sharpe_bar": float, "skew": float, "kurtosis": float, "week_scale": float}).fillna({"weeks": ""})
+
+def unrecorded(
+    rows: Sequence[dict[str, Any]],  # made by `trial`; at least one
+) -> pd.DataFrame:                   # as `read` gives it
+    """Trials that are in no ledger as a table to count, for bars that are no test window."""
+    return _framed([{"ledger": "", "ledger_rows": len(rows), **row, "number": n} for n, row in enumerate(rows, 1)])
 
 def _table(ledger: Any) -> pd.DataFrame:
     "What `read` gives, and nothing else: the length of a path would pass for a count."
