@@ -229,6 +229,7 @@ def once(panel: Panel, at: int, answer: Orders | Weights, costs: CostParams = FR
     (Orders(["A"], 1, "limit"), "no limit price"), (Orders(["A"], 1, "stop"), "no stop price"), (Orders(["A"], np.inf), "has no quantity"), (Orders(["A"], 1, "iceberg"), "unknown kind of order `iceberg`"),
     (Orders("A", 1), "is the text 'A'"), (Orders(["A"], [1, 2]), r"`quantity`: has shape \(2,\) beside 1 symbols"), (Orders(["A", "A"], 1, ["market"]), "`kind`: has shape"),
     (np.array([0.1]), "answered with a ndarray"), ({"A": 0.1}, "answered with a dict"), (Weights([0.1]), "are a list"), (Weights(np.array([0.1]), ("a", "b")), "have 2 reasons"),  # type: ignore[arg-type]
+    (Orders(["A"], 1, life=1.5), "not a number of bars"), (Orders(["A"], 1, take_profit=-1), "an exit at no price"), (Orders(["A"], -1, stop_loss=0), "an exit at no price"),
     (Orders(["A"], 1, "trailing"), "no distance"), (Orders(cancel=[7]), "no order has the number 7"), (Orders(["A"], 1, take_profit=9, stop_loss=10), "wrong sides"),
 ])
 def test_bad_answers(answer: Orders | Weights, message: str) -> None:

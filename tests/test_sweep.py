@@ -273,8 +273,8 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(DataError, match="are not the panel's"):
         sweep_rule(panel, sized, ones, COSTS, PARAMS, features=wishes(market(0, 2, 50, 0.01), 0))
     made = sweep_rule(panel, sized, grid(size=[0.5, 1.0]), COSTS, PARAMS)
-    for across, down, measure in (("fast", "fast", "sharpe_annual"), ("sise", "size", "costs"), ("size", "size", "cost")):
-        with pytest.raises(ParameterError, match="heatmap"):
+    for across, down, measure, message in (("sise", "size", "costs", "unknown parameter"), ("size", "size", "cost", "unknown measure"), ("size", "size", "costs", "both axes")):
+        with pytest.raises(ParameterError, match=f"heatmap: .*{message}"):
             heatmap(made, across, down, measure)
     with pytest.raises(DataError, match="ever traded"):
         _ = sweep_rule(panel, sized, grid(size=[0.0]), COSTS, PARAMS).best

@@ -127,7 +127,8 @@ def _check(orders: Orders, rows: Grid, profit: Grid, loss: Grid, where: str) -> 
         (((kind == LIMIT) | (kind == STOP_LIMIT)) & ~(limit > 0), "has no limit price", "give `limit`"),
         (((kind == STOP) | (kind == STOP_LIMIT)) & ~(stop > 0), "has no stop price", "give `stop`"),
         ((kind == TRAILING) & ~((trail > 0) & (trail < 1)), "has no distance to trail by", "give `trail` between 0 and 1, 0.05 for 5 %"),
-        (~(rows[:, LIFE] > 0), "has a life that is not a number of bars", "give 1 for the next bar only, 0 for until cancelled"),
+        (~(rows[:, LIFE] > 0) | (np.rint(rows[:, LIFE]) != rows[:, LIFE]), "has a life that is not a number of bars", "give 1 for the next bar only, 0 for until cancelled"),
+        ((profit <= 0) | (loss <= 0), "has an exit at no price", "give `take_profit` and `stop_loss` above zero, or neither"),
         ((side * profit <= side * loss) | (side * profit <= side * np.where(side > 0, entry_high, entry_low)) | (side * loss >= side * np.where(side > 0, entry_low, entry_high)),
          "has exits on the wrong sides of its entry", "a purchase takes profit above and stops below, a sale the other way round"),
     )

@@ -410,10 +410,10 @@ def heatmap(
     for name in (across, down):
         if name not in sweep.configs.columns:
             raise unknown("parameter", name, list(sweep.configs.columns), "heatmap")
-    if across == down:
-        raise ParameterError("heatmap", f"`{across}` stands for both axes", "name two parameters")
     if measure not in sweep.portfolio.columns:
         raise unknown("measure", measure, list(sweep.portfolio.columns), "heatmap")
+    if across == down:
+        raise ParameterError("heatmap", f"`{across}` stands for both axes", "name two parameters")
     b = sweep.best
     others = {p: v for p, v in b.config.items() if p not in (across, down)}
     table = sweep.portfolio[(sweep.configs[list(others)] == pd.Series(others)).all(axis=1)].pivot(index=down, columns=across, values=measure).sort_index(ascending=False)
