@@ -71,8 +71,14 @@ def _lagged_now(op: Any, o: Any, a: Any, n: Any, longest: Any, s: Any, R: Any, m
 
 # %% ../../nbs/features/06_engine.ipynb #6079c895
 @kernel
-def _take(op: Any, o: Any, h: Any, a: Any, first: Any, who: Any, cols: Any, m: Any, fields: Any, rows: Any, blocks: Any, R: Any) -> None:
+def _take(op: Any, o: Any, h: Any, a: Any, first: Any, who: Any, cols: Any, m: Any, whole: Any, fields: Any, rows: Any, blocks: Any, R: Any) -> None:
     "Bring an input to a register."
+    if op != ROW and whole:
+        count = np.int64(m)
+        source = fields[a, who[0], first : first + count] if op == FIELD else blocks[a, who[0], :count]
+        for k in range(m):
+            R[o, h + k] = source[k] if abs(source[k]) < HUGE else np.nan
+        return
     for k in range(m):
         v = fields[a, who[k], first + cols[k]] if op == FIELD else (rows[a, cols[k]] if op == ROW else blocks[a, who[k], cols[k]])
         R[o, h + k] = v if abs(v) < HUGE else np.nan
@@ -80,6 +86,11 @@ def _take(op: Any, o: Any, h: Any, a: Any, first: Any, who: Any, cols: Any, m: A
 @kernel
 def _keep(a: Any, x: Any, block: Any, i: Any, last: Any, width: Any, who: Any, cols: Any, m: Any, R: Any) -> None:
     "Write a register to a block that is soon read again."
+    if m == width and last == i + 1:
+        to = block[i]
+        for k in range(m):
+            to[k] = R[a, x + k] if abs(R[a, x + k]) < HUGE else np.nan
+        return
     for j in range(i, last):
         for t in range(width):
             block[j, t] = np.nan
@@ -158,9 +169,9 @@ def run(code: Any, par: Any, state: Any, fields: Any, rows: Any, blocks: Any, sp
                     remember(op, o, h + j, three, (x + j, y + j, z + j), n, skip, s, par[k, 0], par[k, 1], R, bars, state[who[j] if now else i], W, at)
             elif op < KEEP:
                 row[o], begin[o] = o, h
-                _take(op, o, h, int(c[2]), span[2], who, cols, m, fields, rows, blocks, R)
+                _take(op, o, h, int(c[2]), span[2], who, cols, m, m == width and not now, fields, rows, blocks, R)
             elif op == KEEP:
-                _keep(a, x, blocks[c[3]], i, last, span[3], who, cols, m, R)
+                _keep(a, x, blocks[c[3]], i, last, width, who, cols, m, R)
             elif limit < HUGE:
                 _give(a, x, single[c[3]], i, last, span[4], width, who, cols, m, R, limit)
             else:

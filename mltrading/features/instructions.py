@@ -169,6 +169,10 @@ def merge(op: Any, o: Any, h: Any, r: Any, x: Any, p: Any, R: Any, m: Any) -> No
         for k in range(m):
             v = R[a, xa + k]
             R[o, h + k] = v + p * (R[b, xb + k] - v)
+    elif op == COM and c == e and xc == xe and d == f and xd == xf:  # a variance: four registers to read
+        for k in range(m):
+            gap = R[c, xc + k] - R[d, xd + k]
+            R[o, h + k] = R[a, xa + k] + R[b, xb + k] + p * (gap * gap)
     elif op == COM:
         for k in range(m):
             R[o, h + k] = R[a, xa + k] + R[b, xb + k] + p * ((R[c, xc + k] - R[d, xd + k]) * (R[e, xe + k] - R[f, xf + k]))
@@ -327,12 +331,14 @@ def _line_up(a: Any, x: Any, n: Any, R: Any, m: Any, S: Any, s: Any, W: Any, at:
 @kernel
 def _place(x: Any, n: Any, to: Any) -> None:
     "Ranks of the last value of windows that begin at x[0], x[1] …"
+    last = x[n - 1 :]
     for j in range(len(to)):
-        w, below, same = x[j : j + n], 0, 0
-        for q in range(n - 1):
-            below += w[q] < w[n - 1]
-            same += w[q] == w[n - 1]
-        to[j] = (below + 0.5 * same) / (n - 1)
+        to[j] = 0.0
+    for q in range(n - 1):
+        for j in range(len(to)):
+            to[j] += 1.0 if x[j + q] < last[j] else (0.5 if x[j + q] == last[j] else 0.0)
+    for j in range(len(to)):
+        to[j] /= n - 1
 
 @kernel
 def _centre(x: Any, n: Any, to: Any) -> None:
