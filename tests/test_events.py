@@ -146,8 +146,9 @@ def check(panel: Panel, ledger: Ledger, actions: Actions, instruments: dict[str,
     steady = ~both["symbol"].isin([panel.symbols[k] for k in actions.column[actions.kind == 0]])
     sums = both[steady].groupby("order")["quantity"].sum()
     np.testing.assert_allclose(sums, o.set_index("order")["filled"].loc[sums.index], rtol=1e-9)
-    waited, side = both[both["kind_ordered"].isin(["limit", "stop_limit"]) & steady], np.sign
-    assert (side(waited["quantity"]) * waited["fill_price"] <= side(waited["quantity"]) * waited["limit"]).all()
+    capped, side = both[both["kind_ordered"].isin(["limit", "stop_limit"]) & steady], np.sign
+    assert (side(capped["quantity"]) * capped["fill_price"] <= side(capped["quantity"]) * capped["limit"]).all()
+    waited = capped[(capped["kind_ordered"] == "limit") & (capped["reference_price"] != panel.view("open").stack().loc[list(zip(capped["timestamp"], capped["symbol"], strict=True))].to_numpy())]
     assert (waited[["spread_cost", "slippage_cost", "impact_cost"]] == 0).all().all()
     if costs.participation is None:  # else a stop may be reached in a bar that has no room for it
         stopped = both[both["kind_ordered"].eq("stop") & steady]
@@ -297,6 +298,28 @@ def test_nothing_fills_without_volume() -> None:
     assert waited.fills["timestamp"].tolist() == [quiet.index[3]]
     unknown = plain([10, 11, 12, 13], volume=[0, 0, 0, 0])
     assert once(unknown, 0, Orders(["A"], 1)).fills["timestamp"].tolist() == [unknown.index[1]]
+
+
+def test_a_marketable_limit_takes() -> None:
+    """Beyond the market at an open it costs what a market order costs, down to its limit and no further; inside the bar it waits and pays commission only."""
+    bars = plain([100, 100, 90, 90], open=[100, 100, 90, 90], high=[100, 101, 91, 90], low=[100, 98, 89, 90])
+    dear = COSTS.model_copy(update={"participation": None})
+    paid = ["spread_cost", "slippage_cost", "impact_cost"]
+    for side, far in ((1, 1000.0), (-1, 0.01)):
+        taken, market_order = (once(bars, 0, Orders(["A"], side * 1000, kind, limit=far), dear).fills.iloc[0] for kind in ("limit", "market"))
+        assert taken.drop("order").equals(market_order.drop("order"))
+        assert taken[paid].gt(0).all()
+        near = once(bars, 0, Orders(["A"], side * 1000, "limit", limit=100 + side * 0.01), dear).fills.iloc[0]
+        assert near["fill_price"] == 100 + side * 0.01
+        np.testing.assert_allclose(near[paid].astype(float).sum(), 1000 * 0.01, rtol=1e-9)
+        at = once(bars, 0, Orders(["A"], side * 1000, "limit", limit=100), dear).fills.iloc[0]
+        assert (at["fill_price"], at[paid].sum()) == (100, 0)
+    waited = once(bars, 0, Orders(["A"], 1000, "limit", limit=99), dear).fills.iloc[0]
+    assert (waited["fill_price"], waited[paid].sum()) == (99, 0)
+    jumped = once(bars, 0, Orders(["A"], 1000, "limit", limit=95), dear).fills.iloc[0]
+    assert jumped["timestamp"] == bars.index[2]
+    assert 90 < jumped["fill_price"] <= 95
+    assert jumped[paid].gt(0).all()
 
 
 def test_margin_call_closes_everything() -> None:

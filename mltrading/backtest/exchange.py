@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from .actions import SETTLEMENT, SPLIT
 from .bars import Bar, Liquidity, micros
-from .costs import MINIMUM, CostParams, fill_order, passive
+from .costs import MINIMUM, MULTIPLIER, CostParams, fill_order, passive
 from .instruments import LOT, whole_lots
 from mltrading.backtest.ledger import (
     CANCELLED,
@@ -55,6 +55,7 @@ from mltrading.backtest.orders import (
     LIMIT,
     MARKET,
     NOWHERE,
+    OPEN,
     PAIR,
     PARENT,
     READY,
@@ -74,8 +75,8 @@ from ..core.jit import njit
 # %% auto #0
 __all__ = ['ASLEEP', 'WORKS', 'TRIGGERED', 'Book', 'Exchange']
 
-# %% ../../nbs/backtest/09_exchange.ipynb #da523785
-ASLEEP, WORKS = 0.0, 1.0
+# %% ../../nbs/backtest/09_exchange.ipynb #1aa1e29f
+ASLEEP, WORKS, TRIGGERED = 0.0, 1.0, 8.0
 
 @njit(nogil=True)
 def _row_of(book: Grid, count: int, number: float) -> int:
@@ -109,10 +110,14 @@ def _wake(book: Grid, count: int, i: int, quantity: float, where: int) -> None:
 
 # %% ../../nbs/backtest/09_exchange.ipynb #e29cc27f
 @njit(nogil=True)
-def _take(i: int, quantity: float, price: float, micros: float, vol: Grid, adv: Grid, rates: Grid, least: float, book: Grid, fill: Grid) -> None:
+def _take(i: int, quantity: float, price: float, takes: bool, micros: float, vol: Grid, adv: Grid, terms: Grid, patient: Grid, least: float, book: Grid, fill: Grid) -> None:
     "Write one fill: what it costs, and what it leaves of the order."
-    n = int(book[i, O_COLUMN])
-    got, uncut, spread, slip, impact = fill_order(quantity, price, vol[n], adv[n], rates[n])
+    n, limit, side = int(book[i, O_COLUMN]), book[i, O_LIMIT], math.copysign(1.0, quantity)
+    got, uncut, spread, slip, impact = fill_order(quantity, price, vol[n], adv[n], terms[n] if takes else patient[n])
+    if side * got > side * limit:
+        part = side * (limit - price) * abs(quantity) * terms[n, MULTIPLIER] / (spread + slip + impact)
+        spread, slip, impact = part * spread, part * slip, part * impact
+        got, uncut, _, _, _ = fill_order(quantity, limit, vol[n], adv[n], patient[n])
     before = book[i, UNCUT]
     commission = max(before + uncut, least) - (max(before, least) if book[i, O_FILLED] != 0.0 else 0.0)
     book[i, UNCUT] = before + uncut
@@ -137,11 +142,11 @@ def _visit(
     c, o = prices[3, n], prices[3, n] if math.isnan(prices[0, n]) else prices[0, n]
     high, low = np.fmax(prices[1, n], max(o, c)), np.fmin(prices[2, n], min(o, c))
     side, level = math.copysign(1.0, left), book[i, LEVEL]
+    shown = LIMIT if kind == STOP_LIMIT and book[i, READY] == TRIGGERED else kind
     if late and book[i, READY] == 1.0 + INSIDE:  # the open was before its entry
         reached = low <= level if side < 0.0 else high >= level
         where, price, hit, best = (INSIDE, level, True, 0.0) if reached else (NOWHERE, math.nan, False, 0.0)
     else:
-        shown = LIMIT if kind == STOP_LIMIT and book[i, READY] > WORKS + 4.0 else kind
         where, price, hit, best = in_bar(shown, side, o, high, low, c, book[i, O_LIMIT], level, book[i, BEST], book[i, TRAIL], at_close)
     if kind == TRAILING and where == NOWHERE:
         book[i, BEST], book[i, LEVEL] = best, best * (1.0 + side * book[i, TRAIL])
@@ -154,15 +159,14 @@ def _visit(
         book[i, LEVEL] = -math.inf if side > 0.0 else math.inf  # triggered: what is left fills wherever the market is
     if quantity == 0.0:
         return done
-    _take(i, quantity, price, micros, vol, adv, patient if kind in (LIMIT, STOP_LIMIT) else terms, least, book, fills[done])
+    takes = kind not in (LIMIT, STOP_LIMIT) or where == OPEN or (shown == STOP_LIMIT and side * book[i, O_LIMIT] > side * level)
+    _take(i, quantity, price, takes, micros, vol, adv, terms, patient, least, book, fills[done])
     room[n] -= abs(quantity)
     book[i, O_FILLED] = book[i, O_QUANTITY] if quantity == left and book[i, PAIR] < 0.0 else book[i, O_FILLED] + quantity
     _wake(book, count, i, quantity, where)
     return done + 1
 
-# %% ../../nbs/backtest/09_exchange.ipynb #7dae34a3
-TRIGGERED = 8.0
-
+# %% ../../nbs/backtest/09_exchange.ipynb #f8646d0a
 @njit(nogil=True)
 def _room(prices: Grid, participation: float, traded: NDArray[np.bool_], room: Grid) -> None:
     "How much of each symbol the bar has for us."
@@ -183,7 +187,7 @@ def _rank(kind: float, at_close: bool) -> float:
         return 4.0 if at_close else 0.0
     return 3.0 if kind == LIMIT else 2.0 if kind == STOP_LIMIT else 1.0
 
-# %% ../../nbs/backtest/09_exchange.ipynb #f8646d0a
+# %% ../../nbs/backtest/09_exchange.ipynb #983730cd
 @njit(nogil=True)
 def _match(
     micros: float,                # instant of the bar, microseconds since 1970
@@ -220,7 +224,7 @@ def _match(
         first = stop
     return done
 
-# %% ../../nbs/backtest/09_exchange.ipynb #983730cd
+# %% ../../nbs/backtest/09_exchange.ipynb #a79a169a
 @njit(nogil=True)
 def _state(book: Grid, count: int, i: int, gone: NDArray[np.bool_]) -> float:
     "The final state of an order, -1 where it stays in the book."
