@@ -148,7 +148,8 @@ def check(panel: Panel, ledger: Ledger, actions: Actions, instruments: dict[str,
     np.testing.assert_allclose(sums, o.set_index("order")["filled"].loc[sums.index], rtol=1e-9)
     capped, side = both[both["kind_ordered"].isin(["limit", "stop_limit"]) & steady], np.sign
     assert (side(capped["quantity"]) * capped["fill_price"] <= side(capped["quantity"]) * capped["limit"]).all()
-    waited = capped[(capped["kind_ordered"] == "limit") & (capped["reference_price"] != panel.view("open").stack().loc[list(zip(capped["timestamp"], capped["symbol"], strict=True))].to_numpy())]
+    opened = panel["open"][pd.Index(panel.symbols).get_indexer(pd.Index(capped["symbol"])), panel.index.get_indexer(pd.DatetimeIndex(capped["timestamp"]))]
+    waited = capped[(capped["kind_ordered"] == "limit") & (capped["reference_price"] != opened)]
     assert (waited[["spread_cost", "slippage_cost", "impact_cost"]] == 0).all().all()
     if costs.participation is None:  # else a stop may be reached in a bar that has no room for it
         stopped = both[both["kind_ordered"].eq("stop") & steady]
