@@ -82,12 +82,12 @@ class Chaos:
         side = rng.choice([-1.0, 1.0], k)
         kind = rng.choice(["market", "limit", "stop", "stop_limit", "trailing"], k)
         away = rng.choice([0.97, 0.99, 1.0, 1.01, 1.03], (2, k)) * p
-        bracket = (rng.random(k) < 0.4) & (kind != "stop_limit") & (kind != "trailing")
+        bracket = (rng.random(k) < 0.6) & (kind != "stop_limit") & (kind != "trailing")
         entry = np.where(kind == "limit", away[0], np.where(kind == "stop", away[1], p))
         cancel = now.working[rng.random(len(now.working)) < 0.1, 0].astype(int).tolist()
         return Orders([now.symbols[n] for n in which], side * np.maximum(np.round(now.books.equity * rng.uniform(0.01, 0.5, k) / p), 1), kind.tolist(), limit=away[0], stop=away[1],
                       trail=rng.choice([0.01, 0.05], k), life=rng.integers(0, 4, k), take_profit=np.where(bracket, entry * (1 + 0.03 * side), np.nan),
-                      stop_loss=np.where(bracket & (rng.random(k) < 0.8), entry * (1 - 0.02 * side), np.nan), cancel=cancel)
+                      stop_loss=np.where(bracket & (rng.random(k) < 0.8), entry * (1 - 0.02 * side), np.nan), cancel=cancel, reason="entry")
 
 
 class Table:
@@ -151,6 +151,15 @@ def check(panel: Panel, ledger: Ledger, actions: Actions, instruments: dict[str,
     opened = panel["open"][pd.Index(panel.symbols).get_indexer(pd.Index(capped["symbol"])), panel.index.get_indexer(pd.DatetimeIndex(capped["timestamp"]))]
     waited = capped[(capped["kind_ordered"] == "limit") & (capped["reference_price"] != opened)]
     assert (waited[["spread_cost", "slippage_cost", "impact_cost"]] == 0).all().all()
+    # the exits behind an entry together never fill more than it did, and it fills nothing once one of them has fired
+    behind = o["reason"].isin(["take profit", "stop loss"])
+    entry = o["order"].where(~behind).ffill()
+    still = ~o["symbol"].isin([panel.symbols[k] for k in actions.column[actions.kind == 0]])
+    closed = o[behind & still].groupby(entry)["filled"].sum()
+    assert (closed.abs() <= o.set_index("order")["filled"].loc[closed.index].abs() * (1 + 1e-9)).all()
+    times = trades.groupby("order")["timestamp"].agg(["min", "max"])
+    fired = o.loc[behind & (o["filled"] != 0), "order"]
+    assert (times["max"].loc[entry.loc[fired.index]].to_numpy() <= times["min"].loc[fired].to_numpy()).all()
     if costs.participation is None:  # else a stop may be reached in a bar that has no room for it
         stopped = both[both["kind_ordered"].eq("stop") & steady]
         assert (side(stopped["quantity"]) * stopped["reference_price"] >= side(stopped["quantity"]) * stopped["stop"]).all()
@@ -321,6 +330,27 @@ def test_a_marketable_limit_takes() -> None:
     assert jumped["timestamp"] == bars.index[2]
     assert 90 < jumped["fill_price"] <= 95
     assert jumped[paid].gt(0).all()
+
+
+@pytest.mark.parametrize(("kind", "prices"), [("market", {}), ("limit", {"limit": 101}), ("limit", {"limit": 99.5}), ("stop", {"stop": 101})])
+def test_an_exit_ends_its_entry(kind: str, prices: dict[str, float]) -> None:
+    """An entry for 100 in parts of 20: the stop at 96 sells in the third bar what was bought up to then and in that bar, and nothing is bought afterwards."""
+    bars = plain([100] * 8, open=[100] * 8, high=[101] * 8, low=[99, 99, 99, 95, 99, 99, 99, 99], volume=[100] * 8)
+    ledger = once(bars, 0, Orders(["A"], 100, kind, stop_loss=96, take_profit=130, **prices), FREE.model_copy(update={"participation": 0.2}))
+    o, f = ledger.orders.set_index("reason"), ledger.fills
+    assert o["status"].to_dict() == {"": "partial", "stop loss": "filled", "take profit": "cancelled"}
+    assert (o.loc["", "filled"], o.loc["stop loss", "filled"]) == (60, -60)
+    assert f["quantity"].tolist() == [20, 20, 20, -20, -20, -20]
+    assert f["timestamp"].iloc[2] == bars.index[3]
+    assert ledger.positions["quantity"].iloc[-1] == 0 or ledger.positions["timestamp"].max() < bars.index[-1]
+
+
+def test_a_profit_ends_its_entry() -> None:
+    """A profit that is reached before the entry's close: what was held is sold, and no more is bought."""
+    bars = plain([100, 100, 100, 100], open=[100] * 4, high=[101, 101, 110, 101], low=[99] * 4, volume=[100] * 4)
+    ledger = once(bars, 0, Orders(["A"], 100, take_profit=105), FREE.model_copy(update={"participation": 0.2, "fill": "close"}))
+    assert ledger.fills["quantity"].tolist() == [20, -20]
+    assert ledger.orders["status"].tolist() == ["partial", "filled"]
 
 
 def test_margin_call_closes_everything() -> None:

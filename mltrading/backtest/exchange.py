@@ -101,12 +101,26 @@ def _left(book: Grid, count: int, i: int) -> float:
 
 @njit(nogil=True)
 def _wake(book: Grid, count: int, i: int, quantity: float, where: int) -> None:
-    "The exits behind an entry grow with what it filled."
+    "The exits behind an entry grow with what it filled, and have this bar before them from there on."
     for k in range(i + 1, min(i + 3, count)):
         if book[k, PARENT] == book[i, O_NUMBER]:
             book[k, O_QUANTITY] -= quantity
-            if book[k, READY] == ASLEEP:
-                book[k, READY] = 1.0 + where
+            book[k, READY] = 1.0 + where
+
+@njit(nogil=True)
+def _end_entry(book: Grid, count: int, i: int) -> None:
+    "An exit that has fired ends what is left of its entry."
+    k = _row_of(book, count, book[i, PARENT]) if book[i, PARENT] >= 0.0 else -1
+    if k >= 0 and book[k, O_FILLED] != book[k, O_QUANTITY]:
+        book[k, O_STATUS] = PARTIAL
+
+@njit(nogil=True)
+def _follows(book: Grid, count: int, i: int, at_close: bool) -> bool:
+    "Whether an exit comes after the other orders of its symbol: its entry has filled in this bar, or may still do so before the close."
+    if 1.0 + OPEN <= book[i, READY] <= 1.0 + CLOSE:
+        return True
+    k = _row_of(book, count, book[i, PARENT]) if book[i, PARENT] >= 0.0 else -1
+    return k >= 0 and not (at_close and book[k, O_KIND] == MARKET)
 
 # %% ../../nbs/backtest/09_exchange.ipynb #e29cc27f
 @njit(nogil=True)
@@ -132,7 +146,7 @@ def _visit(
     i: int, late: bool, micros: float, prices: Grid, room: Grid, at_close: bool, vol: Grid, adv: Grid, terms: Grid, patient: Grid, least: float,
     book: Grid, count: int, fills: Grid, done: int,
 ) -> int:                          # fills so far
-    "Show the bar to one order. `late`: its entry filled in this bar."
+    "Show the bar to one order. `late`: it comes after its entry."
     n, kind = int(book[i, O_COLUMN]), int(book[i, O_KIND])
     if late and (book[i, READY] == 1.0 + CLOSE or (book[i, READY] == 1.0 + INSIDE and kind != STOP)):
         return done
@@ -157,6 +171,7 @@ def _visit(
     quantity = left if abs(left) <= room[n] else whole_lots(math.copysign(room[n], left), terms[n, LOT])
     if kind in (STOP, TRAILING):
         book[i, LEVEL] = -math.inf if side > 0.0 else math.inf  # triggered: what is left fills wherever the market is
+        _end_entry(book, count, i)
     if quantity == 0.0:
         return done
     takes = kind not in (LIMIT, STOP_LIMIT) or where == OPEN or (shown == STOP_LIMIT and side * book[i, O_LIMIT] > side * level)
@@ -164,6 +179,7 @@ def _visit(
     room[n] -= abs(quantity)
     book[i, O_FILLED] = book[i, O_QUANTITY] if quantity == left and book[i, PAIR] < 0.0 else book[i, O_FILLED] + quantity
     _wake(book, count, i, quantity, where)
+    _end_entry(book, count, i)
     return done + 1
 
 # %% ../../nbs/backtest/09_exchange.ipynb #f8646d0a
@@ -216,8 +232,8 @@ def _match(
             for late in (False, True):
                 for k in range(first, stop):
                     i = sequence[k]
-                    born = 2.0 <= book[i, READY] <= 4.0
-                    if book[i, READY] != ASLEEP and born == late:
+                    ended = book[i, O_STATUS] == book[i, O_STATUS]
+                    if book[i, READY] != ASLEEP and not ended and _follows(book, count, i, at_close) == late:
                         done = _visit(i, late, micros, prices, room, at_close, vol, adv, terms, patient, least, book, count, fills, done)
                         if late:
                             book[i, READY] = WORKS
