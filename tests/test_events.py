@@ -353,6 +353,26 @@ def test_a_profit_ends_its_entry() -> None:
     assert ledger.orders["status"].tolist() == ["partial", "filled"]
 
 
+class Script:
+    """Answers by the number of the bar."""
+
+    def __init__(self, answers: dict[int, Orders | Weights]) -> None:
+        self.answers = answers
+
+    def decide(self, now: Moment) -> Orders | Weights | None:
+        return self.answers.get(now.number)
+
+
+@pytest.mark.parametrize("delay", [0, 1])
+def test_weights_withdraw_what_works(delay: int) -> None:
+    """A working limit and a stop do not disturb the weights that come after them."""
+    bars = plain([100, 100, 100, 100, 50, 50, 50])
+    script = Script({0: Orders(["A", "A"], [10, 1000], ["market", "limit"], limit=60, stop_loss=[70, np.nan]), 2: Weights(np.array([0.5]))})
+    ledger = run(bars_of(bars, lay_actions(bars)), ("A",), script, FREE, PARAMS.model_copy(update={"delay_bars": delay}))
+    assert ledger.orders["status"].tolist() == ["filled", "cancelled", "cancelled", "filled"]
+    assert ledger.positions.iloc[-1]["quantity"] == 5000
+
+
 def test_margin_call_closes_everything() -> None:
     future = {"A": Instrument(margin=0.1, futures_style=True)}
     prices, params = plain([100, 100, 95, 92, 91]), PARAMS.model_copy(update={"margin_call": 0.5, "max_gross": 1.0})

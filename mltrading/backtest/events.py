@@ -257,7 +257,7 @@ class Books:
 
 # %% ../../nbs/backtest/15_events.ipynb #ea417376
 class Weights(NamedTuple):
-    """Target weights for all symbols."""
+    """Target weights for all symbols. They say what the whole account is to hold: every order that still works is withdrawn when they are carried out, exits behind entries included."""
 
     weights: Grid                    # (N,) no NaN
     reasons: Sequence[str] = ()      # (N,), or none
@@ -415,6 +415,7 @@ class Desk:
             rows, which = _target_orders(books.shares, 0.0, books, exchange, now)
             exchange.add(rows, [CLOSED_OUT[int(books.equity > 0)]] * len(which))
         elif isinstance(due, Weights) and books.equity > 0:
+            exchange.cancel()
             rows, which = _target_orders(due.weights, books.equity, books, exchange, now)
             exchange.add(rows, [due.reasons[n] for n in which.tolist()] if len(due.reasons) else ["target"] * len(which))
         elif isinstance(due, Orders):
