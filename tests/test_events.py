@@ -373,6 +373,14 @@ def test_weights_withdraw_what_works(delay: int) -> None:
     assert ledger.positions.iloc[-1]["quantity"] == 5000
 
 
+def test_delayed_orders_are_split() -> None:
+    """A limit at 99 for 10 with a stop at 90, two bars late, with a split of one to two between: 20 at 49.5 with a stop at 45, as if it had worked all along."""
+    bars = plain([100, 50, 50, 50, 50, 50, 44], open=[100, 50, 50, 50, 50, 50, 50], high=[101, 51, 51, 51, 51, 51, 51], low=[100, 49, 49.8, 49.8, 49, 49, 44])
+    split = lay_actions(bars, pd.DataFrame({"timestamp": bars.index[[1]], "symbol": "A", "kind": "split", "value": 2.0}))
+    ledger = run(bars_of(bars, split), ("A",), Answer(0, Orders(["A"], 10, "limit", limit=99, stop_loss=90)), FREE, PARAMS.model_copy(update={"delay_bars": 2}))
+    assert ledger.fills[["quantity", "fill_price"]].to_numpy().tolist() == [[20, 49.5], [-20, 45]]
+
+
 def test_margin_call_closes_everything() -> None:
     future = {"A": Instrument(margin=0.1, futures_style=True)}
     prices, params = plain([100, 100, 95, 92, 91]), PARAMS.model_copy(update={"margin_call": 0.5, "max_gross": 1.0})
