@@ -12,11 +12,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mltrading.backtest.actions import lay_actions
 from mltrading.backtest.baselines import equal_weight, hold
 from mltrading.backtest.costs import CostParams
 from mltrading.backtest.engine import BacktestParams, equity_curve, equity_curves, lay_tape, simulate
+from mltrading.backtest.instruments import Instrument
 from mltrading.backtest.ledger import TABLES, Ledger
 from mltrading.backtest.replay import decided_targets, replay
+from mltrading.backtest.sensitivity import sensitivity
 from mltrading.core.errors import DataError, ParameterError
 from mltrading.market.panel import Panel, from_frame, until
 from mltrading.market.simulate import random_walk
@@ -370,11 +373,37 @@ def test_bars_per_year_have_to_fit_the_panel() -> None:
         check_bars_per_year(panel, 19_656.0)
 
 
+def test_a_policy_that_never_decides() -> None:
+    """Its account stays in cash, and its table of decisions has no row and the columns of any other."""
+    panel = market(3)
+    _, some = replay(panel, rules(), opinions(panel, 3), DEAR, PARAMS)
+    ledger, none = replay(panel, rules(rebalance_bars=10_000), opinions(panel, 3, after=2), DEAR, PARAMS.model_copy(update={"start": "panel"}))
+    assert (ledger.equity["equity"] == PARAMS.initial_cash).all()
+    assert len(none) == 0
+    assert (none.columns.tolist(), none.dtypes.tolist()) == (some.columns.tolist(), some.dtypes.tolist())
+
+
+def test_curves_know_instruments_and_actions() -> None:
+    """What `simulate` is told of instruments and actions, the curves and the sensitivity are told as well."""
+    panel = market(4)
+    now = {"instruments": {s: Instrument(lot=1, financing_bps_annual=300) for s in panel.symbols},
+           "actions": lay_actions(panel, pd.DataFrame({"timestamp": panel.index[panel.alive[0]][[10]], "symbol": panel.symbols[0], "kind": "dividend", "value": float(np.nanmean(panel["close"][0])) * 0.1}))}
+    targets = wishes(panel, 5, 1.0)
+    whole = simulate(panel, targets, DEAR, PARAMS.model_copy(update={"start": "panel"}), **now).equity["equity"]
+    np.testing.assert_array_equal(equity_curves(panel, {"w": targets}, DEAR, PARAMS, **now)["w", 1.0, PARAMS.delay_bars], whole)
+    small = {"seed": 1, "n_boot": 20, "level": 0.9, "bars_per_year": 252}
+    begin = int((~np.isnan(targets)).any(axis=1).argmax())
+    told, plain = (sensitivity(panel, targets, DEAR, PARAMS, scales=[1], **small, **more)["sharpe_annual"].iloc[0] for more in (now, {}))
+    ret = whole.iloc[begin:].pct_change().dropna()
+    np.testing.assert_allclose(told, np.sqrt(252) * ret.mean() / ret.std(), rtol=1e-9)
+    assert told != plain
+
+
 class Spy:
     """A policy, and the accounts that it was shown."""
 
     def __init__(self, policy: Policy) -> None:
-        self.policy, self.vol_bars, self.seen = policy, policy.vol_bars, []
+        self.policy, self.steps, self.vol_bars, self.seen = policy, policy.steps, policy.vol_bars, []
 
     def decide(self, t, forecast, account, market):
         self.seen.append((account, market.close))

@@ -82,12 +82,12 @@ class Chaos:
         side = rng.choice([-1.0, 1.0], k)
         kind = rng.choice(["market", "limit", "stop", "stop_limit", "trailing"], k)
         away = rng.choice([0.97, 0.99, 1.0, 1.01, 1.03], (2, k)) * p
-        bracket = (rng.random(k) < 0.4) & (kind != "stop_limit") & (kind != "trailing")
+        bracket = (rng.random(k) < 0.6) & (kind != "stop_limit") & (kind != "trailing")
         entry = np.where(kind == "limit", away[0], np.where(kind == "stop", away[1], p))
         cancel = now.working[rng.random(len(now.working)) < 0.1, 0].astype(int).tolist()
         return Orders([now.symbols[n] for n in which], side * np.maximum(np.round(now.books.equity * rng.uniform(0.01, 0.5, k) / p), 1), kind.tolist(), limit=away[0], stop=away[1],
                       trail=rng.choice([0.01, 0.05], k), life=rng.integers(0, 4, k), take_profit=np.where(bracket, entry * (1 + 0.03 * side), np.nan),
-                      stop_loss=np.where(bracket & (rng.random(k) < 0.8), entry * (1 - 0.02 * side), np.nan), cancel=cancel)
+                      stop_loss=np.where(bracket & (rng.random(k) < 0.8), entry * (1 - 0.02 * side), np.nan), cancel=cancel, reason="entry")
 
 
 class Table:
@@ -146,9 +146,20 @@ def check(panel: Panel, ledger: Ledger, actions: Actions, instruments: dict[str,
     steady = ~both["symbol"].isin([panel.symbols[k] for k in actions.column[actions.kind == 0]])
     sums = both[steady].groupby("order")["quantity"].sum()
     np.testing.assert_allclose(sums, o.set_index("order")["filled"].loc[sums.index], rtol=1e-9)
-    waited, side = both[both["kind_ordered"].isin(["limit", "stop_limit"]) & steady], np.sign
-    assert (side(waited["quantity"]) * waited["fill_price"] <= side(waited["quantity"]) * waited["limit"]).all()
+    capped, side = both[both["kind_ordered"].isin(["limit", "stop_limit"]) & steady], np.sign
+    assert (side(capped["quantity"]) * capped["fill_price"] <= side(capped["quantity"]) * capped["limit"]).all()
+    opened = panel["open"][pd.Index(panel.symbols).get_indexer(pd.Index(capped["symbol"])), panel.index.get_indexer(pd.DatetimeIndex(capped["timestamp"]))]
+    waited = capped[(capped["kind_ordered"] == "limit") & (capped["reference_price"] != opened)]
     assert (waited[["spread_cost", "slippage_cost", "impact_cost"]] == 0).all().all()
+    # the exits behind an entry together never fill more than it did, and it fills nothing once one of them has fired
+    behind = o["reason"].isin(["take profit", "stop loss"])
+    entry = o["order"].where(~behind).ffill()
+    still = ~o["symbol"].isin([panel.symbols[k] for k in actions.column[actions.kind == 0]])
+    closed = o[behind & still].groupby(entry)["filled"].sum()
+    assert (closed.abs() <= o.set_index("order")["filled"].loc[closed.index].abs() * (1 + 1e-9)).all()
+    times = trades.groupby("order")["timestamp"].agg(["min", "max"])
+    fired = o.loc[behind & (o["filled"] != 0), "order"]
+    assert (times["max"].loc[entry.loc[fired.index]].to_numpy() <= times["min"].loc[fired].to_numpy()).all()
     if costs.participation is None:  # else a stop may be reached in a bar that has no room for it
         stopped = both[both["kind_ordered"].eq("stop") & steady]
         assert (side(stopped["quantity"]) * stopped["reference_price"] >= side(stopped["quantity"]) * stopped["stop"]).all()
@@ -297,6 +308,77 @@ def test_nothing_fills_without_volume() -> None:
     assert waited.fills["timestamp"].tolist() == [quiet.index[3]]
     unknown = plain([10, 11, 12, 13], volume=[0, 0, 0, 0])
     assert once(unknown, 0, Orders(["A"], 1)).fills["timestamp"].tolist() == [unknown.index[1]]
+
+
+def test_a_marketable_limit_takes() -> None:
+    """Beyond the market at an open it costs what a market order costs, down to its limit and no further; inside the bar it waits and pays commission only."""
+    bars = plain([100, 100, 90, 90], open=[100, 100, 90, 90], high=[100, 101, 91, 90], low=[100, 98, 89, 90])
+    dear = COSTS.model_copy(update={"participation": None})
+    paid = ["spread_cost", "slippage_cost", "impact_cost"]
+    for side, far in ((1, 1000.0), (-1, 0.01)):
+        taken, market_order = (once(bars, 0, Orders(["A"], side * 1000, kind, limit=far), dear).fills.iloc[0] for kind in ("limit", "market"))
+        assert taken.drop("order").equals(market_order.drop("order"))
+        assert taken[paid].gt(0).all()
+        near = once(bars, 0, Orders(["A"], side * 1000, "limit", limit=100 + side * 0.01), dear).fills.iloc[0]
+        assert near["fill_price"] == 100 + side * 0.01
+        np.testing.assert_allclose(near[paid].astype(float).sum(), 1000 * 0.01, rtol=1e-9)
+        at = once(bars, 0, Orders(["A"], side * 1000, "limit", limit=100), dear).fills.iloc[0]
+        assert (at["fill_price"], at[paid].sum()) == (100, 0)
+    waited = once(bars, 0, Orders(["A"], 1000, "limit", limit=99), dear).fills.iloc[0]
+    assert (waited["fill_price"], waited[paid].sum()) == (99, 0)
+    jumped = once(bars, 0, Orders(["A"], 1000, "limit", limit=95), dear).fills.iloc[0]
+    assert jumped["timestamp"] == bars.index[2]
+    assert 90 < jumped["fill_price"] <= 95
+    assert jumped[paid].gt(0).all()
+
+
+@pytest.mark.parametrize(("kind", "prices"), [("market", {}), ("limit", {"limit": 101}), ("limit", {"limit": 99.5}), ("stop", {"stop": 101})])
+def test_an_exit_ends_its_entry(kind: str, prices: dict[str, float]) -> None:
+    """An entry for 100 in parts of 20: the stop at 96 sells in the third bar what was bought up to then and in that bar, and nothing is bought afterwards."""
+    bars = plain([100] * 8, open=[100] * 8, high=[101] * 8, low=[99, 99, 99, 95, 99, 99, 99, 99], volume=[100] * 8)
+    ledger = once(bars, 0, Orders(["A"], 100, kind, stop_loss=96, take_profit=130, **prices), FREE.model_copy(update={"participation": 0.2}))
+    o, f = ledger.orders.set_index("reason"), ledger.fills
+    assert o["status"].to_dict() == {"": "partial", "stop loss": "filled", "take profit": "cancelled"}
+    assert (o.loc["", "filled"], o.loc["stop loss", "filled"]) == (60, -60)
+    assert f["quantity"].tolist() == [20, 20, 20, -20, -20, -20]
+    assert f["timestamp"].iloc[2] == bars.index[3]
+    assert ledger.positions["quantity"].iloc[-1] == 0 or ledger.positions["timestamp"].max() < bars.index[-1]
+
+
+def test_a_profit_ends_its_entry() -> None:
+    """A profit that is reached before the entry's close: what was held is sold, and no more is bought."""
+    bars = plain([100, 100, 100, 100], open=[100] * 4, high=[101, 101, 110, 101], low=[99] * 4, volume=[100] * 4)
+    ledger = once(bars, 0, Orders(["A"], 100, take_profit=105), FREE.model_copy(update={"participation": 0.2, "fill": "close"}))
+    assert ledger.fills["quantity"].tolist() == [20, -20]
+    assert ledger.orders["status"].tolist() == ["partial", "filled"]
+
+
+class Script:
+    """Answers by the number of the bar."""
+
+    def __init__(self, answers: dict[int, Orders | Weights]) -> None:
+        self.answers = answers
+
+    def decide(self, now: Moment) -> Orders | Weights | None:
+        return self.answers.get(now.number)
+
+
+@pytest.mark.parametrize("delay", [0, 1])
+def test_weights_withdraw_what_works(delay: int) -> None:
+    """A working limit and a stop do not disturb the weights that come after them."""
+    bars = plain([100, 100, 100, 100, 50, 50, 50])
+    script = Script({0: Orders(["A", "A"], [10, 1000], ["market", "limit"], limit=60, stop_loss=[70, np.nan]), 2: Weights(np.array([0.5]))})
+    ledger = run(bars_of(bars, lay_actions(bars)), ("A",), script, FREE, PARAMS.model_copy(update={"delay_bars": delay}))
+    assert ledger.orders["status"].tolist() == ["filled", "cancelled", "cancelled", "filled"]
+    assert ledger.positions.iloc[-1]["quantity"] == 5000
+
+
+def test_delayed_orders_are_split() -> None:
+    """A limit at 99 for 10 with a stop at 90, two bars late, with a split of one to two between: 20 at 49.5 with a stop at 45, as if it had worked all along."""
+    bars = plain([100, 50, 50, 50, 50, 50, 44], open=[100, 50, 50, 50, 50, 50, 50], high=[101, 51, 51, 51, 51, 51, 51], low=[100, 49, 49.8, 49.8, 49, 49, 44])
+    split = lay_actions(bars, pd.DataFrame({"timestamp": bars.index[[1]], "symbol": "A", "kind": "split", "value": 2.0}))
+    ledger = run(bars_of(bars, split), ("A",), Answer(0, Orders(["A"], 10, "limit", limit=99, stop_loss=90)), FREE, PARAMS.model_copy(update={"delay_bars": 2}))
+    assert ledger.fills[["quantity", "fill_price"]].to_numpy().tolist() == [[20, 49.5], [-20, 45]]
 
 
 def test_margin_call_closes_everything() -> None:

@@ -10,6 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import ndtr
 
+from mltrading.backtest.actions import lay_actions
+from mltrading.backtest.bars import bars_of
+from mltrading.backtest.costs import CostParams
+from mltrading.backtest.engine import BacktestParams
+from mltrading.backtest.events import run
 from mltrading.backtest.knockouts import (
     Knockouts,
     KnockoutTerms,
@@ -23,6 +28,7 @@ from mltrading.backtest.knockouts import (
     strike_for_leverage,
     watched_barrier,
 )
+from mltrading.backtest.orders import Orders
 from mltrading.core.errors import ParameterError
 from mltrading.features.audit import other_future
 from mltrading.market.panel import Panel, from_frame, to_frame, until
@@ -265,6 +271,10 @@ def test_bars_are_bars_and_end_once(seed, unquoted):
         np.testing.assert_allclose(out.panel["close"][k, live], value[live], atol=1e-6)
         if len(dead):
             assert 0.0 <= out.settlement[k, end] <= terms.ratio * terms.side * (barrier[end] - strike[end]) + 1e-12
+            if alive[k, end]:  # a last bar ends at the quote at the barrier: nobody was quoted less
+                at_barrier = max(terms.ratio * terms.side * (barrier[end] - strike[end]) + terms.premium, terms.tick)
+                np.testing.assert_allclose(out.panel["low"][k, end], min(at_barrier, out.panel["open"][k, end]), atol=1e-6)
+                assert out.panel["low"][k, end] == out.panel["close"][k, end]
     if alive.any() and "open" in out.panel.fields:
         from_frame(to_frame(Panel(out.panel.times, out.panel.symbols, {"close": out.panel["close"]})))
         low, high = out.panel["low"], out.panel["high"]
@@ -272,6 +282,31 @@ def test_bars_are_bars_and_end_once(seed, unquoted):
             known = np.isfinite(low) & np.isfinite(out.panel[f])
             assert (out.panel[f][known] >= low[known] - 1e-12).all()
             assert (out.panel[f][known] <= high[known] + 1e-12).all()
+
+
+class Guarded:
+    """One product with a stop behind it."""
+
+    def __init__(self, stop):
+        self.stop = stop
+
+    def decide(self, now):
+        return Orders(["T"], 1000, stop_loss=self.stop) if now.number == 0 else None
+
+
+@pytest.mark.parametrize(("stop", "kind", "price"), [(0.25, "settlement", 0.2), (0.35, "order", 0.35)])
+def test_no_stop_below_the_last_quote_is_filled(stop, kind, price):
+    """A mini that is quoted at 0.30 when its barrier is touched and pays 0.20 never traded at 0.25."""
+    bars = np.array([(100, 100, 100, 100), (100, 101, 99, 100), (100, 104, 92, 95)], float).T
+    index = Panel(pd.bdate_range("2020-01-14 21:00", periods=3, normalize=False).as_unit("us").to_numpy(), ("A",), {f: bars[k:k + 1].copy() for k, f in enumerate(("open", "high", "low", "close"))})
+    mini = KnockoutTerms("A", index.index[0], side=1, strike=90.0, barrier=93.0, ratio=0.1, reference_annual=0.0, spread_annual=0.0, premium=0.0, bid_ask=0.0, tick=0.01, unwind=1.0)
+    products = knockout_bars(index, {"T": mini})
+    free = CostParams(commission_bps=0, half_spread_bps=0, impact_coefficient=0, adv_bars=2, adv_floor_value=1e4, adv_assumed_value=1e7, vol_floor_daily=0.01, borrow_bps_annual=0, fill="open")
+    params = BacktestParams(initial_cash=1e5, delay_bars=0, max_gross=1, delist_after_bars=5, delist_haircut=0.3, start="panel")
+    ledger = run(bars_of(products.panel, lay_actions(products.panel, products.actions)), ("T",), Guarded(stop), free, params)
+    last = ledger.fills.iloc[-1]
+    assert (last["kind"], len(ledger.fills)) == (kind, 2)
+    np.testing.assert_allclose(last["fill_price"], price, rtol=1e-12)
 
 
 def test_levels_depend_on_the_calendar_not_on_the_bars():

@@ -424,13 +424,15 @@ def equity_curves(
     cost_scales: Sequence[float] = (1.0,),       # multiples of all costs
     delays: Sequence[int] | None = None,         # bars by which decisions come late; None: as in `params`
     threads: int = 1,                            # runs side by side; the result does not depend on it
+    instruments: Mapping[str, Instrument] | None = None,  # symbol -> what it is; others are shares
+    actions: Actions | None = None,              # from `lay_actions`
 ) -> pd.DataFrame:  # (T, runs) equity, columns (targets, cost_scale, delay_bars)
     """Equity curves of all combinations of targets, cost multiples and delays.
 
     Raises `DataError` as `simulate` does.
 
     Known at: each row at its stamp."""
-    tape = lay_tape(panel, costs)
+    tape = lay_tape(panel, costs, instruments, actions)
     runs = [(name, float(k), d) for name in targets for k in cost_scales for d in (delays if delays is not None else (params.delay_bars,))]
     def one(run: tuple[str, float, int]) -> Grid:
         name, scale, delay = run

@@ -64,7 +64,7 @@ from mltrading.backtest.ledger import (
     order_table,
     position_table,
 )
-from .orders import MARKET, PARENT, Orders, blank
+from .orders import MARKET, PARENT, Orders, blank, split_batch
 from ..core.errors import DataError
 from ..core.jit import njit
 from ..core.storage import write_parquet
@@ -257,7 +257,7 @@ class Books:
 
 # %% ../../nbs/backtest/15_events.ipynb #ea417376
 class Weights(NamedTuple):
-    """Target weights for all symbols."""
+    """Target weights for all symbols. They say what the whole account is to hold: every order that still works is withdrawn when they are carried out, exits behind entries included."""
 
     weights: Grid                    # (N,) no NaN
     reasons: Sequence[str] = ()      # (N,), or none
@@ -380,9 +380,12 @@ class Desk:
         self,
         bar: Bar,
     ) -> tuple[Grid, Grid]:    # records of fills, and of positions that ended; valid until the next bar
-        """Through a bar: matching, then the books. Raises `DataError` on a bar of other symbols."""
+        """Through a bar: what waits to be done is split, then matching, then the books. Raises `DataError` on a bar of other symbols."""
         if bar.prices.shape != (5, len(self.symbols)):
             raise DataError(f"bar at {bar.time}", f"has prices of shape {bar.prices.shape}", f"open, high, low, close and volume of {len(self.symbols)} symbols: {(5, len(self.symbols))}")
+        for n, kind, value in zip(bar.column, bar.kind, bar.value, strict=True):
+            if kind == SPLIT:
+                self.queue = deque(split_batch(w, self.symbols[n], value) if isinstance(w, Orders) else w for w in self.queue)
         fills = self.exchange.match(bar)
         ended = self.books.settle(bar, fills)
         if len(ended):
@@ -415,6 +418,7 @@ class Desk:
             rows, which = _target_orders(books.shares, 0.0, books, exchange, now)
             exchange.add(rows, [CLOSED_OUT[int(books.equity > 0)]] * len(which))
         elif isinstance(due, Weights) and books.equity > 0:
+            exchange.cancel()
             rows, which = _target_orders(due.weights, books.equity, books, exchange, now)
             exchange.add(rows, [due.reasons[n] for n in which.tolist()] if len(due.reasons) else ["target"] * len(which))
         elif isinstance(due, Orders):

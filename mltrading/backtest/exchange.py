@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from .actions import SETTLEMENT, SPLIT
 from .bars import Bar, Liquidity, micros
-from .costs import MINIMUM, CostParams, fill_order, passive
+from .costs import MINIMUM, MULTIPLIER, CostParams, fill_order, passive
 from .instruments import LOT, whole_lots
 from mltrading.backtest.ledger import (
     CANCELLED,
@@ -55,6 +55,7 @@ from mltrading.backtest.orders import (
     LIMIT,
     MARKET,
     NOWHERE,
+    OPEN,
     PAIR,
     PARENT,
     READY,
@@ -74,8 +75,8 @@ from ..core.jit import njit
 # %% auto #0
 __all__ = ['ASLEEP', 'WORKS', 'TRIGGERED', 'Book', 'Exchange']
 
-# %% ../../nbs/backtest/09_exchange.ipynb #da523785
-ASLEEP, WORKS = 0.0, 1.0
+# %% ../../nbs/backtest/09_exchange.ipynb #1aa1e29f
+ASLEEP, WORKS, TRIGGERED = 0.0, 1.0, 8.0
 
 @njit(nogil=True)
 def _row_of(book: Grid, count: int, number: float) -> int:
@@ -100,19 +101,37 @@ def _left(book: Grid, count: int, i: int) -> float:
 
 @njit(nogil=True)
 def _wake(book: Grid, count: int, i: int, quantity: float, where: int) -> None:
-    "The exits behind an entry grow with what it filled."
+    "The exits behind an entry grow with what it filled, and have this bar before them from there on."
     for k in range(i + 1, min(i + 3, count)):
         if book[k, PARENT] == book[i, O_NUMBER]:
             book[k, O_QUANTITY] -= quantity
-            if book[k, READY] == ASLEEP:
-                book[k, READY] = 1.0 + where
+            book[k, READY] = 1.0 + where
+
+@njit(nogil=True)
+def _end_entry(book: Grid, count: int, i: int) -> None:
+    "An exit that has fired ends what is left of its entry."
+    k = _row_of(book, count, book[i, PARENT]) if book[i, PARENT] >= 0.0 else -1
+    if k >= 0 and book[k, O_FILLED] != book[k, O_QUANTITY]:
+        book[k, O_STATUS] = PARTIAL
+
+@njit(nogil=True)
+def _follows(book: Grid, count: int, i: int, at_close: bool) -> bool:
+    "Whether an exit comes after the other orders of its symbol: its entry has filled in this bar, or may still do so before the close."
+    if 1.0 + OPEN <= book[i, READY] <= 1.0 + CLOSE:
+        return True
+    k = _row_of(book, count, book[i, PARENT]) if book[i, PARENT] >= 0.0 else -1
+    return k >= 0 and not (at_close and book[k, O_KIND] == MARKET)
 
 # %% ../../nbs/backtest/09_exchange.ipynb #e29cc27f
 @njit(nogil=True)
-def _take(i: int, quantity: float, price: float, micros: float, vol: Grid, adv: Grid, rates: Grid, least: float, book: Grid, fill: Grid) -> None:
+def _take(i: int, quantity: float, price: float, takes: bool, micros: float, vol: Grid, adv: Grid, terms: Grid, patient: Grid, least: float, book: Grid, fill: Grid) -> None:
     "Write one fill: what it costs, and what it leaves of the order."
-    n = int(book[i, O_COLUMN])
-    got, uncut, spread, slip, impact = fill_order(quantity, price, vol[n], adv[n], rates[n])
+    n, limit, side = int(book[i, O_COLUMN]), book[i, O_LIMIT], math.copysign(1.0, quantity)
+    got, uncut, spread, slip, impact = fill_order(quantity, price, vol[n], adv[n], terms[n] if takes else patient[n])
+    if side * got > side * limit:
+        part = side * (limit - price) * abs(quantity) * terms[n, MULTIPLIER] / (spread + slip + impact)
+        spread, slip, impact = part * spread, part * slip, part * impact
+        got, uncut, _, _, _ = fill_order(quantity, limit, vol[n], adv[n], patient[n])
     before = book[i, UNCUT]
     commission = max(before + uncut, least) - (max(before, least) if book[i, O_FILLED] != 0.0 else 0.0)
     book[i, UNCUT] = before + uncut
@@ -127,7 +146,7 @@ def _visit(
     i: int, late: bool, micros: float, prices: Grid, room: Grid, at_close: bool, vol: Grid, adv: Grid, terms: Grid, patient: Grid, least: float,
     book: Grid, count: int, fills: Grid, done: int,
 ) -> int:                          # fills so far
-    "Show the bar to one order. `late`: its entry filled in this bar."
+    "Show the bar to one order. `late`: it comes after its entry."
     n, kind = int(book[i, O_COLUMN]), int(book[i, O_KIND])
     if late and (book[i, READY] == 1.0 + CLOSE or (book[i, READY] == 1.0 + INSIDE and kind != STOP)):
         return done
@@ -137,11 +156,11 @@ def _visit(
     c, o = prices[3, n], prices[3, n] if math.isnan(prices[0, n]) else prices[0, n]
     high, low = np.fmax(prices[1, n], max(o, c)), np.fmin(prices[2, n], min(o, c))
     side, level = math.copysign(1.0, left), book[i, LEVEL]
+    shown = LIMIT if kind == STOP_LIMIT and book[i, READY] == TRIGGERED else kind
     if late and book[i, READY] == 1.0 + INSIDE:  # the open was before its entry
         reached = low <= level if side < 0.0 else high >= level
         where, price, hit, best = (INSIDE, level, True, 0.0) if reached else (NOWHERE, math.nan, False, 0.0)
     else:
-        shown = LIMIT if kind == STOP_LIMIT and book[i, READY] > WORKS + 4.0 else kind
         where, price, hit, best = in_bar(shown, side, o, high, low, c, book[i, O_LIMIT], level, book[i, BEST], book[i, TRAIL], at_close)
     if kind == TRAILING and where == NOWHERE:
         book[i, BEST], book[i, LEVEL] = best, best * (1.0 + side * book[i, TRAIL])
@@ -152,17 +171,18 @@ def _visit(
     quantity = left if abs(left) <= room[n] else whole_lots(math.copysign(room[n], left), terms[n, LOT])
     if kind in (STOP, TRAILING):
         book[i, LEVEL] = -math.inf if side > 0.0 else math.inf  # triggered: what is left fills wherever the market is
+        _end_entry(book, count, i)
     if quantity == 0.0:
         return done
-    _take(i, quantity, price, micros, vol, adv, patient if kind in (LIMIT, STOP_LIMIT) else terms, least, book, fills[done])
+    takes = kind not in (LIMIT, STOP_LIMIT) or where == OPEN or (shown == STOP_LIMIT and side * book[i, O_LIMIT] > side * level)
+    _take(i, quantity, price, takes, micros, vol, adv, terms, patient, least, book, fills[done])
     room[n] -= abs(quantity)
     book[i, O_FILLED] = book[i, O_QUANTITY] if quantity == left and book[i, PAIR] < 0.0 else book[i, O_FILLED] + quantity
     _wake(book, count, i, quantity, where)
+    _end_entry(book, count, i)
     return done + 1
 
-# %% ../../nbs/backtest/09_exchange.ipynb #7dae34a3
-TRIGGERED = 8.0
-
+# %% ../../nbs/backtest/09_exchange.ipynb #f8646d0a
 @njit(nogil=True)
 def _room(prices: Grid, participation: float, traded: NDArray[np.bool_], room: Grid) -> None:
     "How much of each symbol the bar has for us."
@@ -183,7 +203,7 @@ def _rank(kind: float, at_close: bool) -> float:
         return 4.0 if at_close else 0.0
     return 3.0 if kind == LIMIT else 2.0 if kind == STOP_LIMIT else 1.0
 
-# %% ../../nbs/backtest/09_exchange.ipynb #f8646d0a
+# %% ../../nbs/backtest/09_exchange.ipynb #983730cd
 @njit(nogil=True)
 def _match(
     micros: float,                # instant of the bar, microseconds since 1970
@@ -212,15 +232,15 @@ def _match(
             for late in (False, True):
                 for k in range(first, stop):
                     i = sequence[k]
-                    born = 2.0 <= book[i, READY] <= 4.0
-                    if book[i, READY] != ASLEEP and born == late:
+                    ended = book[i, O_STATUS] == book[i, O_STATUS]
+                    if book[i, READY] != ASLEEP and not ended and _follows(book, count, i, at_close) == late:
                         done = _visit(i, late, micros, prices, room, at_close, vol, adv, terms, patient, least, book, count, fills, done)
                         if late:
                             book[i, READY] = WORKS
         first = stop
     return done
 
-# %% ../../nbs/backtest/09_exchange.ipynb #983730cd
+# %% ../../nbs/backtest/09_exchange.ipynb #a79a169a
 @njit(nogil=True)
 def _state(book: Grid, count: int, i: int, gone: NDArray[np.bool_]) -> float:
     "The final state of an order, -1 where it stays in the book."

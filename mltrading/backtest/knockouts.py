@@ -430,7 +430,7 @@ def _product(bars: Any, i: int, issue: int, levels: Any, quoted: Any, side: int,
             settled[t] = ratio * max(side * (first + unwind * (worst - first) - strike), 0.0)
             if not gap and np.isfinite(opened) and quoted[t]:
                 own[Price.OPEN, t] = own[Price.HIGH, t] = _quote(opened, side, strike, ratio, premium, tick)
-                own[Price.LOW, t] = own[Price.CLOSE, t] = min(max(settled[t], tick), own[Price.OPEN, t])
+                own[Price.LOW, t] = own[Price.CLOSE, t] = min(_quote(barrier, side, strike, ratio, premium, tick), own[Price.OPEN, t])
             return t
         if quoted[t]:
             for k in (Price.OPEN, Price.HIGH, Price.LOW, Price.CLOSE):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -29,7 +29,8 @@ from ..core.jit import njit
 
 # %% auto #0
 __all__ = ['MARKET', 'LIMIT', 'STOP', 'STOP_LIMIT', 'TRAILING', 'NOWHERE', 'OPEN', 'INSIDE', 'CLOSE', 'LEVEL', 'BEST', 'TRAIL',
-           'LIFE', 'PARENT', 'PAIR', 'UNCUT', 'READY', 'AGE', 'WIDTH', 'in_bar', 'Orders', 'blank', 'lay_orders']
+           'LIFE', 'PARENT', 'PAIR', 'UNCUT', 'READY', 'AGE', 'WIDTH', 'in_bar', 'Orders', 'split_batch', 'blank',
+           'lay_orders']
 
 # %% ../../nbs/backtest/08_orders.ipynb #1513f227
 MARKET, LIMIT, STOP, STOP_LIMIT, TRAILING = range(5)
@@ -99,6 +100,19 @@ class Orders:
     stop_loss: ArrayLike = math.nan       # stop price of the exit that waits behind the order
     cancel: Sequence[int] = ()            # numbers of working orders
     reason: str | Sequence[str] = ""
+
+# %% ../../nbs/backtest/08_orders.ipynb #111e7eca
+def split_batch(
+    orders: Orders,
+    symbol: str,
+    factor: float,  # shares after the split for one before
+) -> Orders:
+    """The same orders after a split of a symbol."""
+    hit = np.array([s == symbol for s in orders.symbol], dtype=bool)
+    if not hit.any():
+        return orders
+    prices = {name: np.asarray(getattr(orders, name), float) / np.where(hit, factor, 1.0) for name in ("limit", "stop", "take_profit", "stop_loss")}
+    return replace(orders, quantity=np.asarray(orders.quantity, float) * np.where(hit, factor, 1.0), **prices)
 
 # %% ../../nbs/backtest/08_orders.ipynb #69a0c7fb
 # behind the eleven columns of the ledger's record of an order

@@ -61,6 +61,7 @@ class _Diary:
     "Decisions, gathered bar by bar as arrays and made a table once at the end."
 
     panel: Panel
+    columns: tuple[str, ...]         # of the trace
     numbers: list[dict[str, Grid]] = field(default_factory=list)
     places: list[tuple[NDArray[np.intp], NDArray[np.intp]]] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
@@ -74,8 +75,9 @@ class _Diary:
         self.reasons.extend(wanted.reasons[i] for i in which.tolist())
 
     def frame(self) -> pd.DataFrame:
-        row, column = (np.concatenate(part) for part in zip(*self.places, strict=True))
-        numbers = {name: np.concatenate([part[name] for part in self.numbers]) for name in self.numbers[0]}
+        none = np.empty(0, np.intp)
+        row, column = (np.concatenate([none, *part]) for part in (zip(*self.places, strict=True) if self.places else ((), ())))
+        numbers = {name: np.concatenate([np.empty(0), *(part[name] for part in self.numbers)]) for name in (*PREDICTED, "held", *self.columns, "target")}
         return pd.DataFrame({"timestamp": self.panel.index[row], "symbol": pd.Series(np.array(self.panel.symbols, dtype=object)[column], dtype="str"), **numbers,
                              "reason": pd.Series(self.reasons, dtype="str")})
 
@@ -95,7 +97,7 @@ class Follow:
         for name, block in signals.items():
             if np.shape(block) != (len(panel), len(panel.symbols)):
                 raise DataError(f"signals, `{name}`", f"have shape {np.shape(block)}", f"one row per bar and one column per symbol: {(len(panel), len(panel.symbols))}")
-        self.policy, self.blocks, self.diary, self.signals, self.groups = policy, forecast_blocks(panel, forecasts), _Diary(panel), signals, groups
+        self.policy, self.blocks, self.diary, self.signals, self.groups = policy, forecast_blocks(panel, forecasts), _Diary(panel, tuple(c for s in policy.steps for c in s.columns)), signals, groups
         self.vol = np.ascontiguousarray(trailing_volatility(without_splits(panel["close"], actions), policy.vol_bars).T)
         self.begin = int((~np.isnan(self.blocks["prob_up"])).any(axis=1).argmax())
 

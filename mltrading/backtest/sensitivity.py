@@ -5,7 +5,7 @@
 # %% ../../nbs/backtest/30_sensitivity.ipynb #35e0d873
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,8 +13,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from .actions import Actions
 from .costs import CostParams
 from .engine import BacktestParams, equity_curve, lay_tape
+from .instruments import Instrument
 from ..core.errors import ParameterError
 from ..market.panel import Panel
 from ..validation.inference import bootstrap_intervals
@@ -49,13 +51,15 @@ def sensitivity(
     level: float,                     # of the intervals, 0.95 = 95 %
     bars_per_year: float,
     threads: int = 1,                 # runs side by side; the result does not depend on it
+    instruments: Mapping[str, Instrument] | None = None,  # symbol -> what it is; others are shares
+    actions: Actions | None = None,   # from `lay_actions`
 ) -> pd.DataFrame:                    # turned (of TURNED), value, sharpe_annual, low, high, cagr
     """What one changed assumption does to the Sharpe ratio and the growth of the same decisions.
 
     Raises `ParameterError` on a negative multiple or delay, `DataError` as `simulate` does.
 
     Known at: the end; it is about the whole backtest."""
-    variants, tape = _variants(costs, params, scales, delays, sizes), lay_tape(panel, costs)
+    variants, tape = _variants(costs, params, scales, delays, sizes), lay_tape(panel, costs, instruments, actions)
     begin = int((~np.isnan(targets)).any(axis=1).argmax())
 
     def run(variant: tuple[str, float, CostParams, BacktestParams]) -> dict[str, Any]:
