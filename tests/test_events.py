@@ -242,6 +242,7 @@ def once(panel: Panel, at: int, answer: Orders | Weights, costs: CostParams = FR
     (np.array([0.1]), "answered with a ndarray"), ({"A": 0.1}, "answered with a dict"), (Weights([0.1]), "are a list"), (Weights(np.array([0.1]), ("a", "b")), "have 2 reasons"),  # type: ignore[arg-type]
     (Orders(["A"], 1, life=1.5), "not a number of bars"), (Orders(["A"], 1, take_profit=-1), "an exit at no price"), (Orders(["A"], -1, stop_loss=0), "an exit at no price"),
     (Orders(["A"], 1, "trailing"), "no distance"), (Orders(cancel=[7]), "no order has the number 7"), (Orders(["A"], 1, take_profit=9, stop_loss=10), "wrong sides"),
+    (Orders(["A"], 1, take_profit=11), "wrong sides of the last price, 11"), (Orders(["A"], 1, stop_loss=11.5), "market order for A: has exits"), (Orders(["A"], -1, take_profit=11.5), "wrong sides of the last"),
 ])
 def test_bad_answers(answer: Orders | Weights, message: str) -> None:
     with pytest.raises(DataError, match=message):
@@ -379,6 +380,15 @@ def test_delayed_orders_are_split() -> None:
     split = lay_actions(bars, pd.DataFrame({"timestamp": bars.index[[1]], "symbol": "A", "kind": "split", "value": 2.0}))
     ledger = run(bars_of(bars, split), ("A",), Answer(0, Orders(["A"], 10, "limit", limit=99, stop_loss=90)), FREE, PARAMS.model_copy(update={"delay_bars": 2}))
     assert ledger.fills[["quantity", "fill_price"]].to_numpy().tolist() == [[20, 49.5], [-20, 45]]
+
+
+def test_a_late_market_order_is_refused_where_its_exits_were_passed() -> None:
+    bars = plain([100, 90, 90])
+    order = Orders(["A"], 10, take_profit=110, stop_loss=95)
+    assert once(bars, 0, order).orders["status"].tolist()[0] == "filled"
+    late = once(bars, 0, order, delay_bars=1)
+    assert late.orders["status"].tolist() == ["rejected"] * 3
+    assert late.orders["reason"].unique().tolist() == ["rejected: the market has come to its exits"]
 
 
 def test_margin_call_closes_everything() -> None:

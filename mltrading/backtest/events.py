@@ -425,9 +425,10 @@ class Desk:
             if len(due.cancel):
                 exchange.cancel(due.cancel)
             if len(due.symbol):
-                rows, reasons = exchange.draft(due, now)
+                rows, reasons = exchange.draft(due, now, self.params.delay_bars > 0)
+                fine = np.isnan(rows[:, O_STATUS])
                 books.screen(rows, exchange.working, self.params.max_gross)
-                refused = ~np.isnan(rows[:, O_STATUS])
+                refused = fine & ~np.isnan(rows[:, O_STATUS])
                 exchange.add(rows, ["rejected: more than the account can carry" if no else reason for no, reason in zip(refused, reasons, strict=True)])
 
 # %% ../../nbs/backtest/15_events.ipynb #d532d6f9

@@ -352,6 +352,22 @@ class Book:
         rows[:, O_STATUS] = np.where(rows[:, AGE] == 0, PENDING, WORKING)
         self._sweep(self.nobody, False)
 
+# %% ../../nbs/backtest/09_exchange.ipynb #34510785
+def _passed(
+    rows: Grid,               # (K, 20) a batch, exits behind their entries
+    last: Grid,               # (N,) last known prices
+) -> NDArray[np.bool_]:       # (K,) market orders with an exit on the wrong side, and their exits
+    "Whose exits would fire at once."
+    bad = np.zeros(len(rows), bool)
+    exits = np.flatnonzero(rows[:, PARENT] >= 0.0)
+    if len(exits):
+        entry = np.searchsorted(rows[:, O_NUMBER], rows[exits, PARENT])
+        stops, side, price = rows[exits, O_KIND] == STOP, np.sign(rows[entry, O_QUANTITY]), last[rows[exits, O_COLUMN].astype(np.int64)]
+        over = np.where(stops, side * rows[exits, O_STOP] >= side * price, side * rows[exits, O_LIMIT] <= side * price)
+        bad[entry[over & (rows[entry, O_KIND] == MARKET)]] = True
+        bad[exits] = bad[entry]
+    return bad
+
 # %% ../../nbs/backtest/09_exchange.ipynb #49b13297
 class Exchange(Book):
     """A simulated market place for a list of symbols."""
@@ -374,12 +390,22 @@ class Exchange(Book):
     def draft(
         self,
         orders: Orders,
-        now: float,               # instant of the decision, microseconds since 1970
+        now: float,               # microseconds since 1970
+        late: bool = False,       # the orders were decided at an earlier bar
     ) -> tuple[Grid, list[str]]:  # rows and reasons, to be added
-        """A batch as rows. An order for a symbol without a bar now is rejected. Raises `DataError` as `lay_orders` does."""
+        """A batch as rows. An order for a symbol without a bar now is rejected, and so is a late market order if the last price has come to one of its exits in the meantime.
+
+        Raises `DataError` as `lay_orders` does, and on a market order that is not late with an exit on the wrong side of the last price."""
         rows, reasons = lay_orders(orders, self.place, now, self.number, self.last)
-        rows[~self.alive[rows[:, O_COLUMN].astype(np.int64)], O_STATUS] = REJECTED
-        return rows, reasons
+        closed, passed = ~self.alive[rows[:, O_COLUMN].astype(np.int64)], _passed(rows, self.last)
+        if passed.any() and not late:
+            i = int(np.argmax(passed))
+            n = int(rows[i, O_COLUMN])
+            raise DataError(f"orders at {np.datetime64(int(now), 'us')}, market order for {list(self.place)[n]}", f"has exits on the wrong sides of the last price, {self.last[n]:g}",
+                            "a purchase takes profit above and stops below, a sale the other way round")
+        rows[closed | passed, O_STATUS] = REJECTED
+        why = np.where(closed, "rejected: its session is closed", "rejected: the market has come to its exits")
+        return rows, [str(said) if no else reason for no, said, reason in zip(closed | passed, why, reasons, strict=True)]
 
     def check_open(
         self,

@@ -111,8 +111,9 @@ def split_batch(
     hit = np.array([s == symbol for s in orders.symbol], dtype=bool)
     if not hit.any():
         return orders
-    prices = {name: np.asarray(getattr(orders, name), float) / np.where(hit, factor, 1.0) for name in ("limit", "stop", "take_profit", "stop_loss")}
-    return replace(orders, quantity=np.asarray(orders.quantity, float) * np.where(hit, factor, 1.0), **prices)
+    by = np.where(hit, factor, 1.0)
+    limit, stop, profit, loss = (np.asarray(x, float) / by for x in (orders.limit, orders.stop, orders.take_profit, orders.stop_loss))
+    return replace(orders, quantity=np.asarray(orders.quantity, float) * by, limit=limit, stop=stop, take_profit=profit, stop_loss=loss)
 
 # %% ../../nbs/backtest/08_orders.ipynb #69a0c7fb
 # behind the eleven columns of the ledger's record of an order
