@@ -159,9 +159,9 @@ def broken(project: Path, notebook: str, old: str, new: str) -> None:
 
 
 BROKEN = [
-    ("train", "30_train.ipynb", "walk(data, folds, makers,", 'walk(data, folds, makers | {"late": lambda: 1 / 0},', 3),  # the last model of the first fold
-    ("train", "30_train.ipynb", "walk(data, folds, makers,", 'walk(data, folds, {"early": lambda: 1 / 0} | makers,', 0),  # before any forecast
-    ("backtest", "40_backtest.ipynb", "show(returns_table(ledgers))", "1 / 0", 3),
+    pytest.param("train", "30_train.ipynb", "walk(data, folds, makers,", 'walk(data, folds, makers | {"late": lambda: 1 / 0},', 3, marks=pytest.mark.slow, id="last model of the first fold"),
+    pytest.param("train", "30_train.ipynb", "walk(data, folds, makers,", 'walk(data, folds, {"early": lambda: 1 / 0} | makers,', 0, marks=pytest.mark.slow, id="before any forecast"),
+    pytest.param("backtest", "40_backtest.ipynb", "show(returns_table(ledgers))", "1 / 0", 3, id="backtest"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Every library notebook runs from top to bottom; its cells hold the checks of the code beside them."""
+"""Every library notebook runs from top to bottom; its cells hold the checks of the code beside them. Explorations run among the long proofs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def run(processes: ForkServerContext, path: Path, said: Path, flags: str = "") -
     assert "Success." in said.read_text().splitlines()  # a library may grumble after it
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=[str(p.relative_to(ROOT / "nbs")) for p in LIBRARY])
+@pytest.mark.parametrize("path", [pytest.param(p, id=str(p.relative_to(ROOT / "nbs")), marks=[pytest.mark.slow] * ("explore" in p.parts)) for p in LIBRARY])
 def test_notebook(processes: ForkServerContext, path: Path, tmp_path: Path) -> None:
     run(processes, path, tmp_path / "said.txt")
 

@@ -72,7 +72,7 @@ def of_engine(panel: Panel, block: FeatureBlock, i: int, size: float, costs: Cos
     return simulate(alone, targets, costs, params), at
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 10**6), jump=st.floats(0.001, 0.15), delay=st.integers(0, 3), patience=st.integers(1, 6), fill=st.sampled_from(["open", "close"]), scale=st.floats(0, 4),
        size=st.floats(0.01, 1), participation=st.sampled_from([None, 0.001, 0.05]), call=st.sampled_from([0.0, 0.9, 1.0]))
 def test_accounts_are_the_engines(seed: int, jump: float, delay: int, patience: int, fill: str, scale: float, size: float, participation: float | None, call: float) -> None:
