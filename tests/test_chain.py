@@ -135,6 +135,7 @@ def test_features_chosen_until_t_are_the_same(twins: tuple[Path, Path]) -> None:
     assert not real.equals(shuffled)
 
 
+@pytest.mark.slow
 def test_the_same_inputs_give_the_same_bytes(twins: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     real, _ = twins
     before = {stage: content_id(real / stage) for stage in STAGES}
@@ -159,12 +160,13 @@ def broken(project: Path, notebook: str, old: str, new: str) -> None:
 
 
 BROKEN = [
-    pytest.param("train", "30_train.ipynb", "walk(data, folds, makers,", 'walk(data, folds, makers | {"late": lambda: 1 / 0},', 3, marks=pytest.mark.slow, id="last model of the first fold"),
-    pytest.param("train", "30_train.ipynb", "walk(data, folds, makers,", 'walk(data, folds, {"early": lambda: 1 / 0} | makers,', 0, marks=pytest.mark.slow, id="before any forecast"),
+    pytest.param("train", "30_train.ipynb", "walk(data, folds, makers,", 'walk(data, folds, makers | {"late": lambda: 1 / 0},', 3, id="last model of the first fold"),
+    pytest.param("train", "30_train.ipynb", "walk(data, folds, makers,", 'walk(data, folds, {"early": lambda: 1 / 0} | makers,', 0, id="before any forecast"),
     pytest.param("backtest", "40_backtest.ipynb", "show(returns_table(ledgers))", "1 / 0", 3, id="backtest"),
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "notebook", "old", "new", "rows"), BROKEN)
 def test_a_stage_that_fails_on_a_test_window_is_a_trial(twins: tuple[Path, Path], tmp_path: Path, new_project: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch,
                                                        stage: str, notebook: str, old: str, new: str, rows: int) -> None:
