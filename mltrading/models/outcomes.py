@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from ..core.errors import DataError, LeakError
 
 # %% auto #0
-__all__ = ['FORECAST', 'need_columns', 'with_outcomes', 'utc', 'usable_from', 'check_no_look_ahead']
+__all__ = ['FORECAST', 'need_columns', 'with_outcomes', 'utc', 'usable_from', 'Members', 'side_by_side', 'check_no_look_ahead']
 
 # %% ../../nbs/models/66_outcomes.ipynb #2ebf4e75
 FORECAST = ("timestamp", "symbol", "horizon_bars", "score", "prob_up", "sigma", "fold")  # the contract's columns
@@ -68,6 +69,56 @@ def usable_from(
     """From which instant on each outcome may be used."""
     known = utc(end)
     return np.where(np.isnat(known), len(instants), np.searchsorted(instants, known, side="right"))
+
+# %% ../../nbs/models/66_outcomes.ipynb #fd72dff1
+@dataclass(frozen=True, eq=False)
+class Members:
+    """Forecasts of several models for the same rows, with outcomes."""
+
+    rows: pd.DataFrame               # (n,) timestamp, symbol, horizon_bars, fold, end, ret; sorted by timestamp and symbol
+    models: tuple[str, ...]          # (M,) in alphabetical order
+    prob: NDArray[np.float64]        # (n, M) prob_up
+    score: NDArray[np.float64]       # (n, M)
+    sigma: NDArray[np.float64]       # (n, M)
+    instants: NDArray[np.datetime64] # (T,) at which anything was forecast
+    at: NDArray[np.int64]            # (n,) each row's instant
+    usable: NDArray[np.int64]        # (n,) the instant from which its outcome may be used, T: none
+
+    @property
+    def known(self) -> NDArray[np.bool_]:
+        "(n,) rows with an outcome."
+        return self.rows["ret"].notna().to_numpy()
+
+    @property
+    def up(self) -> NDArray[np.bool_]:
+        "(n,) whether the return was positive; false where it is not known."
+        return (self.rows["ret"] > 0).to_numpy()
+
+    def frame(self, values: NDArray[np.float64]) -> pd.DataFrame:
+        "(n, M) values as a table with the models' names."
+        return pd.DataFrame(values, columns=list(self.models))
+
+def side_by_side(
+    forecasts: pd.DataFrame,  # long: the contract's columns and `model`; one horizon
+    outcomes: pd.DataFrame,   # long: timestamp, symbol, end, ret
+) -> Members:
+    """Several models' forecasts as columns.
+
+    Raises `DataError` as `with_outcomes` does, on fewer than two models, and where they do not forecast the same rows."""
+    need_columns(forecasts, (*FORECAST, "model"), "forecasts")
+    models, keys = sorted(forecasts["model"].unique()), ["timestamp", "symbol"]
+    if len(models) < 2:
+        raise DataError("forecasts", f"hold one model only, {models[0]}", "give at least two")
+    parts = [forecasts[forecasts["model"] == m].sort_values(keys, kind="stable", ignore_index=True) for m in models]
+    for part, name in zip(parts, models, strict=True):
+        if not part[[*keys, "fold"]].equals(parts[0][[*keys, "fold"]]):
+            raise DataError("forecasts", f"{name} has other rows ({len(part)}) than {models[0]} ({len(parts[0])})", "compare models on the rows that all of them forecast")
+    rows = with_outcomes(parts[0], outcomes)[[*keys, "horizon_bars", "fold", "end", "ret"]]
+    if rows.duplicated(keys).any():
+        raise DataError("forecasts", f"hold two forecasts of {models[0]} for one symbol at one instant", "select one")
+    instants, at = np.unique(utc(rows["timestamp"]), return_inverse=True)
+    prob, score, sigma = (np.column_stack([p[c].to_numpy(np.float64) for p in parts]) for c in ("prob_up", "score", "sigma"))
+    return Members(rows, tuple(models), prob, score, sigma, instants, at, usable_from(rows["end"], instants))
 
 # %% ../../nbs/models/66_outcomes.ipynb #bf529b22
 def check_no_look_ahead(
