@@ -5,7 +5,7 @@
 # %% ../../nbs/models/70_calibration.ipynb #35e0d873
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -16,14 +16,17 @@ from sklearn.isotonic import IsotonicRegression
 
 from ..core.errors import DataError
 from ..core.jit import njit
+from .composite import Composite, Inner, ask_inner, fit_inner
 from .conformal import conformal_margin, nonconformity
+from .rows import inner_split
+from .tasks import Direction, Floats
+from .windows import Windows
+from .zoo import spec
 
 # %% auto #0
-__all__ = ['Floats', 'log_odds', 'fit_sigmoid', 'fit_isotonic', 'fit_venn_abers', 'venn_abers']
+__all__ = ['log_odds', 'fit_sigmoid', 'fit_isotonic', 'fit_venn_abers', 'venn_abers', 'CalibratedParams', 'Calibrated']
 
-# %% ../../nbs/models/70_calibration.ipynb #e4284f5c
-Floats = NDArray[np.float64]
-
+# %% ../../nbs/models/70_calibration.ipynb #edda2f31
 def log_odds(
     prob: Any,   # (n,) in [0, 1]
 ) -> Floats:     # (n,) between ±13.8
@@ -113,7 +116,8 @@ def fit_venn_abers(
     high, low = np.empty(len(distinct)), np.empty(len(distinct))
     _tangents(total, rose, high)
     _tangents(total[::-1].copy(), (total - rose)[::-1].copy(), low)
-    return distinct, 1 - low[::-1], high
+    p0, p1 = (np.clip(np.maximum.accumulate(v), 0, 1) for v in (1 - low[::-1], high))  # never falling, to the last bit
+    return distinct, p0, p1
 
 def venn_abers(
     at: Floats,                                # (m,) log-odds of new rows
@@ -126,3 +130,66 @@ def venn_abers(
     p0 = np.where(below >= 0, low[below], 0.0)
     p1 = np.where(above < len(distinct), high[np.minimum(above, len(distinct) - 1)], 1.0)
     return p0, p1, p1 / (1 - p0 + p1)
+
+# %% ../../nbs/models/70_calibration.ipynb #6635ec9b
+class CalibratedParams(BaseModel):
+    """What can be turned on a calibrated model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    of: Inner = Field(description="the model that is calibrated: its kind and parameters")
+    method: Literal["sigmoid", "isotonic", "venn_abers"] = Field(description="the map from the model's probability to the calibrated one")
+    fraction: float = Field(gt=0, lt=1, description="share of the training instants, the latest ones, that the map is learned from")
+    level: float | None = Field(default=None, gt=0, lt=1, description="share of outcomes inside of the columns low and high; null: no such columns")
+
+_FIT = {"sigmoid": fit_sigmoid, "isotonic": fit_isotonic, "venn_abers": fit_venn_abers}
+
+class Calibrated(Composite):
+    """A model whose probabilities are mapped to what came true on later rows, with conformal intervals."""
+
+    Params = CalibratedParams
+
+    def _fit(self, x: Windows, y: Floats, weight: Floats, times: NDArray[np.datetime64]) -> None:
+        p = self.params
+        early, late = inner_split(times, p.fraction, self.purge_bars)
+        self.inner = {"of": fit_inner(self._build(spec("of", p.of), self.seed), x, y, weight, times, early)}
+        said, target, w = ask_inner(self.inner["of"], x.take(late)), y[late], weight[late] / weight[late].mean()
+        up = target > 0
+        if up.all() or not up.any():
+            raise DataError("Calibrated", f"the {len(up)} rows of the later part have one direction: nothing to map to", "use a larger fraction, or train on a longer window")
+        self.map: Any = _FIT[p.method](log_odds(said["prob_up"]), up, w)
+        self.summary = Direction().summarize(target, self._mapped(said)["prob_up"], w)
+        self.margin = 0.0 if p.level is None else conformal_margin(nonconformity(target, *self._base(said)), p.level)
+        if not np.isfinite(self.margin):
+            raise DataError("Calibrated", f"{len(up)} rows in the later part cannot promise a level of {p.level:g}", f"at least {int(np.ceil(p.level / (1 - p.level)))} are needed: use a larger fraction or a lower level")
+
+    def _mapped(self, said: pd.DataFrame) -> dict[str, Floats]:
+        "The calibrated probability, and the two of Venn–Abers."
+        s = log_odds(said["prob_up"])
+        if self.params.method == "venn_abers":
+            low, high, p = venn_abers(s, self.map)
+            return {"prob_up": p, "prob_low": low, "prob_high": high}
+        return {"prob_up": expit(self.map[0] * s + self.map[1]) if self.params.method == "sigmoid" else np.interp(s, *self.map)}
+
+    def _base(self, said: pd.DataFrame) -> tuple[Floats, Floats, Floats]:
+        "Base interval and unit of the nonconformity."
+        names = [f"q_{q:g}" for q in ((1 - self.params.level) / 2, (1 + self.params.level) / 2)]
+        own = names if set(names) <= set(said) else ["score", "score"]
+        low, high = (said[c].to_numpy() for c in own)
+        return low, high, np.ones(len(said)) if own == names else said["sigma"].to_numpy()
+
+    def _forecast(self, x: Windows, index: pd.Index) -> pd.DataFrame:
+        said = ask_inner(self.inner["of"], x)
+        mapped = self._mapped(said)
+        columns = Direction().columns(mapped["prob_up"], self.summary) | mapped
+        if self.params.level is not None:
+            low, high, unit = self._base(said)
+            columns |= {"low": low - self.margin * unit, "high": high + self.margin * unit}
+        return pd.DataFrame(columns, index=index)
+
+    def _learned(self) -> dict[str, Any]:
+        return {"map": [np.asarray(part).tolist() for part in self.map], "summary": self.summary, "margin": self.margin}
+
+    def _relearn(self, state: dict[str, Any]) -> None:
+        self.map = tuple(np.array(part, np.float64) for part in state["map"])
+        self.summary, self.margin = state["summary"], state["margin"]
