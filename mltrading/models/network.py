@@ -167,7 +167,7 @@ class Network(Model):
     joint = True
     on_epoch: Callable[[Epoch], None] | None = None  # is told of each epoch of a training
     progress = False                                 # show a bar while training
-    _checkpoint: Path | None = None
+    _unfinished: Path | None = None
 
     @abstractmethod
     def encoder(
@@ -178,10 +178,10 @@ class Network(Model):
 
     def resumable(
         self,
-        folder: str | Path,  # keeps the checkpoint
+        folder: str | Path,  # keeps checkpoints, one for each training: its rows, parameters, seed and threads are in its name
     ) -> Self:
         """Train with a checkpoint after each epoch, and go on from the one that is there."""
-        self._checkpoint = Path(folder) / "training.safetensors"
+        self._unfinished = Path(folder)
         return self
 
     @property
@@ -196,7 +196,7 @@ class Network(Model):
         learn, later = (np.flatnonzero(part) for part in inner_split(times, t.inner_valid_fraction, self.purge_bars)) if t.patience else (np.arange(len(x)), np.empty(0, np.int64))
         w = weight / weight.mean()
         self.scaling = fit_scaling(x.take(learn).frame().to_numpy(), p.winsor, False)
-        key = digest(x, y, weight, times, type(self).__name__, p.model_dump_json(), *map(str, x.columns), self.seed, self.threads, self.purge_bars, torch.__version__) if self._checkpoint else ""
+        key = digest(x, y, weight, times, type(self).__name__, p.model_dump_json(), *map(str, x.columns), self.seed, self.threads, self.purge_bars, torch.__version__) if self._unfinished else ""
         with torch_state(seed_of(self.seed, 0), self.threads):
             device = t.on()
             self.heads = Heads(self.encoder(tuple(map(str, x.columns))), self.tasks, y.shape[1]).to(device)
@@ -209,7 +209,7 @@ class Network(Model):
                 with half:
                     return self.heads.costs(batches(rows), [[v[at] for v in task] for task in targets], weights[at])
 
-            self.epochs = train(self.heads, loss, learn, later, t, self.seed, self._checkpoint, key, self.on_epoch, type(self).__name__ if self.progress else None)
+            self.epochs = train(self.heads, loss, learn, later, t, self.seed, self._unfinished and self._unfinished / f"{key[:16]}.safetensors", key, self.on_epoch, type(self).__name__ if self.progress else None)
         self.heads = self.heads.cpu().double().eval()
         raw = self._raw(x)
         self.summaries = [[task.summarize(y[:, h], r, w) for h, r in enumerate(rs)] for task, rs in zip(self.tasks, raw, strict=True)]
