@@ -10,18 +10,17 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from scipy.special import expit, logit
 from sklearn.isotonic import IsotonicRegression
 
 from ..core.errors import DataError
 from ..core.jit import njit
-from .composite import Composite, Inner, ask_inner, fit_inner
+from .composite import Composite, WrapperParams, ask_inner, fit_inner
 from .conformal import conformal_margin, nonconformity
 from .rows import inner_split
 from .tasks import Direction, Floats
 from .windows import Windows
-from .zoo import spec
 
 # %% auto #0
 __all__ = ['log_odds', 'fit_sigmoid', 'fit_isotonic', 'fit_venn_abers', 'venn_abers', 'CalibratedParams', 'Calibrated']
@@ -131,13 +130,10 @@ def venn_abers(
     p1 = np.where(above < len(distinct), high[np.minimum(above, len(distinct) - 1)], 1.0)
     return p0, p1, p1 / (1 - p0 + p1)
 
-# %% ../../nbs/models/70_calibration.ipynb #6635ec9b
-class CalibratedParams(BaseModel):
-    """What can be turned on a calibrated model."""
+# %% ../../nbs/models/70_calibration.ipynb #9c5d1ab3
+class CalibratedParams(WrapperParams):
+    """What can be turned on a calibrated model, besides the model."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    of: Inner = Field(description="the model that is calibrated: its kind and parameters")
     method: Literal["sigmoid", "isotonic", "venn_abers"] = Field(description="the map from the model's probability to the calibrated one")
     fraction: float = Field(gt=0, lt=1, description="share of the training instants, the latest ones, that the map is learned from")
     level: float | None = Field(default=None, gt=0, lt=1, description="share of outcomes inside of the columns low and high; null: no such columns")
@@ -152,7 +148,7 @@ class Calibrated(Composite):
     def _fit(self, x: Windows, y: Floats, weight: Floats, times: NDArray[np.datetime64]) -> None:
         p = self.params
         early, late = inner_split(times, p.fraction, self.purge_bars)
-        self.inner = {"of": fit_inner(self._build(spec("of", p.of), self.seed), x, y, weight, times, early)}
+        self.inner = {"of": fit_inner(self._build(p.inside()[0], self.seed), x, y, weight, times, early)}
         said, target, w = ask_inner(self.inner["of"], x.take(late)), y[late], weight[late] / weight[late].mean()
         up = target > 0
         if up.all() or not up.any():

@@ -5,21 +5,22 @@
 # %% ../../nbs/models/67_composite.ipynb #35e0d873
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
-from typing_extensions import Annotated
 
-from ..core.errors import ParameterError
+from ..core.errors import DataError, ParameterError
 from .forecaster import Learned, Model, model_parts
 from .windows import Windows
 from .zoo import Spec, restore_any, spec
 
 # %% auto #0
-__all__ = ['Inner', 'fit_inner', 'ask_inner', 'Composite', 'HorizonsParams', 'Horizons']
+__all__ = ['Inner', 'CompositeParams', 'WrapperParams', 'fit_inner', 'ask_inner', 'Composite', 'HorizonsParams', 'Horizons']
 
 # %% ../../nbs/models/67_composite.ipynb #568a5ab8
 def _checked(values: Any) -> Any:
@@ -31,29 +32,60 @@ def _checked(values: Any) -> Any:
 
 Inner = Annotated[dict[str, Any], BeforeValidator(_checked)]  # the parameters of a model that stands inside of another
 
-# %% ../../nbs/models/67_composite.ipynb #0941040f
+class CompositeParams(BaseModel):
+    """Parameters that hold those of inner models."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def inside(self) -> Sequence[Spec]:
+        "The inner models."
+        raise NotImplementedError
+
+    @property
+    def steps(self) -> int:
+        "Bars of the longest window that any of them reads."
+        return max(getattr(own.params, "steps", 1) for own in self.inside())
+
+class WrapperParams(CompositeParams):
+    """Parameters that hold those of one inner model."""
+
+    of: Inner = Field(description="the model inside: its kind and parameters")
+
+    def inside(self) -> list[Spec]:
+        return [spec("of", self.of)]
+
+# %% ../../nbs/models/67_composite.ipynb #7142208e
+def _as_read(
+    model: Model,
+    x: Windows,              # (n, steps, F)
+) -> Windows | pd.DataFrame: # what the model reads
+    "The same rows for one of the inner models."
+    return replace(x, steps=getattr(model.params, "steps", 1)) if model.sequences else x.frame()
+
 def fit_inner(
-    model: Model,                 # not fitted
-    x: Windows,                   # (n, steps, F)
-    y: NDArray[np.float64],       # (n,)
-    weight: NDArray[np.float64],  # (n,)
+    model: Model,                   # not fitted
+    x: Windows,                     # (n, steps, F)
+    y: NDArray[np.float64],         # (n,)
+    weight: NDArray[np.float64],    # (n,)
     times: NDArray[np.datetime64],  # (n,)
-    rows: Any = slice(None),      # a slice or a mask (n,): those to learn from
-) -> Model:                       # the same, fitted
-    """Fit a model on some of the rows, as it reads them."""
-    part = x.take(rows)
-    return model.fit(part if model.sequences else part.frame(), y[rows], weight[rows], times[rows])
+    rows: Any = slice(None),        # a slice or a mask (n,): those to learn from
+) -> Model:                         # the same, fitted
+    """Fit a model on some of the rows, as it reads them. Raises `DataError` on windows that are shorter than the model's."""
+    if x.steps < (wanted := getattr(model.params, "steps", 1)):
+        raise DataError(f"{type(model).__name__}, features X", f"windows of {x.steps} steps, where it reads {wanted}", "make them with windows(features, symbols, params.steps)")
+    return model.fit(_as_read(model, x.take(rows)), y[rows], weight[rows], times[rows])
 
 def ask_inner(
     model: Model,        # fitted
     x: Windows,          # (n, steps, F)
 ) -> pd.DataFrame:       # (n,) forecasts
     """A model's forecasts of rows, as it reads them."""
-    return model.predict(x if model.sequences else x.frame())
+    return model.predict(_as_read(model, x))
 
 class Composite(Model):
     """A model that fits other models and keeps them by name in `inner`. Subclasses write `_fit` and `_forecast`, and `_learned` and `_relearn` where they learn numbers of their own."""
 
+    Params: ClassVar[type[CompositeParams]]
     sequences = True
     inner: dict[str, Model]
 
@@ -79,13 +111,9 @@ class Composite(Model):
     def _relearn(self, state: dict[str, Any]) -> None:
         "Take them back."
 
-# %% ../../nbs/models/67_composite.ipynb #efcfddcd
-class HorizonsParams(BaseModel):
-    """What can be turned on models by horizon."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    of: Inner = Field(description="the model of each horizon: its kind and parameters")
+# %% ../../nbs/models/67_composite.ipynb #c11b68f6
+class HorizonsParams(WrapperParams):
+    """What can be turned on models by horizon: the model that each of them has."""
 
 class Horizons(Composite):
     """One model per horizon."""
@@ -94,9 +122,9 @@ class Horizons(Composite):
     joint = True
 
     def _fit(self, x: Windows, y: NDArray[np.float64], weight: NDArray[np.float64], times: NDArray[np.datetime64]) -> None:
-        inner, columns = spec("of", self.params.of), y.reshape(len(y), -1).T
+        inner, columns = self.params.inside()[0], y.reshape(len(y), -1).T
         self.inner = {f"h{k}": fit_inner(self._build(inner, self.seed), x, own, weight, times) for k, own in enumerate(columns)}
 
     def _forecast(self, x: Windows, index: pd.Index) -> pd.DataFrame:
         parts = [ask_inner(self.inner[f"h{k}"], x) for k in range(len(self.inner))]
-        return pd.concat(parts, axis=1, keys=self.about["horizons"], names=["horizon", "value"]) if self.about["horizons"] else parts[0]
+        return pd.concat(parts, axis=1, keys=self.about["horizons"], names=["horizon_bars", None]) if self.about["horizons"] else parts[0]

@@ -11,17 +11,17 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 from scipy.optimize import minimize
 from scipy.special import expit
 
 from ..core.errors import DataError, ParameterError
 from .calibration import log_odds
-from .composite import Composite, ask_inner, fit_inner
+from .composite import Composite, CompositeParams, ask_inner, fit_inner
 from .forecaster import Model
 from .tasks import Direction, Floats
 from .windows import Windows
-from .zoo import ModelsParams
+from .zoo import ModelsParams, Spec
 
 # %% auto #0
 __all__ = ['forward_splits', 'fit_stack', 'EnsembleParams', 'Ensemble']
@@ -71,11 +71,9 @@ def fit_stack(
         raise DataError("stacking", f"weights were not found ({found.message})", "raise l2: members may be too much alike")
     return found.x[:M], float(found.x[M])
 
-# %% ../../nbs/models/72_ensemble.ipynb #3a7b6d86
-class EnsembleParams(BaseModel):
+# %% ../../nbs/models/72_ensemble.ipynb #db8f432e
+class EnsembleParams(CompositeParams):
     """What can be turned on an ensemble."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     members: ModelsParams = Field(description="the models in it: name, kind and parameters of each")
     combine: Literal["probability", "log_odds", "stack"] = Field(description="average of probabilities or of log-odds, or learned weights of log-odds")
@@ -89,6 +87,9 @@ class EnsembleParams(BaseModel):
         if not members.root or any("/" in name or not name for name in members.root):
             raise ValueError("at least one member, and names without a slash")
         return members
+
+    def inside(self) -> list[Spec]:
+        return list(self.members.specs().values())
 
 class Ensemble(Composite):
     """Several models as one."""
