@@ -15,6 +15,7 @@ from pydantic import Field
 from scipy.special import expit, softmax
 
 from ..core.errors import DataError, ParameterError
+from .tasks import Quantiles
 from .trees import Boosted, BoostedParams, Rows
 
 # %% auto #0
@@ -50,7 +51,7 @@ class CatBoost(Boosted):
 
     def _settings(self) -> dict[str, Any]:
         p, task = self.params, self.task
-        loss = "MultiQuantile:alpha=" + ",".join(f"{a:.10g}" for a in task.levels) if task.kind == "quantiles" else _LOSSES[task.kind]
+        loss = "MultiQuantile:alpha=" + ",".join(f"{a:.10g}" for a in task.levels) if isinstance(task, Quantiles) else _LOSSES[task.kind]
         own: dict[str, Any] = {"depth": p.max_depth, "learning_rate": p.learning_rate, "subsample": p.subsample, "rsm": p.colsample_bytree, "l2_leaf_reg": p.reg_lambda, "border_count": p.max_bin}
         if task.kind != "three_way":
             own["boost_from_average"] = True  # trees start at the share that rose, the mean or the quantiles; the library cannot for three classes

@@ -15,6 +15,7 @@ from safetensors.numpy import load, save
 from sklearn.ensemble import RandomForestRegressor
 
 from ..core.jit import njit
+from .tasks import Quantiles
 from .trees import Rows, TreeModel, TreeParams
 
 # %% auto #0
@@ -70,8 +71,8 @@ def _grown(
         threshold[own] = (distinct[at].astype(np.float64) + distinct[at + 1]) / 2
     left, right = (np.concatenate([np.where(c < 0, -1, c + r) for c, r in zip(side, root, strict=True)]) for side in ([t.children_left for t in trees], [t.children_right for t in trees]))
     missing = np.where(np.concatenate([t.missing_go_to_left for t in trees]).astype(bool), left, right)
-    links = [a.astype(np.int32) for a in (feature, left, right, missing)]
-    return Grown(root.astype(np.int32), links[0], threshold, *links[1:], np.concatenate([t.value[:, :, 0] for t in trees]), np.concatenate([t.weighted_n_node_samples for t in trees]))
+    root, feature, left, right, missing = (a.astype(np.int32) for a in (root, feature, left, right, missing))
+    return Grown(root, feature, threshold, left, right, missing, np.concatenate([t.value[:, :, 0] for t in trees]), np.concatenate([t.weighted_n_node_samples for t in trees]))
 
 # %% ../../nbs/models/21_forest.ipynb #0d069f2a
 @njit(nogil=True, error_model="numpy")
@@ -126,7 +127,7 @@ def _leaves(rows: Rows, grown: Grown) -> Leaves:
     nodes, trees = len(grown.feature), len(grown.root)
     start = np.concatenate([[0], np.cumsum(np.bincount(ends, minlength=nodes))])
     member = (np.argsort(ends, kind="stable") % len(y)).astype(np.int32)
-    return Leaves(start, member, np.bincount(ends, np.tile(weight, trees), nodes), y, weight)
+    return Leaves(start, member, np.bincount(ends, np.tile(weight, trees), nodes).astype(np.float64), y, weight)
 
 @njit(nogil=True, error_model="numpy")
 def _quantiles(x: Any, grown: Any, leaves: Any, levels: Any) -> Any:
@@ -171,13 +172,14 @@ class Forest(TreeModel):
         self.leaves = _leaves(rows, self.grown) if self.task.kind == "quantiles" else None
 
     def _raw(self, x: NDArray[np.float32]) -> NDArray[np.float64]:
-        if self.leaves is not None:
-            return np.asarray(_quantiles(x, self.grown, self.leaves, np.array(self.task.levels)))
+        task = self.task
+        if isinstance(task, Quantiles):
+            return np.asarray(_quantiles(x, self.grown, self.leaves, np.array(task.levels)))
         means = _means(x, self.grown)
-        if self.task.kind == "regression":
+        if task.kind == "regression":
             return np.asarray(means[:, 0])
         shares = np.clip(means, 0, 1)  # a mean of ones can round to a little more
-        return shares if self.task.kind == "three_way" else shares[:, 0]
+        return shares if task.kind == "three_way" else shares[:, 0]
 
     def _shap(self, x: NDArray[np.float32]) -> NDArray[np.float64]:
         with warnings.catch_warnings():

@@ -13,6 +13,7 @@ from pydantic import Field
 from scipy.special import expit, softmax
 
 from ..core.errors import ParameterError
+from .tasks import Quantiles
 from .trees import Boosted, BoostedParams, Rows
 
 # %% auto #0
@@ -46,16 +47,16 @@ class LightGBM(Boosted):
 
     def _settings(self) -> list[dict[str, Any]]:
         "Of each sequence of trees."
-        p, (objective, metric) = self.params, _LOSSES[self.task.kind]
+        p, task, (objective, metric) = self.params, self.task, _LOSSES[self.task.kind]
         own: dict[str, Any] = {
             "num_leaves": p.num_leaves, "learning_rate": p.learning_rate, "bagging_fraction": p.subsample, "bagging_freq": int(p.subsample < 1), "feature_fraction": p.colsample_bytree,
             "lambda_l2": p.reg_lambda, "min_sum_hessian_in_leaf": p.min_child_weight, "min_data_in_leaf": 1, "max_bin": p.max_bin,
             "objective": objective, "metric": metric, "seed": self.seed, "num_threads": self.threads, "deterministic": True, "force_row_wise": True, "verbosity": -1}
         if any(self.signs):
             own |= {"monotone_constraints": self.signs, "monotone_constraints_method": "advanced"}
-        if self.task.kind == "three_way":
+        if task.kind == "three_way":
             own["num_class"] = 3
-        return [{**own, "alpha": level} for level in self.task.levels] if self.task.kind == "quantiles" else [own]
+        return [{**own, "alpha": level} for level in task.levels] if isinstance(task, Quantiles) else [own]
 
     def _start(self, rows: Rows) -> tuple[list[Any], Any]:
         "Boosters without a tree, and their data."

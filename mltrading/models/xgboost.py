@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from scipy.special import expit, softmax
 
+from .tasks import Quantiles
 from .trees import Boosted, BoostedParams, Rows
 
 # %% auto #0
@@ -41,7 +42,7 @@ class XGBoost(Boosted):
         own["objective"], own["eval_metric"] = _LOSSES[task.kind]
         if task.kind == "three_way":
             own["num_class"] = 3
-        elif task.kind == "quantiles":
+        elif isinstance(task, Quantiles):
             own["quantile_alpha"] = list(task.levels)
         else:
             own["base_score"] = float(np.average(rows.target, weights=rows.weight))
@@ -53,7 +54,7 @@ class XGBoost(Boosted):
         return xgb.QuantileDMatrix(rows.x, rows.target, weight=rows.weight, missing=np.nan, max_bin=self.params.max_bin, nthread=self.threads, ref=ref)
 
     def _watch(self, rows: Rows, later: Rows) -> list[float]:
-        data, log = self._data(rows), {}
+        data, log = self._data(rows), dict[str, dict[str, list[float]]]()
         xgb.train(self._settings(rows), data, self.params.n_estimators, evals=[(self._data(later, data), "later")],
                   early_stopping_rounds=self.params.early_stopping_rounds, verbose_eval=False, evals_result=log)
         (values,) = log["later"].values()
