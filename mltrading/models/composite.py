@@ -93,7 +93,8 @@ class Composite(Model):
         return inner.build(seed, self.threads, self.purge_bars)
 
     def _state(self) -> Learned:
-        cards, files = {}, {}
+        cards: dict[str, Any] = {}
+        files: dict[str, bytes] = {}
         for name, model in self.inner.items():
             cards[name], own = model_parts(model)
             files |= {f"{name}/{file}": data for file, data in own.items()}

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -43,7 +44,7 @@ def forward_splits(
     edges = np.linspace(0, len(instants), parts + 2).round().astype(int)
     if edges[1] - purge_bars < 1 or (np.diff(edges) < 1).any():
         raise DataError("training rows", f"{len(instants)} distinct instants are too few for {parts + 1} parts and gaps of {purge_bars}", "train on a longer window, or use fewer parts")
-    for start, stop in zip(edges[1:-1], edges[2:], strict=True):
+    for start, stop in pairwise(edges[1:]):
         yield position < start - purge_bars, (position >= start) & (position < stop)
 
 # %% ../../nbs/models/72_ensemble.ipynb #9c706d0a
@@ -152,7 +153,7 @@ def _mean(parts: list[Floats]) -> Floats:
 
 def _averaged(said: list[pd.DataFrame]) -> dict[str, Floats]:
     "Means of the columns that all forecasts have; sigma is that of the mixture."
-    shared = [c for c in said[0] if all(c in f for f in said) and c not in ("disagreement", "agreement")]
+    shared = [str(c) for c in said[0] if all(c in f for f in said) and c not in ("disagreement", "agreement")]
     columns = {c: _mean([f[c].to_numpy() for f in said]) for c in shared}
     apart = _mean([(f["score"].to_numpy() - columns["score"]) ** 2 for f in said])
     return columns | {"sigma": np.sqrt(_mean([f["sigma"].to_numpy() ** 2 for f in said]) + apart)}

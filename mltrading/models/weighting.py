@@ -38,7 +38,8 @@ def _collected(
     T, M = len(members.instants), len(members.models)
     used = counted & (members.usable < T)
     share = used / np.maximum(np.bincount(members.at, minlength=T)[members.at], 1)  # of the row in its decision instant
-    at, new, weight = members.usable[used], np.zeros((T, M)), np.bincount(members.usable[used], share[used], T)
+    at, new = members.usable[used], np.zeros((T, M))
+    weight: NDArray[np.float64] = np.bincount(at, share[used], T).astype(np.float64)
     for m in range(M):
         new[:, m] = np.bincount(at, (share * losses[:, m])[used], T)
     keep = 0.5 ** (1 / half_life)
