@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from pydantic import Field
+from scipy.optimize import nnls
 from scipy.special import expit, logit
 from sklearn.isotonic import IsotonicRegression
 
@@ -23,7 +24,8 @@ from .tasks import Direction, Floats
 from .windows import Windows
 
 # %% auto #0
-__all__ = ['log_odds', 'fit_sigmoid', 'fit_isotonic', 'fit_venn_abers', 'venn_abers', 'CalibratedParams', 'Calibrated']
+__all__ = ['log_odds', 'rising_line', 'fit_sigmoid', 'fit_isotonic', 'fit_venn_abers', 'venn_abers', 'CalibratedParams',
+           'Calibrated']
 
 # %% ../../nbs/models/70_calibration.ipynb #edda2f31
 def log_odds(
@@ -31,6 +33,40 @@ def log_odds(
 ) -> Floats:     # (n,) between ±13.8
     """Log-odds of a probability, kept finite."""
     return np.asarray(logit(np.clip(np.ascontiguousarray(prob, np.float64), 1e-6, 1 - 1e-6)), np.float64)
+
+# %% ../../nbs/models/70_calibration.ipynb #e5565e33
+def rising_line(
+    z: Floats,                  # (n, M) log-odds
+    target: Floats,             # (n,) in [0, 1]
+    weight: Floats,             # (n,) positive
+    l2: float = 0.0,            # λ, >= 0
+    around: float = 0.0,        # w⁰, the same for all
+) -> tuple[Floats, float]:      # (M,) weights >= 0 and the intercept
+    """Logistic regression whose weights are not negative.
+
+    Raises `DataError` where there is no minimum: targets of 0 and 1 that a line separates, without a penalty."""
+    M, v, middle = z.shape[1], weight / weight.sum(), z.mean(axis=0)
+    x, prior = np.column_stack([z - middle, np.ones(len(z))]), np.append(np.full(M, around), 0.0)
+    ridge = np.append(np.full(M, l2), 0.0)
+
+    def loss(theta: Floats) -> float:
+        line = x @ theta
+        return float(v @ (np.logaddexp(0, line) - target * line) + (ridge * (theta - prior) ** 2).sum() / 2)
+
+    theta = np.append(np.full(M, around), logit(np.clip(v @ target, 1e-9, 1 - 1e-9)))
+    for _ in range(100):
+        p = expit(x @ theta)
+        slope = x.T @ (v * (p - target)) + ridge * (theta - prior)
+        curve = (x.T * (v * p * (1 - p))) @ x + np.diag(ridge)
+        root = np.linalg.cholesky(curve + 1e-14 * np.trace(curve) * np.eye(M + 1)).T
+        goal = nnls(np.column_stack([root, -root[:, -1]]), root @ theta - np.linalg.solve(root.T, slope))[0]  # the intercept as the difference of two
+        step, size = np.append(goal[:M], goal[M] - goal[M + 1]) - theta, 1.0
+        if -float(slope @ step) < 1e-15:
+            return theta[:M], float(theta[M] - theta[:M] @ middle)
+        while loss(theta + size * step) > loss(theta) + 1e-4 * size * float(slope @ step) and size > 1e-9:
+            size /= 2
+        theta = theta + size * step
+    raise DataError("weights of log-odds", "grow without end: the scores separate rises from falls", "use a penalty, or more rows")
 
 # %% ../../nbs/models/70_calibration.ipynb #d2c07685
 def fit_sigmoid(
@@ -40,25 +76,8 @@ def fit_sigmoid(
 ) -> tuple[float, float]:       # slope >= 0 and intercept, in log-odds
     """The line in log-odds that fits best, by Platt's targets. Known at: the end of the last label."""
     rises, falls = float(weight[up].sum()), float(weight[~up].sum())
-    target = np.where(up, (rises + 1) / (rises + 2), 1 / (falls + 2))
-    base = float(logit(np.average(target, weights=weight)))
-    z = np.column_stack([scores - scores.mean(), np.ones(len(scores))])
-
-    def loss(theta: Floats) -> float:
-        line = z @ theta
-        return float((weight * (np.logaddexp(0, line) - target * line)).sum())
-
-    theta = np.array([0.0, base])
-    for _ in range(100):
-        p = expit(z @ theta)
-        slope = z.T @ (weight * (p - target))
-        step = np.linalg.solve((z * (weight * p * (1 - p))[:, None]).T @ z + 1e-12 * len(z) * np.eye(2), slope)
-        while loss(theta - step) > loss(theta) + 1e-12 * len(z):
-            step = step / 2
-        theta = theta - step
-        if np.abs(step).max() < 1e-10:
-            break
-    return (float(theta[0]), float(theta[1] - theta[0] * scores.mean())) if theta[0] > 0 else (0.0, base)
+    slope, intercept = rising_line(scores[:, None], np.where(up, (rises + 1) / (rises + 2), 1 / (falls + 2)), weight)
+    return float(slope[0]), intercept
 
 # %% ../../nbs/models/70_calibration.ipynb #4a92f23d
 def fit_isotonic(

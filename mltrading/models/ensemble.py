@@ -13,11 +13,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
-from scipy.optimize import minimize
 from scipy.special import expit
 
 from ..core.errors import DataError, ParameterError
-from .calibration import log_odds
+from .calibration import log_odds, rising_line
 from .composite import Composite, CompositeParams, ask_inner, fit_inner
 from .forecaster import Model
 from .tasks import Direction, Floats
@@ -56,21 +55,10 @@ def fit_stack(
 ) -> tuple[Floats, float]:      # (M,) weights >= 0, and the intercept
     """Non-negative weights of log-odds, drawn towards the plain average.
 
-    Raises `DataError` where the solver does not arrive.
+    Raises `DataError` where members separate rises from falls completely and there is no penalty.
 
     Known at: the end of the last label."""
-    M, v, sign = z.shape[1], weight / weight.sum(), np.where(up, 1.0, -1.0)
-
-    def loss(theta: Floats) -> tuple[float, Floats]:
-        line = sign * (z @ theta[:M] + theta[M])
-        slope = -v * sign * expit(-line)
-        gap = theta[:M] - 1 / M
-        return float(v @ np.logaddexp(0, -line) + l2 / 2 * gap @ gap), np.append(slope @ z + l2 * gap, slope.sum())
-
-    found = minimize(loss, np.append(np.full(M, 1 / M), 0.0), jac=True, method="L-BFGS-B", bounds=[(0, None)] * M + [(None, None)], options={"maxiter": 1000, "ftol": 1e-13, "gtol": 1e-9})
-    if not found.success:
-        raise DataError("stacking", f"weights were not found ({found.message})", "raise l2: members may be too much alike")
-    return found.x[:M], float(found.x[M])
+    return rising_line(z, up.astype(np.float64), weight, l2, 1 / z.shape[1])
 
 # %% ../../nbs/models/72_ensemble.ipynb #db8f432e
 class EnsembleParams(CompositeParams):

@@ -20,7 +20,7 @@ from .forecaster import Explainable, Forecaster
 from .windows import Windows
 
 # %% auto #0
-__all__ = ['shap_values', 'importance', 'reasons', 'sampled_contributions', 'Tested', 'permutation_importance']
+__all__ = ['shap_values', 'importance', 'reasons', 'sampled_contributions', 'Unseen', 'permutation_importance']
 
 # %% ../../nbs/models/90_explain.ipynb #17053dab
 def shap_values(
@@ -127,8 +127,8 @@ def sampled_contributions(
                 before = after
     return pd.DataFrame(total / (2 * rounds), X.index, X.columns), pd.Series(base / (2 * rounds), X.index, name="base")
 
-# %% ../../nbs/models/90_explain.ipynb #77106072
-class Tested(NamedTuple):
+# %% ../../nbs/models/90_explain.ipynb #03251b63
+class Unseen(NamedTuple):
     """A fitted model and rows that it has not seen: one test fold."""
 
     model: Forecaster
@@ -148,7 +148,7 @@ def _shuffled(block: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.
     return np.asarray(first[source] + place % count[source], np.int64)
 
 def permutation_importance(
-    folds: Iterable[Tested],
+    folds: Iterable[Unseen],
     groups: Mapping[str, Sequence[str]] | None = None,  # name -> features that are destroyed together; None: each by itself
     block_bars: int = 10,      # instants that stay together
     repeats: int = 5,          # permutations that are averaged over
