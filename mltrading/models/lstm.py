@@ -24,13 +24,17 @@ class RecurrentEncoder(Encoder):
 
     def __init__(
         self,
-        cell: nn.LSTM | nn.GRU,  # with `batch_first`
+        cell: type[nn.LSTM] | type[nn.GRU],
+        features: int,                       # F
+        hidden: int,                         # d, of each layer's state
+        layers: int,                         # >= 1
+        dropout: float,                      # of what goes from layer to layer, and of the window's vector, 0 to 1
         pooling: Pooling,
     ) -> None:
         super().__init__()
-        self.cell, self.drop = cell, nn.Dropout(cell.dropout)
-        self.pool = AttentionPooling(cell.hidden_size, cell.hidden_size) if pooling == "attention" else None
-        self.width = cell.hidden_size if self.pool is None else self.pool.width
+        self.cell = cell(features, hidden, layers, batch_first=True, dropout=dropout if layers > 1 else 0.0)
+        self.pool = AttentionPooling(hidden, hidden) if pooling == "attention" else None
+        self.drop, self.width = nn.Dropout(dropout), hidden if self.pool is None else self.pool.width
 
     def forward(
         self,
