@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['Position', 'AttentionPooling', 'sinusoids', 'Positions']
+__all__ = ['PositionKind', 'AttentionPooling', 'sinusoids', 'Positions']
 
 # %% ../../nbs/models/40_attention.ipynb #aa9e7ec0
 class AttentionPooling(nn.Module):
@@ -41,8 +41,8 @@ class AttentionPooling(nn.Module):
         average = torch.bmm(self.weights(states).unsqueeze(1), states).squeeze(1)
         return torch.cat([average, states[:, -1]], dim=-1)
 
-# %% ../../nbs/models/40_attention.ipynb #3209f6e7
-Position = Literal["sinusoidal", "learned"]
+# %% ../../nbs/models/40_attention.ipynb #f1a34e1a
+PositionKind = Literal["sinusoidal", "learned"]
 
 def sinusoids(
     steps: int,                # T >= 1
@@ -62,7 +62,7 @@ class Positions(nn.Module):
         self,
         steps: int,      # T >= 1
         width: int,      # d, even for sinusoids
-        kind: Position,
+        kind: PositionKind,
     ) -> None:
         super().__init__()
         if kind == "learned":
