@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,9 +16,13 @@ from torch import nn
 
 from mltrading.core.errors import ParameterError
 from mltrading.models.attention import AttentionPooling, Positions
-from mltrading.models.lstm import RecurrentEncoder
-from mltrading.models.multimodal import MultimodalEncoder, stream_columns
+from mltrading.models.gru import GRUAttention
+from mltrading.models.lstm import LSTM, LSTMAttention, RecurrentEncoder
+from mltrading.models.multimodal import MultimodalEncoder, MultimodalParams, MultimodalTransformer, stream_columns
+from mltrading.models.training import TrainParams
 from mltrading.models.transformer import MultiHead, TransformerEncoder
+from mltrading.models.windows import Windows
+from mltrading.models.windows import windows as make_windows
 
 FEATURES, STEPS = 7, 13
 SIZES = {"width": 16, "heads": 4, "layers": 2, "feedforward": 24}
@@ -194,3 +201,57 @@ def test_streams_share_the_features_out(features: list[str], order: list[str]) -
     else:
         assert stream_columns(features, streams) == groups
         assert list(stream_columns(features, streams)) == ["news", "price", "social"]
+
+
+def market(n: int = 300, steps: int = 6) -> tuple[Windows, np.ndarray, np.ndarray]:
+    """Windows with holes among news, targets, and instants."""
+    rng, rows = np.random.default_rng(3), n + 5 * (steps - 1)
+    table = pd.DataFrame(rng.standard_normal((rows, 5)), columns=["ret_1", "vol_20", "news_tone", "news_new", "soc_tone"], dtype=np.float32)
+    table.loc[rng.random(rows) > 0.3, ["news_tone", "news_new"]] = np.nan
+    x = make_windows(table, np.arange(rows) % 5, steps).take(slice(rows - n, None))
+    return x, rng.standard_normal(n), np.datetime64("2024-01-02", "us") + np.arange(n) // 5 * np.timedelta64(1, "D")
+
+
+def multimodal(streams: dict[str, list[str]]) -> MultimodalTransformer:
+    train = TrainParams(epochs=1, batch_size=64, patience=0)
+    return MultimodalTransformer(MultimodalParams(steps=6, width=8, heads=2, layers=1, feedforward=8, streams=streams, main="price", train=train), seed=1, purge_bars=1)
+
+
+def test_streams_in_any_order_are_one_model(tmp_path: Path) -> None:
+    x, y, times = market()
+    streams = {"price": ["ret_", "vol_"], "news": ["news_"], "social": ["soc_"]}
+    first = multimodal(streams).fit(x, y, np.ones(len(y)), times)
+    other = multimodal(dict(reversed(streams.items()))).fit(x, y, np.ones(len(y)), times)
+    first.save(tmp_path / "a")
+    other.save(tmp_path / "b")
+    assert (tmp_path / "a/model.json").read_bytes() == (tmp_path / "b/model.json").read_bytes()
+    assert (tmp_path / "a/weights.safetensors").read_bytes() == (tmp_path / "b/weights.safetensors").read_bytes()
+    pd.testing.assert_frame_equal(MultimodalTransformer.load(tmp_path / "a").predict(x), other.predict(x), check_exact=True)
+
+
+def test_holes_are_silence() -> None:
+    """Absent news, news of zeros, and a mixture of both leave the same forecast; the tone of one step changes it."""
+    x, y, times = market()
+    model = multimodal({"price": ["ret_", "vol_"], "news": ["news_"], "social": ["soc_"]}).fit(x, y, np.ones(len(y)), times)
+
+    def told(tone: float, new: float) -> np.ndarray:
+        block = x.block.copy()
+        block[:, 2:4] = tone, new
+        return model.predict(replace(x, block=block))["score"].to_numpy()
+
+    assert np.array_equal(told(np.nan, np.nan), told(0, 0))
+    assert np.array_equal(told(np.nan, np.nan), told(np.nan, 0))
+    assert (told(np.nan, np.nan) != told(1, np.nan)).all()
+
+
+def test_streams_are_refused_before_training() -> None:
+    x, y, times = market()
+    with pytest.raises(ParameterError, match="feature `soc_tone` belongs to none of news, price"):
+        multimodal({"price": ["ret_", "vol_"], "news": ["news_"]}).fit(x, y, np.ones(len(y)), times)
+
+
+def test_kinds_differ_by_their_pooling() -> None:
+    assert LSTM.Params(steps=5) == LSTM.Params(steps=5, pooling="last")
+    assert LSTMAttention.Params(steps=5).pooling == GRUAttention.Params(steps=5).pooling == "attention"
+    encoders = [kind(kind.Params(steps=5, hidden=8), seed=0).encoder(["a", "b"]) for kind in (LSTM, LSTMAttention, GRUAttention)]
+    assert [e.width for e in encoders] == [8, 16, 16]
