@@ -125,8 +125,8 @@ class SLSTMCell(nn.Module):
         rate = _scan(self._gates(x, smooth), self.recurrent)[2][:, :, 0]
         return rate.permute(3, 0, 1, 2).reshape(x.shape)
 
-# %% ../../nbs/models/46_xlstm.ipynb #e6e4eba8
-_LEAST = 30.0  # the bound below the line is at least exp(-30): for gates beyond that, zero divided by zero would be near
+# %% ../../nbs/models/46_xlstm.ipynb #d1719413
+_REACH = 30.0  # the bound below the line stays between exp(-30) and exp(30): beyond, its gradient is zero divided by zero or infinity by infinity
 
 def mlstm_recurrent(
     q: Tensor,  # (..., T, D) queries
@@ -149,7 +149,7 @@ def mlstm_recurrent(
         stay, write = torch.exp(keep - m).unsqueeze(-1), torch.exp(i[..., t] - m).unsqueeze(-1) * k[..., t, :] / math.sqrt(D)
         memory = stay.unsqueeze(-1) * memory + write.unsqueeze(-1) * v[..., t, :].unsqueeze(-2)
         total = stay * total + write
-        below = torch.maximum((total * q[..., t, :]).sum(-1).abs(), torch.exp((-m).clamp(min=-_LEAST)))
+        below = torch.maximum((total * q[..., t, :]).sum(-1).abs(), torch.exp((-m).clamp(-_REACH, _REACH)))
         out.append((q[..., t, :].unsqueeze(-2) @ memory).squeeze(-2) / below.unsqueeze(-1))
     return torch.stack(out, dim=-2)
 
@@ -167,14 +167,15 @@ def mlstm_parallel(
 
     Source: Beck and others, 2024, appendix A.3."""
     T, D = q.shape[-2:]
-    past = F.logsigmoid(f).cumsum(-1)
+    seen = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+    with torch.autocast(q.device.type, enabled=False):  # sums of logarithms are not for 16 bits
+        past = F.logsigmoid(f) @ seen.T.to(f.dtype)
     b = i - past
     peak = b.detach().cummax(-1).values
-    seen = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
     decay = torch.where(seen, b.unsqueeze(-2) - peak.unsqueeze(-1), -torch.inf).exp()
     weights = (q / math.sqrt(D)) @ k.transpose(-1, -2) * decay
     read = weights @ F.pad(v, (0, 1), value=1.0)
-    bound = torch.exp((-peak - past).clamp(min=-_LEAST))
+    bound = torch.exp((-peak - past).clamp(-_REACH, _REACH))
     return read[..., :-1] / torch.maximum(read[..., -1].abs(), bound).unsqueeze(-1)
 
 # %% ../../nbs/models/46_xlstm.ipynb #73d3224a
