@@ -6,15 +6,20 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .network import Encoder, Network, NetworkParams
+
 # %% auto #0
-__all__ = ['slstm_scan', 'SLSTMCell', 'mlstm_recurrent', 'mlstm_parallel', 'CausalConv', 'SLSTMBlock', 'MLSTMBlock', 'XLSTMStack']
+__all__ = ['slstm_scan', 'SLSTMCell', 'mlstm_recurrent', 'mlstm_parallel', 'CausalConv', 'SLSTMBlock', 'MLSTMBlock', 'XLSTMStack',
+           'XLSTMParams', 'XLSTMEncoder', 'XLSTM']
 
 # %% ../../nbs/models/46_xlstm.ipynb #cee80f26
 def _scan(pre: Tensor, recurrent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,7 +44,6 @@ class _Recurrence(torch.autograd.Function):
     "The loop with its gradient."
 
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cuda", cast_inputs=torch.float32)
     def forward(ctx: Any, pre: Tensor, recurrent: Tensor) -> Tensor:
         h, average, gates = _scan(pre, recurrent)
         ctx.save_for_backward(h, average, gates, recurrent)
@@ -47,7 +51,6 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @torch.amp.custom_bwd(device_type="cuda")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         h, average, gates, recurrent = ctx.saved_tensors
         T, N, _, D, B = gates.shape
@@ -197,7 +200,7 @@ class CausalConv(nn.Module):
         x: Tensor,  # (B, T, width)
     ) -> Tensor:    # (B, T, width)
         kernel, T = len(self.weight), x.shape[1]
-        padded, total = F.pad(x, (0, 0, kernel - 1, 0)), self.bias
+        padded, total = F.pad(x, (0, 0, kernel - 1, 0)), self.bias.to(x.dtype)
         for j in range(kernel):
             total = torch.addcmul(total, padded[:, j : j + T], self.weight[j])
         return total
@@ -335,7 +338,64 @@ class XLSTMStack(nn.Module):
         self,
         x: Tensor,  # (B, T, width)
     ) -> Tensor:    # (B, T, width)
-        for block in self.blocks:
-            x = block(x)
+        for layer in self.blocks:
+            x = layer(x)
         out: Tensor = self.norm(x)
         return out
+
+# %% ../../nbs/models/46_xlstm.ipynb #dac58287
+class XLSTMParams(NetworkParams):
+    """What can be turned on the xLSTM."""
+
+    width: int = Field(default=32, ge=2, le=4096, description="numbers of a step within the stack, a multiple of twice the heads")
+    heads: int = Field(default=4, ge=1, le=64, description="groups of units with memories of their own")
+    pattern: str = Field(default="ms", pattern="^[ms]+$", max_length=48, description="blocks from the first to the last: m for mLSTM, s for sLSTM")
+    kernel: int = Field(default=4, ge=1, le=64, description="steps that the convolution before the gates sees")
+    dropout: float = Field(default=0.1, ge=0, lt=1, description="share dropped while training, of what a branch adds")
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.width % (2 * self.heads):
+            raise ValueError(f"width {self.width} is no multiple of twice the {self.heads} heads")
+        return self
+
+class XLSTMEncoder(Encoder):
+    """A window as the last state of a stack of xLSTM blocks."""
+
+    def __init__(
+        self,
+        features: int,    # F
+        width: int,       # a multiple of twice the heads
+        heads: int,
+        pattern: str,     # of m and s
+        kernel: int,      # steps of the convolutions
+        dropout: float,   # of what a branch adds, 0 to 1
+    ) -> None:
+        super().__init__()
+        self.width = width
+        self.enter = nn.Linear(features, width)
+        self.stack = XLSTMStack(width, heads, pattern, kernel, dropout)
+
+    def sequence(
+        self,
+        x: Tensor,  # (B, T, F)
+    ) -> Tensor:    # (B, T, width)
+        """The states of all steps; each knows of the steps up to it."""
+        states: Tensor = self.stack(self.enter(x))
+        return states
+
+    def forward(
+        self,
+        x: Tensor,  # (B, T, F)
+    ) -> Tensor:    # (B, width)
+        return self.sequence(x)[:, -1]
+
+# %% ../../nbs/models/46_xlstm.ipynb #de7f3484
+class XLSTM(Network):
+    """The last state of an xLSTM over the window."""
+
+    Params = XLSTMParams
+
+    def encoder(self, features: Sequence[str]) -> Encoder:
+        p = self.params
+        return XLSTMEncoder(len(features), p.width, p.heads, p.pattern, p.kernel, p.dropout)
