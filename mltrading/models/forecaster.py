@@ -76,6 +76,7 @@ def digest(
             sha.update(np.ascontiguousarray(piece).view(np.uint8).data if isinstance(piece, np.ndarray) else f"\0{piece}\0".encode())
     return sha.hexdigest()
 
+# %% ../../nbs/models/08_forecaster.ipynb #4a8a9ae6
 class Model(ABC):
     """A forecaster's frame: inputs checked, outputs labelled, a folder to live in."""
 
