@@ -66,9 +66,9 @@ def mlstm_weights(theirs: nn.Module, heads: int = HEADS) -> dict[str, Tensor]:
         "norm.weight": 1 + theirs.xlstm_norm.weight, "scale": 1 + layer.mlstm_cell.outnorm.weight, "skip": layer.learnable_skip,
         "up.weight": layer.proj_up.weight, "down.weight": layer.proj_down.weight,
         "conv.weight": layer.conv1d.conv.weight[:, 0].T, "conv.bias": layer.conv1d.conv.bias,
-        "project": torch.stack([p.weight for p in (layer.q_proj, layer.k_proj, layer.v_proj)]).view(3, heads, -1, 4, 4),
-        "gate": gates.T.reshape(3, heads, inner // heads, 2 * heads),
-        "gate_bias": torch.cat([layer.mlstm_cell.igate.bias, layer.mlstm_cell.fgate.bias]),
+        "cell.project": torch.stack([p.weight for p in (layer.q_proj, layer.k_proj, layer.v_proj)]).view(3, heads, -1, 4, 4),
+        "cell.gate": gates.T.reshape(3, heads, inner // heads, 2 * heads),
+        "cell.bias": torch.cat([layer.mlstm_cell.igate.bias, layer.mlstm_cell.fgate.bias]),
     }
 
 

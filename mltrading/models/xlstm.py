@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from .network import Encoder, Network, NetworkParams
 
 # %% auto #0
-__all__ = ['slstm_scan', 'SLSTMCell', 'mlstm_recurrent', 'mlstm_parallel', 'CausalConv', 'SLSTMBlock', 'MLSTMBlock', 'XLSTMStack',
-           'XLSTMParams', 'XLSTMEncoder', 'XLSTM']
+__all__ = ['slstm_scan', 'SLSTMCell', 'mlstm_recurrent', 'mlstm_parallel', 'CausalConv', 'SLSTMBlock', 'MLSTMCell', 'MLSTMBlock',
+           'XLSTMStack', 'XLSTMParams', 'XLSTMEncoder', 'XLSTM']
 
 # %% ../../nbs/models/46_xlstm.ipynb #cee80f26
 def _scan(pre: Tensor, recurrent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,6 +77,7 @@ class _Recurrence(torch.autograd.Function):
         weight = torch.bmm(flat[1:].permute(1, 2, 0, 3).reshape(N, 4 * D, pairs), h[:-1].permute(1, 0, 3, 2).reshape(N, pairs, D))
         return pre, weight.view(recurrent.shape)
 
+# %% ../../nbs/models/46_xlstm.ipynb #2c74cc38
 def slstm_scan(
     pre: Tensor,        # (T, N, 4, D, B) pre-activations of the gates i, f, z, o from inputs and biases: N heads of D units, B windows
     recurrent: Tensor,  # (N, 4, D, D) from the outputs of a head (last) to its gates one step later
@@ -224,7 +225,6 @@ class SLSTMBlock(nn.Module):
     ) -> None:
         super().__init__()
         wide = 8 * math.ceil(width / 6)
-        self.heads = heads
         self.norm, self.wide_norm = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
         self.conv = CausalConv(width, kernel)
         self.cell = SLSTMCell(width, heads, index / max(1, blocks - 1))
@@ -239,7 +239,7 @@ class SLSTMBlock(nn.Module):
         x: Tensor,  # (B, T, width)
     ) -> Tensor:    # (B, T, width)
         h = self.cell(*self._heard(x))
-        x = x + self.dropout(_head_norm(h, self.heads) * self.scale)
+        x = x + self.dropout(_head_norm(h, self.cell.heads) * self.scale)
         gate, up = self.up(self.wide_norm(x)).chunk(2, dim=-1)
         out: Tensor = x + self.dropout(self.down(F.gelu(gate) * up))
         return out
@@ -259,6 +259,46 @@ class SLSTMBlock(nn.Module):
 # %% ../../nbs/models/46_xlstm.ipynb #9ae0a041
 _BLOCK = 4  # channels that a projection to queries, keys and values mixes
 
+class MLSTMCell(nn.Module):
+    """An mLSTM with the block-diagonal projections to what it reads and writes."""
+
+    def __init__(
+        self,
+        width: int,   # channels, a multiple of 4 x heads
+        heads: int,   # N
+        spread: int,  # the width that starting weights are drawn for
+    ) -> None:
+        super().__init__()
+        D, self.heads = width // heads, heads
+        self.project = nn.Parameter(math.sqrt(0.4 / spread) * torch.randn(3, heads, D // _BLOCK, _BLOCK, _BLOCK))  # to q, k, v: (..., out, in)
+        self.gate = nn.Parameter(torch.zeros(3, heads, D, 2 * heads))                                              # to i, f from q, k, v
+        self.bias = nn.Parameter(torch.cat([0.1 * torch.randn(heads), torch.linspace(3, 6, heads)]))
+
+    def _parts(self, x: Tensor, smooth: Tensor) -> tuple[Tensor, ...]:
+        "Queries, keys, values (N, B, T, D) and gates (N, B, T)."
+        (B, T, _), N = x.shape, self.heads
+        groups = torch.eye(self.project.shape[2], dtype=x.dtype, device=x.device)[:, None, :, None]
+        dense = (self.project.unsqueeze(4) * groups).flatten(4, 5).flatten(2, 3).transpose(-1, -2)  # (3, N, in, out)
+        q, k, v = (torch.bmm(part.reshape(B * T, N, -1).transpose(0, 1), w).unflatten(1, (B, T)) for part, w in zip((smooth, smooth, x), dense, strict=True))
+        by_q, by_k, by_v = (dense @ self.gate).flatten(1, 2)
+        i, f = (smooth @ (by_q + by_k) + x @ by_v + self.bias).permute(2, 0, 1).chunk(2)
+        return q, k, v, i, f
+
+    def forward(
+        self,
+        x: Tensor,       # (B, T, width) for the values
+        smooth: Tensor,  # (B, T, width) for queries and keys
+    ) -> Tensor:         # (B, T, width)
+        return mlstm_parallel(*self._parts(x, smooth)).permute(1, 2, 0, 3).flatten(2)
+
+    @torch.no_grad()
+    def memory(self, x: Tensor, smooth: Tensor) -> Tensor:
+        """(B, N, T, T), step t from step s: how much of what each earlier step wrote a step reads."""
+        q, k, _, i, f = self._parts(x, smooth)
+        places = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand(*i.shape, -1)
+        return mlstm_parallel(q, k, places, i, f).transpose(0, 1)
+
+# %% ../../nbs/models/46_xlstm.ipynb #e798e688
 class MLSTMBlock(nn.Module):
     """Residual block with an mLSTM inside of an up-projection."""
 
@@ -272,28 +312,14 @@ class MLSTMBlock(nn.Module):
         blocks: int = 1,       # blocks of the stack
     ) -> None:
         super().__init__()
-        inner, D = 2 * width, 2 * width // heads
-        self.heads = heads
+        inner = 2 * width
         self.norm = nn.LayerNorm(width, bias=False)
         self.up, self.down = nn.Linear(width, 2 * inner, bias=False), nn.Linear(inner, width, bias=False)
         nn.init.normal_(self.up.weight, std=math.sqrt(0.4 / width))
         nn.init.normal_(self.down.weight, std=2 / blocks / math.sqrt(width))
-        self.conv = CausalConv(inner, kernel)
-        self.project = nn.Parameter(math.sqrt(0.4 / width) * torch.randn(3, heads, D // _BLOCK, _BLOCK, _BLOCK))  # of q, k, v: (..., out, in)
-        self.gate = nn.Parameter(torch.zeros(3, heads, D, 2 * heads))                                             # of i, f from q, k, v
-        self.gate_bias = nn.Parameter(torch.cat([0.1 * torch.randn(heads), torch.linspace(3, 6, heads)]))
+        self.conv, self.cell = CausalConv(inner, kernel), MLSTMCell(inner, heads, spread=width)
         self.scale, self.skip = nn.Parameter(torch.ones(inner)), nn.Parameter(torch.ones(inner))
         self.dropout = nn.Dropout(dropout)
-
-    def _parts(self, a: Tensor, u: Tensor) -> tuple[Tensor, ...]:
-        "Queries, keys, values (N, B, T, D) and gates (N, B, T), each head's part of a and u by itself."
-        (B, T, _), N = a.shape, self.heads
-        groups = torch.eye(self.project.shape[2], dtype=a.dtype, device=a.device)[:, None, :, None]
-        dense = (self.project.unsqueeze(4) * groups).flatten(4, 5).flatten(2, 3).transpose(-1, -2)  # (3, N, in, out)
-        q, k, v = (torch.bmm(x.reshape(B * T, N, -1).transpose(0, 1), w).unflatten(1, (B, T)) for x, w in zip((a, a, u), dense, strict=True))
-        by_q, by_k, by_v = (dense @ self.gate).flatten(1, 2)
-        i, f = (a @ (by_q + by_k) + u @ by_v + self.gate_bias).permute(2, 0, 1).chunk(2)
-        return q, k, v, i, f
 
     def forward(
         self,
@@ -301,21 +327,17 @@ class MLSTMBlock(nn.Module):
     ) -> Tensor:    # (B, T, width)
         u, g = self.up(self.norm(x)).chunk(2, dim=-1)
         a = F.silu(self.conv(u))
-        h = mlstm_parallel(*self._parts(a, u))
-        h = F.layer_norm(h, h.shape[-1:]).permute(1, 2, 0, 3).flatten(2)
+        h = _head_norm(self.cell(u, a), self.cell.heads)
         out: Tensor = x + self.dropout(self.down((h * self.scale + self.skip * a) * F.silu(g)))
         return out
 
-    @torch.no_grad()
     def memory(
         self,
         x: Tensor,  # (B, T, width)
     ) -> Tensor:    # (B, N, T, T): step t, from step s
         """How much of what each earlier step wrote a step reads."""
         u, _ = self.up(self.norm(x)).chunk(2, dim=-1)
-        q, k, _, i, f = self._parts(F.silu(self.conv(u)), u)
-        places = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand(*i.shape, -1)
-        return mlstm_parallel(q, k, places, i, f).transpose(0, 1)
+        return self.cell.memory(u, F.silu(self.conv(u)))
 
 # %% ../../nbs/models/46_xlstm.ipynb #0daef87e
 class XLSTMStack(nn.Module):
@@ -359,6 +381,7 @@ class XLSTMParams(NetworkParams):
             raise ValueError(f"width {self.width} is no multiple of twice the {self.heads} heads")
         return self
 
+# %% ../../nbs/models/46_xlstm.ipynb #eb571f17
 class XLSTMEncoder(Encoder):
     """A window as the last state of a stack of xLSTM blocks."""
 
