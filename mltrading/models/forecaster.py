@@ -53,7 +53,7 @@ class Forecaster(Protocol):
 class Explainable(Protocol):
     """A forecaster that can attribute its forecasts to features."""
 
-    unit: str  # of the contributions: "log-odds" or "probability" of an up move
+    unit: str  # of the contributions: "log-odds" or "probability" of an up move, or "score"; empty where there is nothing to explain
 
     def contributions(self, X: Any) -> tuple[pd.DataFrame, pd.Series]: ...
 
