@@ -19,6 +19,7 @@ from mltrading.models.transformer import MultiHead, TransformerEncoder
 
 FEATURES, STEPS = 7, 13
 SIZES = {"width": 16, "heads": 4, "layers": 2, "feedforward": 24}
+SILENT = np.zeros((2, FEATURES), np.float32)
 STREAMS = {"news": [1, 4], "price": [0, 2, 6], "social": [3, 5]}
 
 ENCODERS: dict[str, Callable[[float], nn.Module]] = {
@@ -28,7 +29,7 @@ ENCODERS: dict[str, Callable[[float], nn.Module]] = {
     "gru_attention": lambda dropout: RecurrentEncoder(nn.GRU, FEATURES, 16, 2, dropout, "attention"),
     "transformer": lambda dropout: TransformerEncoder(FEATURES, STEPS, dropout=dropout, positions="sinusoidal", **SIZES),
     "transformer, learned": lambda dropout: TransformerEncoder(FEATURES, STEPS, dropout=dropout, positions="learned", **SIZES),
-    "multimodal": lambda dropout: MultimodalEncoder(STREAMS, "price", STEPS, dropout=dropout, positions="sinusoidal", **SIZES),
+    "multimodal": lambda dropout: MultimodalEncoder(STREAMS, "price", SILENT, STEPS, dropout=dropout, positions="sinusoidal", **SIZES),
 }
 
 
@@ -157,7 +158,7 @@ def test_a_silent_stream_does_not_speak() -> None:
     encoder, x = made("multimodal").double(), windows()
     with torch.no_grad():
         before = encoder(x)
-        news = encoder.memories["news"].tokens
+        news = encoder.memories[0].tokens
         news.embed.weight.normal_()
         news.embed.bias.normal_()
         news.positions.code.normal_()
@@ -172,8 +173,8 @@ def test_silence_is_one_vector_for_all_prices() -> None:
     """What a silent stream adds to the asking tokens does not depend on them."""
     encoder, x = made("multimodal").double(), windows()
     x[..., STREAMS["news"]] = 0
-    tokens, memories = encoder.tokens(x[..., STREAMS["price"]]), {k: m(x) for k, m in encoder.memories.items()}
-    answer = encoder.blocks[0].ask["news"](encoder.blocks[0].norm(tokens), *memories["news"])
+    tokens, memories = encoder.tokens(x[..., STREAMS["price"]]), [m(x) for m in encoder.memories]
+    answer = encoder.blocks[0].ask[0](encoder.blocks[0].norm(tokens), *memories[0])
     assert (answer - answer[:1, :1]).abs().max() < 1e-13
     assert torch.equal(encoder.attention(x)["news"][..., 0], torch.ones(len(x), 4, dtype=torch.float64))
 

@@ -6,17 +6,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
+import numpy as np
+import pandas as pd
 import torch
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ..core.errors import ParameterError
-from .attention import Position
-from .network import Encoder
-from .transformer import Block, MultiHead, Tokens
+from .attention import PositionKind
+from .network import Encoder, Network
+from .transformer import Block, MultiHead, Tokens, TransformerParams
+from .windows import Gather, as_windows
 
 # %% auto #0
-__all__ = ['stream_columns', 'Memory', 'AskingBlock', 'MultimodalEncoder']
+__all__ = ['Heard', 'stream_columns', 'silence', 'Memory', 'AskingBlock', 'MultimodalEncoder', 'MultimodalParams',
+           'MultimodalTransformer']
 
 # %% ../../nbs/models/44_multimodal.ipynb #687eea92
 def stream_columns(
@@ -38,96 +45,119 @@ def stream_columns(
             raise ParameterError(f"streams, `{name}`", f"no feature begins with {' or '.join(streams[name])}", "remove the stream, or add its features")
     return columns
 
-# %% ../../nbs/models/44_multimodal.ipynb #2cfcf507
+# %% ../../nbs/models/44_multimodal.ipynb #b098fb53
+def silence(
+    gather: Gather,          # as learned from the training rows
+    features: Sequence[str], # (F,) names
+) -> NDArray[np.float32]:    # (2, F) what an absent value and a zero become; NaN where a zero is out of bounds
+    """What a silent step looks like to a network."""
+    rows = pd.DataFrame(np.array([[np.nan], [0.0]], np.float32).repeat(len(features), 1), columns=list(features))
+    absent, zero = as_windows(rows).batch(np.arange(2), gather)[:, 0]
+    return np.stack([absent, np.where((gather.low <= 0) & (gather.high >= 0), zero, np.float32(np.nan))])
+
+# %% ../../nbs/models/44_multimodal.ipynb #58e9fcfc
+Heard = tuple[Tensor, Tensor]  # tokens of a memory (B, 1 + T, d), and which of them can be seen (B, 1 + T)
+
 class Memory(nn.Module):
     """A stream as tokens that can be asked."""
 
+    columns: Tensor
+    silent: Tensor
+
     def __init__(
         self,
-        columns: Sequence[int],  # positions of its features
-        steps: int,              # T
-        width: int,              # d
-        positions: Position,
+        columns: Sequence[int],        # positions of its features
+        silent: NDArray[np.float32],   # (2, F) what an absent value and a zero look like, of all features
+        steps: int,                    # T
+        width: int,                    # d
+        positions: PositionKind,
     ) -> None:
         super().__init__()
         self.register_buffer("columns", torch.tensor(columns), persistent=False)
+        self.register_buffer("silent", torch.from_numpy(silent[:, columns]), persistent=False)
         self.tokens, self.norm = Tokens(len(columns), steps, width, positions), nn.LayerNorm(width)
 
     def forward(
         self,
-        x: Tensor,                 # (B, T, F) all features
-    ) -> tuple[Tensor, Tensor]:    # (B, 1 + T, d) tokens, and (B, 1 + T) whether each can be seen
+        x: Tensor,  # (B, T, F) all features
+    ) -> Heard:     # nothing there is always seen
         mine = x[..., self.columns]
-        spoken = (mine != 0).any(dim=-1)
+        spoken = ((mine != self.silent[0]) & (mine != self.silent[1])).any(dim=-1)
         return self.norm(self.tokens(mine)), torch.cat([torch.ones_like(spoken[:, :1]), spoken], dim=1)
 
 # %% ../../nbs/models/44_multimodal.ipynb #295dbec4
 class AskingBlock(nn.Module):
     """One pre-norm layer: attention of the main stream's tokens among themselves, then to the memories of the others, then a small network on each."""
 
+    ask: Any  # a MultiHead for each memory
+
     def __init__(
         self,
-        memories: Sequence[str],  # names of the streams that are asked
-        width: int,               # d
-        heads: int,               # divide d
-        feedforward: int,         # units of the small network
-        dropout: float,           # share of what a branch adds that is dropped while training
+        asked: int,        # how many memories
+        width: int,        # d
+        heads: int,        # divide d
+        feedforward: int,  # units of the small network
+        dropout: float,    # share of what a branch adds that is dropped while training
     ) -> None:
         super().__init__()
         self.own, self.norm = Block(width, heads, feedforward, dropout), nn.LayerNorm(width)
-        self.ask = nn.ModuleDict({name: MultiHead(width, heads) for name in memories})
+        self.ask = nn.ModuleList(MultiHead(width, heads) for _ in range(asked))
 
     def forward(
         self,
-        x: Tensor,                                      # (B, T, d) tokens of the main stream
-        memories: Mapping[str, tuple[Tensor, Tensor]],  # tokens, and which of them can be seen
-        asking: int | None = None,                      # how many of the first tokens ask; all
-    ) -> Tensor:                                        # (B, asking, d)
+        x: Tensor,                    # (B, T, d) tokens of the main stream
+        memories: Sequence[Heard],    # of the other streams
+        asking: int | None = None,    # how many of the first tokens ask; all
+    ) -> Tensor:                      # (B, asking, d)
         x = self.own.among(x, asking)
         normed = self.norm(x)
-        for name, (tokens, seen) in memories.items():
-            x = x + self.own.drop(self.ask[name](normed, tokens, seen))
+        for ask, (tokens, seen) in zip(self.ask, memories, strict=True):
+            x = x + self.own.drop(ask(normed, tokens, seen))
         return self.own.alone(x)
 
     def weights(
         self,
         x: Tensor,
-        memories: Mapping[str, tuple[Tensor, Tensor]],
+        memories: Sequence[Heard],
         asking: int,
-    ) -> dict[str, Tensor]:  # memory -> (B, heads, asking, 1 + T)
+    ) -> list[Tensor]:  # (B, heads, asking, 1 + T) of each memory
         """How much the first tokens take from each token of each memory."""
         normed = self.norm(self.own.among(x, asking))
-        return {name: ask.weights(normed, *memories[name]) for name, ask in self.ask.items()}
+        return [ask.weights(normed, *memory) for ask, memory in zip(self.ask, memories, strict=True)]
 
 # %% ../../nbs/models/44_multimodal.ipynb #dae782e2
 class MultimodalEncoder(Encoder):
     """A window of several streams as what the main stream's class token has become."""
 
+    columns: Tensor
+    blocks: Any  # of AskingBlock
+
     def __init__(
         self,
         columns: Mapping[str, Sequence[int]],  # stream -> positions of its features
         main: str,                             # the stream that asks the others
+        silent: NDArray[np.float32],           # (2, F) what an absent value and a zero look like
         steps: int,                            # T
         width: int,                            # d, a multiple of heads, and even
         heads: int,
         layers: int,                           # blocks, >= 1
         feedforward: int,                      # units of the small network in a block
         dropout: float,                        # of what a branch adds, 0 to 1
-        positions: Position,
+        positions: PositionKind,
     ) -> None:
         super().__init__()
-        self.width, others = width, [name for name in columns if name != main]
+        self.width, self.asked = width, tuple(name for name in columns if name != main)
         self.register_buffer("columns", torch.tensor(columns[main]), persistent=False)
         self.tokens = Tokens(len(columns[main]), steps, width, positions)
-        self.memories = nn.ModuleDict({name: Memory(columns[name], steps, width, positions) for name in others})
-        self.blocks = nn.ModuleList(AskingBlock(others, width, heads, feedforward, dropout) for _ in range(layers))
+        self.memories = nn.ModuleList(Memory(columns[name], silent, steps, width, positions) for name in self.asked)
+        self.blocks = nn.ModuleList(AskingBlock(len(self.asked), width, heads, feedforward, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
 
-    def _read(self, x: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    def _read(self, x: Tensor) -> tuple[Tensor, list[Heard]]:
         "Tokens that go into the last block, the class token first, and the memories."
-        tokens, memories = self.tokens(x[..., self.columns]), {name: memory(x) for name, memory in self.memories.items()}
-        for block in self.blocks[:-1]:
-            tokens = block(tokens, memories)
+        tokens, memories = self.tokens(x[..., self.columns]), [memory(x) for memory in self.memories]
+        for layer in self.blocks[:-1]:
+            tokens = layer(tokens, memories)
         return tokens, memories
 
     def forward(
@@ -144,4 +174,27 @@ class MultimodalEncoder(Encoder):
     ) -> dict[str, Tensor]:  # stream -> (B, heads, 1 + T): nothing there, then the steps from the oldest
         """How much the class token of the last block takes from each asked stream."""
         tokens, memories = self._read(x)
-        return {name: w[:, :, 0] for name, w in self.blocks[-1].weights(tokens, memories, 1).items()}
+        return {name: w[:, :, 0] for name, w in zip(self.asked, self.blocks[-1].weights(tokens, memories, 1), strict=True)}
+
+# %% ../../nbs/models/44_multimodal.ipynb #e0e7009c
+class MultimodalParams(TransformerParams):
+    """What can be turned on the multimodal Transformer."""
+
+    streams: dict[str, tuple[str, ...]] = Field(min_length=2, description="stream -> beginnings of the names of its features; each feature in exactly one")
+    main: str = Field(description="the stream that asks the others")
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        if self.main not in self.streams:
+            raise ValueError(f"main stream `{self.main}` is not among the streams: {', '.join(sorted(self.streams))}")
+        return self
+
+class MultimodalTransformer(Network):
+    """A Transformer over a main stream of features that asks the other streams."""
+
+    Params = MultimodalParams
+
+    def encoder(self, features: Sequence[str]) -> Encoder:
+        p = self.params
+        columns, silent = stream_columns(features, p.streams), silence(self.scaling.gather(), features)
+        return MultimodalEncoder(columns, p.main, silent, p.steps, p.width, p.heads, p.layers, p.feedforward, p.dropout, p.positions)

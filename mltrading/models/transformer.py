@@ -5,15 +5,19 @@
 # %% ../../nbs/models/43_transformer.ipynb #35e0d873
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, Self
+
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import Position, Positions
-from .network import Encoder
+from .attention import PositionKind, Positions
+from .network import Encoder, Network, NetworkParams
 
 # %% auto #0
-__all__ = ['MultiHead', 'Block', 'Tokens', 'TransformerEncoder']
+__all__ = ['MultiHead', 'Block', 'Tokens', 'TransformerEncoder', 'TransformerParams', 'Transformer']
 
 # %% ../../nbs/models/43_transformer.ipynb #2a4f61ef
 class MultiHead(nn.Module):
@@ -96,7 +100,7 @@ class Tokens(nn.Module):
         features: int,        # F
         steps: int,           # T
         width: int,           # d, even for sinusoidal places
-        positions: Position,
+        positions: PositionKind,
     ) -> None:
         super().__init__()
         self.embed, self.positions = nn.Linear(features, width), Positions(steps, width, positions)
@@ -113,6 +117,8 @@ class Tokens(nn.Module):
 class TransformerEncoder(Encoder):
     """A window as what its class token has become."""
 
+    blocks: Any  # of Block
+
     def __init__(
         self,
         features: int,        # F
@@ -122,7 +128,7 @@ class TransformerEncoder(Encoder):
         layers: int,          # blocks, >= 1
         feedforward: int,     # units of the small network in a block
         dropout: float,       # of what a branch adds, 0 to 1
-        positions: Position,
+        positions: PositionKind,
     ) -> None:
         super().__init__()
         self.width = width
@@ -135,8 +141,8 @@ class TransformerEncoder(Encoder):
         x: Tensor,  # (B, T, F)
     ) -> Tensor:    # (B, d)
         tokens = self.tokens(x)
-        for block in self.blocks[:-1]:
-            tokens = block(tokens)
+        for layer in self.blocks[:-1]:
+            tokens = layer(tokens)
         vector: Tensor = self.norm(self.blocks[-1](tokens, 1)[:, 0])
         return vector
 
@@ -146,7 +152,33 @@ class TransformerEncoder(Encoder):
     ) -> Tensor:    # (B, layers, heads, 1 + T), the class token first, then the steps from the oldest
         """How much the class token takes from itself and from each step."""
         tokens, found = self.tokens(x), []
-        for block in self.blocks:
-            found.append(block.weights(tokens, 1)[:, :, 0])
-            tokens = block(tokens)
+        for layer in self.blocks:
+            found.append(layer.weights(tokens, 1)[:, :, 0])
+            tokens = layer(tokens)
         return torch.stack(found, dim=1)
+
+# %% ../../nbs/models/43_transformer.ipynb #25f6d55f
+class TransformerParams(NetworkParams):
+    """What can be turned on the Transformer."""
+
+    width: int = Field(default=64, ge=2, le=4096, multiple_of=2, description="numbers in a token")
+    heads: int = Field(default=4, ge=1, le=64, description="of each block; they share the width")
+    layers: int = Field(default=2, ge=1, le=16, description="blocks, one on top of the other")
+    feedforward: int = Field(default=128, ge=1, le=16_384, description="units of the small network in a block")
+    dropout: float = Field(default=0.1, ge=0, lt=1, description="share dropped while training, of what a block adds")
+    positions: PositionKind = Field(default="sinusoidal", description="how a step's place is told: sinusoidal or learned")
+
+    @model_validator(mode="after")
+    def _shared(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} cannot be shared by {self.heads} heads: make it a multiple")
+        return self
+
+class Transformer(Network):
+    """A Transformer encoder whose class token reads the window."""
+
+    Params = TransformerParams
+
+    def encoder(self, features: Sequence[str]) -> Encoder:
+        p = self.params
+        return TransformerEncoder(len(features), p.steps, p.width, p.heads, p.layers, p.feedforward, p.dropout, p.positions)
