@@ -36,14 +36,14 @@ class AttentionFusion(nn.Module):
         super().__init__()
         self.enter = nn.ModuleList([nn.Linear(first, width), nn.Linear(second, width)])
         self.before = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
-        self.ask = nn.ModuleList([MultiHead(width, heads), MultiHead(width, heads)])
+        self.first_asks, self.second_asks = MultiHead(width, heads), MultiHead(width, heads)
         self.gate, self.after, self.drop = nn.Linear(2 * width, width), nn.LayerNorm(width), nn.Dropout(dropout)
 
     def _answered(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         "Both sequences with the answers of the other, and the gate: (B, T, width) each."
         a, b = self.enter[0](a), self.enter[1](b)
         left, right = self.before[0](a), self.before[1](b)
-        a, b = a + self.drop(self.ask[0](left, right)), b + self.drop(self.ask[1](right, left))
+        a, b = a + self.drop(self.first_asks(left, right)), b + self.drop(self.second_asks(right, left))
         return a, b, torch.sigmoid(self.gate(torch.cat([a, b], dim=-1)))
 
     def forward(
@@ -62,7 +62,7 @@ class AttentionFusion(nn.Module):
     def weights(self, a: Tensor, b: Tensor) -> Tensor:
         """(B, 2, heads, T, T), rows sum to one: what each step of the first takes from the steps of the second, and the other way round."""
         left, right = self.before[0](self.enter[0](a)), self.before[1](self.enter[1](b))
-        return torch.stack([self.ask[0].weights(left, right), self.ask[1].weights(right, left)], dim=1)
+        return torch.stack([self.first_asks.weights(left, right), self.second_asks.weights(right, left)], dim=1)
 
 # %% ../../nbs/models/47_hybrid.ipynb #0e767d3e
 class HybridEncoder(Encoder):
