@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 from scipy.special import expit, logit
-from sklearn.isotonic import IsotonicRegression
 
 from mltrading.core.errors import DataError, LeakError, ParameterError
 from mltrading.models import zoo
@@ -43,17 +42,24 @@ def kinds(monkeypatch):
 # ------------------------------------------------------------------ maps
 
 
-@settings(max_examples=7, deadline=None)
-@given(seed=st.integers(0, 10**6), n=st.integers(2, 15), digits=st.integers(0, 2), weighted=st.booleans())
+def isotonic_at(s, scores, labels, w):
+    """The isotonic fit at s, by its definition: the largest over beginnings of the smallest over ends of the mean between."""
+    at = np.unique(scores)
+    total, rises = (np.array([v[scores == a].sum() for a in at]) for v in (w, w * labels))
+    g = int(np.searchsorted(at, s))
+    return max(min(rises[a : b + 1].sum() / total[a : b + 1].sum() for b in range(g, len(at))) for a in range(g + 1))
+
+
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.integers(2, 12), digits=st.integers(0, 2), weighted=st.booleans())
 def test_venn_abers_is_two_isotonic_fits(seed, n, digits, weighted):
     r = np.random.default_rng(seed)
     scores, up, w = r.standard_normal(n).round(digits), r.random(n) < r.random(), r.uniform(0.3, 2, n) if weighted else np.ones(n)
     new = np.unique(np.concatenate([scores, scores + 0.003, [-9.0, 9.0]]))
     p0, p1, p = venn_abers(new, fit_venn_abers(scores, up, w))
     for label, mine in ((0, p0), (1, p1)):
-        for s, value in zip(new, mine, strict=True):
-            fit = IsotonicRegression().fit(np.append(scores, s), np.append(up, label), sample_weight=np.append(w, 1.0))
-            assert value == pytest.approx(float(fit.predict([s])[0]), abs=1e-9)
+        literal = [isotonic_at(s, np.append(scores, s), np.append(up, label), np.append(w, 1.0)) for s in new]
+        np.testing.assert_allclose(mine, literal, atol=1e-9)
     assert (p0 <= p).all()
     assert (p <= p1).all()
     assert all((np.diff(v) >= 0).all() for v in (p0, p1))
@@ -61,7 +67,7 @@ def test_venn_abers_is_two_isotonic_fits(seed, n, digits, weighted):
 
 
 @few
-@given(seed=st.integers(0, 10**6), n=st.integers(5, 300), scale=st.sampled_from([1e-3, 1.0, 30.0]), shift=st.floats(-5, 5))
+@given(seed=st.integers(0, 10**6), n=st.integers(5, 100), scale=st.sampled_from([1e-3, 1.0, 30.0]), shift=st.floats(-5, 5))
 def test_the_sigmoid_is_the_best_line(seed, n, scale, shift):
     r = np.random.default_rng(seed)
     s, w = r.standard_normal(n), r.uniform(0.5, 1.5, n)
@@ -166,10 +172,10 @@ def test_the_bound_on_misses_holds_for_late_outcomes(seed, late, rate, level):
 def slowly(members, t, loss, half_life, kept) -> tuple[np.ndarray, float]:
     """Discounted losses known before instant t, row by row."""
     total, weight = np.zeros(len(members.models)), 0.0
-    per_instant, usable = np.bincount(members.at), usable_from(members.rows["end"], members.instants)
+    at, per_instant, usable = members.at, np.bincount(members.at), usable_from(members.rows["end"], members.instants)
     for i in np.flatnonzero(members.known & kept):
         if usable[i] <= t:
-            share = 0.5 ** ((t - usable[i]) / half_life) / per_instant[members.at[i]]
+            share = 0.5 ** ((t - usable[i]) / half_life) / per_instant[at[i]]
             p = members.prob[i] if members.up[i] else 1 - members.prob[i]
             total, weight = total + share * ((1 - p) ** 2 if loss == "brier" else -np.log(p)), weight + share
     return total, weight
