@@ -275,8 +275,7 @@ class _Solve(torch.autograd.Function):
     """`solve_plain` on the CPU, compiled."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, state: Tensor, rate: Tensor, membrane: Tensor, sensory: Tensor, recurrent: Tensor, wires: Wires, unfolds: int) -> Tensor:
-        keep = any(ctx.needs_input_grad)
+    def forward(ctx: Any, x: Tensor, state: Tensor, rate: Tensor, membrane: Tensor, sensory: Tensor, recurrent: Tensor, wires: Wires, unfolds: int, keep: bool) -> Tensor:
         lanes = LANES if keep else min(LANES, len(x))
         inputs, first, rates = (_lanes(a, lanes) for a in (x, state, rate))
         rest = *(a.detach().contiguous().numpy() for a in (membrane, sensory, recurrent)), tuple(w.numpy() for w in wires), unfolds
@@ -292,7 +291,7 @@ class _Solve(torch.autograd.Function):
         found = _each(lambda c: _backward(inputs[c], rates[c], *rest, v[c], divisor[c], given[c]), len(inputs))
         x, state, rate, membrane, sensory, recurrent = zip(*found, strict=True)
         return (*(_rows(a, rows) for a in (x, state, rate)), torch.from_numpy(np.sum(membrane, axis=0).sum(axis=2).T),
-                _synapses_bar(sensory, rest[1]), _synapses_bar(recurrent, rest[2]), None, None)
+                _synapses_bar(sensory, rest[1]), _synapses_bar(recurrent, rest[2]), None, None, None)
 
 def solve(
     x: Tensor,          # (B, T, S) inputs, 32- or 64-bit
@@ -306,6 +305,6 @@ def solve(
 ) -> Tensor:            # (B, T, U) potentials after each step
     """Potentials of a liquid network: compiled on the CPU, in plain torch elsewhere; without mixed precision, because what opens a synapse is a small difference."""
     if x.device.type == "cpu" and len(x):
-        return _Solve.apply(x, state, rate, membrane, sensory, recurrent, wires, unfolds)  # type: ignore[no-any-return]
+        return _Solve.apply(x, state, rate, membrane, sensory, recurrent, wires, unfolds, torch.is_grad_enabled())  # type: ignore[no-any-return]
     with torch.autocast(x.device.type, enabled=False):
         return solve_plain(x, state, rate, membrane, sensory, recurrent, wires, unfolds)
