@@ -34,6 +34,12 @@ KINDS: dict[str, str] = {  # kind -> module of `mltrading.models` and class
     "gru_attention": "gru:GRUAttention",
     "transformer": "transformer:Transformer",
     "multimodal": "multimodal:MultimodalTransformer",
+    "xlstm": "xlstm:XLSTM",
+    "xlstm_transformer": "hybrid:XLSTMTransformer",
+    "ltc": "liquid:LTC",
+    "cfc": "liquid:CfC",
+    "ncp": "wiring:NCP",
+    "liquid_dual": "dual:LiquidDual",
 }
 
 def model_class(
