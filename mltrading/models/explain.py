@@ -33,7 +33,7 @@ def shap_values(
 # %% ../../nbs/models/90_explain.ipynb #f5aa2297
 def importance(
     values: pd.DataFrame,  # (n, F) contributions, from `shap_values`
-) -> pd.Series:            # (F,) mean absolute contribution in log-odds, largest first
+) -> pd.Series:            # (F,) mean absolute contribution in the model's unit, largest first
     """How much a model leans on each feature. Ties keep the order of the columns. Raises `DataError` on no rows."""
     if values.empty:
         raise DataError("values", "no rows to average over", "explain at least one row")
@@ -52,7 +52,7 @@ def _number(
     return text.replace("-", "−", 1)
 
 def reasons(
-    values: pd.Series,                       # (F,) contributions of one row, by feature, in log-odds
+    values: pd.Series,                       # (F,) contributions of one row, by feature, in the model's unit
     x: pd.Series,                            # (F,) the row's features
     k: int = 3,                              # at most so many
     units: Mapping[str, str] | None = None,  # feature -> unit
