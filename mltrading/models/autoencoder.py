@@ -96,6 +96,7 @@ class AutoencoderParams(NetworkParams):
 
 _LEVELS = np.linspace(0, 1, 201)  # at which the training errors' quantiles are kept
 
+# %% ../../nbs/models/56_autoencoder.ipynb #24b1b632
 class Autoencoder(Network):
     """Heads on the narrow middle of an autoencoder, and a score of novelty."""
 
