@@ -21,9 +21,10 @@ from safetensors.torch import load as read_tensors
 from safetensors.torch import save as tensor_bytes
 from torch import Tensor, nn
 
-from ..core.errors import DataError
+from ..core.errors import DataError, ParameterError
 from .forecaster import Learned, Model, digest
-from .rows import inner_split
+from .gradients import integrated_gradients
+from .rows import inner_split, prediction_rows
 from .scaling import Scaling, fit_scaling
 from .tasks import AnyHead, AnyTask, Direction, Position, Quantiles, Task
 from .training import Epoch, Losses, TrainParams, seed_of, torch_state, train
@@ -251,6 +252,21 @@ class _Heads(Model):
     def tasks(self) -> tuple[Task, ...]:
         "What it learns, the main one first."
         return (self.params.task, *self.params.auxiliary)
+
+    @property
+    def unit(self) -> str:
+        "Of the contributions: log-odds; empty where the forecast is no single log-odds, of another task or over several horizons."
+        return "log-odds" if isinstance(self.params.task, Direction) and not self.about.get("horizons") else ""
+
+    def contributions(self, X: pd.DataFrame | Windows) -> tuple[pd.DataFrame, pd.Series]:
+        """(n, F) what each feature adds to the log-odds over the whole window, by integrated gradients, and (n,) what an average window has."""
+        if not self.unit:
+            raise ParameterError(type(self).__name__, "has no contributions: its forecast is no single log-odds", "explain it by `sampled_contributions`")
+        x = prediction_rows(X, self.features, type(self).__name__, True)
+        inputs = torch.from_numpy(x.batch(np.arange(len(x)), self.scaling.gather())).double()
+        with torch_state(self.seed, self.threads):
+            parts, base = integrated_gradients(lambda v: self.heads(v)[0][0][0][:, 0], inputs)
+        return pd.DataFrame(parts.sum(1), index=X.index, columns=X.columns), pd.Series(base, index=X.index, name="base")
 
     def _say(self, x: Windows) -> list[list[NDArray[np.float64]]]:
         with torch_state(self.seed, self.threads):
