@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -131,7 +132,8 @@ class Autoencoder(Network):
         return np.concatenate([np.empty((0, *shape)), *parts]).astype(np.float32).astype(np.float64)
 
     def _error(self, x: Windows) -> NDArray[np.float64]:
-        return self._each(x, lambda inputs: self.heads.encoder.errors(inputs).square().mean((1, 2)).sqrt(), ())
+        encoder: Any = self.heads.encoder
+        return self._each(x, lambda inputs: encoder.errors(inputs).square().mean((1, 2)).sqrt(), ())
 
     def _fit(self, x: Windows, y: NDArray[np.float64], weight: NDArray[np.float64], times: NDArray[np.datetime64]) -> None:
         super()._fit(x, y, weight, times)
