@@ -40,6 +40,12 @@ KINDS: dict[str, str] = {  # kind -> module of `mltrading.models` and class
     "cfc": "liquid:CfC",
     "ncp": "wiring:NCP",
     "liquid_dual": "dual:LiquidDual",
+    "kan": "kan:KAN",
+    "autoencoder": "autoencoder:Autoencoder",
+    "vae": "autoencoder:VariationalAutoencoder",
+    "calibrated": "calibration:Calibrated",
+    "horizons": "composite:Horizons",
+    "ensemble": "ensemble:Ensemble",
 }
 
 def model_class(
