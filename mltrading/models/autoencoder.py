@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -96,6 +97,7 @@ class AutoencoderParams(NetworkParams):
 
 _LEVELS = np.linspace(0, 1, 201)  # at which the training errors' quantiles are kept
 
+# %% ../../nbs/models/56_autoencoder.ipynb #24b1b632
 class Autoencoder(Network):
     """Heads on the narrow middle of an autoencoder, and a score of novelty."""
 
@@ -130,7 +132,8 @@ class Autoencoder(Network):
         return np.concatenate([np.empty((0, *shape)), *parts]).astype(np.float32).astype(np.float64)
 
     def _error(self, x: Windows) -> NDArray[np.float64]:
-        return self._each(x, lambda inputs: self.heads.encoder.errors(inputs).square().mean((1, 2)).sqrt(), ())
+        encoder: Any = self.heads.encoder
+        return self._each(x, lambda inputs: encoder.errors(inputs).square().mean((1, 2)).sqrt(), ())
 
     def _fit(self, x: Windows, y: NDArray[np.float64], weight: NDArray[np.float64], times: NDArray[np.datetime64]) -> None:
         super()._fit(x, y, weight, times)

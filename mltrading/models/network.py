@@ -132,9 +132,10 @@ class Heads(nn.Module):
 
     def forward(
         self,
-        x: Tensor,               # (B, L, F)
-    ) -> list[list[Tensor]]:     # [task][horizon] (B, outputs)
-        return self.outputs(self.encoder(x))
+        x: Tensor,                           # (B, L, F)
+    ) -> tuple[list[list[Tensor]], Tensor]:  # [task][horizon] (B, outputs), and the vector (B, width)
+        z = self.encoder(x)
+        return self.outputs(z), z
 
     def costs(
         self,
@@ -201,7 +202,7 @@ def say(
     gather: Gather,  # how its inputs are scaled
 ) -> list[list[NDArray[np.float64]]]:  # [task][horizon] (n,) or (n, outputs)
     """What the heads say about windows, rounded to single precision."""
-    parts = through(x, gather, lambda inputs: [[_single(_RAW[task.kind](h)) for h in hs] for task, hs in zip(heads.tasks, heads(inputs), strict=True)])
+    parts = through(x, gather, lambda inputs: [[_single(_RAW[task.kind](h)) for h in hs] for task, hs in zip(heads.tasks, heads(inputs)[0], strict=True)])
     return [[np.concatenate([part[i][h] for part in parts]) for h in range(heads.horizons)] for i in range(len(heads.tasks))]
 
 def targets_of(
