@@ -24,7 +24,7 @@ from ..labels.knockout import reached
 from ..market.panel import Panel
 
 # %% auto #0
-__all__ = ['Steps', 'market_steps', 'Product', 'Position', 'Knockout', 'TradingEnv', 'TradingVector']
+__all__ = ['Steps', 'market_steps', 'Product', 'Underlying', 'Knockout', 'TradingEnv', 'TradingVector']
 
 # %% ../../nbs/models/60_environment.ipynb #fd72dff1
 @dataclass(frozen=True, eq=False)
@@ -108,7 +108,7 @@ def _cost(product: str, cost: float) -> None:
         raise ParameterError(f"{product}, cost", f"{cost} is not a cost", "use 0 or more, 0.001 is a thousandth")
 
 @dataclass(frozen=True)
-class Position:
+class Underlying:
     """Units of the underlying itself.
 
     Raises `ParameterError` on a negative cost and on fewer than two different positions."""
@@ -119,9 +119,9 @@ class Position:
     seen: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        _cost("Position", self.cost)
+        _cost("Underlying", self.cost)
         if len(set(self.positions)) < max(2, len(self.positions)) or not np.isfinite(self.positions).all():
-            raise ParameterError("Position, positions", f"{self.positions} is no choice", "name two or more different ones")
+            raise ParameterError("Underlying, positions", f"{self.positions} is no choice", "name two or more different ones")
 
     @property
     def actions(self) -> int:
