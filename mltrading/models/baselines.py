@@ -119,8 +119,7 @@ class Logistic(TaskModel):
 
     def _relearn(self, state: dict[str, Any], files: dict[str, bytes]) -> None:
         self.coef, self.intercept = np.array(state["coef"], np.float64), state["intercept"]
-        arrays: dict[str, Any] = {k: np.array(v, np.int64 if k == "holes" else np.float64) for k, v in state["scaling"].items()}
-        self.scaling = Scaling(**arrays)
+        self.scaling = Scaling.of(state["scaling"])
 
     def contributions(self, X: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
         """(n, F) weight times standardized value in log-odds, and (n,) the intercept."""

@@ -23,8 +23,8 @@ from .tasks import Direction, Task
 from .windows import Windows
 
 # %% auto #0
-__all__ = ['Learned', 'M', 'Forecaster', 'Explainable', 'Resumable', 'Model', 'model_parts', 'save_model', 'restore_model',
-           'TaskModel']
+__all__ = ['Learned', 'M', 'Forecaster', 'Explainable', 'Resumable', 'digest', 'Model', 'model_parts', 'save_model',
+           'restore_model', 'TaskModel']
 
 # %% ../../nbs/models/08_forecaster.ipynb #1a7c47ea
 @runtime_checkable
@@ -66,12 +66,15 @@ class Resumable(Protocol):
 # %% ../../nbs/models/08_forecaster.ipynb #e99318d0
 Learned = tuple[dict[str, Any], dict[str, bytes]]  # plain numbers for the card, and files beside it
 
-def _rows_id(x: Any, *others: NDArray[Any]) -> str:
-    "Content id of training rows."
-    digest = hashlib.sha256()
-    for part in (*((x.block, x.last, np.array(x.steps)) if isinstance(x, Windows) else (x,)), *others):
-        digest.update(np.ascontiguousarray(part).view(np.uint8).data)
-    return digest.hexdigest()
+def digest(
+    *parts: Any,  # arrays, windows, and what has a text
+) -> str:
+    """SHA-256 of several things: of arrays by their bytes, of the rest by their text."""
+    sha = hashlib.sha256()
+    for part in parts:
+        for piece in (part.block, part.last, part.steps) if isinstance(part, Windows) else (part,):
+            sha.update(np.ascontiguousarray(piece).view(np.uint8).data if isinstance(piece, np.ndarray) else f"\0{piece}\0".encode())
+    return sha.hexdigest()
 
 class Model(ABC):
     """A forecaster's frame: inputs checked, outputs labelled, a folder to live in."""
@@ -102,7 +105,7 @@ class Model(ABC):
         if cutoff is not None and cutoff < times[-1]:
             raise DataError("cutoff", f"{cutoff} lies before the last training instant, {times[-1]}", "give the instant by which every label was known")
         about = {"features": list(map(str, X.columns)), "horizons": list(horizons), "steps": x.steps if isinstance(x, Windows) else 1, "rows": len(x),
-                 "rows_id": _rows_id(x, targets, weight, times), "window": [str(times[0]), str(times[-1])], "cutoff": None if cutoff is None else str(cutoff)}
+                 "rows_id": digest(x, targets, weight, times), "window": [str(times[0]), str(times[-1])], "cutoff": None if cutoff is None else str(cutoff)}
         self._fit(x, targets, weight, times)
         self._remember(about)
         return self
@@ -168,8 +171,8 @@ def restore_model(
             raise DataError(where, f"holds a {card['class']}, not a {cls.__name__}", "load it with load_forecaster")
         params = block(cls.Params, card["params"], f"{where}/model.json: params")
         model = cls(params, seed=card["seed"], threads=threads, purge_bars=card["purge_bars"])
-        model._restore(card["state"], files)
         model._remember({k: card[k] for k in ("features", "horizons", "steps", "rows", "rows_id", "window", "cutoff")})
+        model._restore(card["state"], files)
     except (KeyError, TypeError) as error:
         raise DataError(where, f"was written by another version of {cls.__name__} ({error!r})", "fit the model again") from error
     return model

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +39,15 @@ class Scaling:
         z = (np.clip(filled, self.low, self.high) - self.mean) / self.std
         indicator = (np.isnan(x[:, self.holes]) - self.hole_mean) / self.hole_std
         return np.hstack([z, indicator])
+
+    @classmethod
+    def of(
+        cls,
+        lists: dict[str, list[float]],  # as `asdict` of a scaling, arrays as lists
+    ) -> Scaling:
+        "A scaling that was stored as plain numbers."
+        arrays: dict[str, Any] = {k: np.array(v, np.int64 if k == "holes" else np.float64) for k, v in lists.items()}
+        return cls(**arrays)
 
     def gather(self) -> Gather:
         "The same without indicators, for windows."
