@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, astuple, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -39,7 +40,8 @@ from .windows import Windows
 
 # %% auto #0
 __all__ = ['Inputs', 'AgentParams', 'annealed', 'probabilities', 'draw_actions', 'QNetwork', 'MLP', 'Batch', 'Replay',
-           'plain_inputs', 'td_loss', 'Agent', 'Round', 'train_agent', 'DQNParams', 'followers', 'DQN']
+           'plain_inputs', 'td_loss', 'Agent', 'Round', 'train_agent', 'DQNParams', 'followers', 'DQN', 'Council',
+           'council']
 
 # %% ../../nbs/models/61_dqn.ipynb #b4bd35ed
 class AgentParams(BaseModel):
@@ -131,7 +133,7 @@ class MLP(Encoder):
     ) -> None:
         super().__init__()
         sizes = [inputs, *hidden]
-        self.layers = nn.Sequential(nn.Flatten(), *(part for a, b in zip(sizes, sizes[1:], strict=False) for part in (nn.Linear(a, b), nn.ReLU())))
+        self.layers = nn.Sequential(nn.Flatten(), *(part for a, b in pairwise(sizes) for part in (nn.Linear(a, b), nn.ReLU())))
         self.width = sizes[-1]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,7 +175,8 @@ class Replay:
     def sample(self, size: int, random: np.random.Generator) -> Batch:
         "Some of them, each as likely as any other, with repetition."
         rows = random.integers(len(self), size=size)
-        return Batch(*(kept[rows] for kept in self.memory))
+        m = self.memory
+        return Batch(m.seen[rows], m.action[rows], m.reward[rows], m.then[rows], m.ended[rows])
 
 # %% ../../nbs/models/61_dqn.ipynb #610dfe94
 Inputs = Callable[[NDArray[Any]], tuple[Tensor, Tensor]]  # observations -> what the network takes: (B, …) and (B, held)
@@ -295,7 +298,9 @@ def train_agent(
 ) -> list[Round]:
     """Let an agent play and learn, or go on where a checkpoint was left.
 
-    Raises `DataError` on a checkpoint of another training or a damaged one, and where the loss is no longer a number."""
+    Raises `DataError` on a checkpoint of another training or a damaged one, and where the loss is no longer a number; `ParameterError` on a checkpoint for an environment that cannot be stored."""
+    if checkpoint and not hasattr(agent.env, "restore"):
+        raise ParameterError("train_agent, checkpoint", f"a {type(agent.env).__name__} cannot be stored", "play a TradingVector, or train without a checkpoint")
     p, rounds = agent.params, _resume(checkpoint, key, agent) if checkpoint else []
     for number in tqdm(range(len(rounds) + 1, p.rounds + 1), desc=name, unit="round", disable=name is None):
         rewards, losses = _play(agent, p.decisions * number // p.rounds, seed_of(agent.seed, number))
@@ -416,17 +421,23 @@ class DQN(Model):
         gather, held = self.scaling.gather(), int(self.params.gamma > 0)
         return lambda seen: (torch.from_numpy(x.batch(seen[:, 0].astype(np.int64), gather)), torch.from_numpy(seen[:, 1 : 1 + held].astype(np.float32)))
 
-    def q(self, X: pd.DataFrame | Windows) -> NDArray[np.float64]:
-        """(n, 3) what short, flat and long are thought to be worth to who holds nothing."""
-        return self._values(prediction_rows(X, self.features, type(self).__name__, self.sequences))
+    def q(
+        self,
+        X: pd.DataFrame | Windows,
+        held: float = 0.0,          # the position before the decision; with gamma 0 it is not part of the state
+    ) -> NDArray[np.float64]:       # (n, 3)
+        """What short, flat and long are thought to be worth. Raises `ParameterError` on a position where it is not part of the state."""
+        if held and not self.params.gamma:
+            raise ParameterError(f"{type(self).__name__}.q, held", f"is {held}, and with gamma 0 the position is not part of the state", "leave it out, or train with gamma above 0")
+        return self._values(prediction_rows(X, self.features, type(self).__name__, self.sequences), held)
 
-    def _values(self, x: Windows) -> NDArray[np.float64]:
+    def _values(self, x: Windows, held: float = 0.0) -> NDArray[np.float64]:
         "Computed in double precision and rounded to single, so that rows do not depend on each other."
         inputs, parts = self._inputs(x), [np.empty((0, 3))]
         with torch_state(self.seed, self.threads), torch.inference_mode():
             for start in range(0, len(x), 1024):
                 rows = np.arange(start, min(start + 1024, len(x)))
-                parts.append(self.network(*(v.double() for v in inputs(np.column_stack([rows, 0.0 * rows])))).numpy().astype(np.float32))
+                parts.append(self.network(*(v.double() for v in inputs(np.column_stack([rows, np.full(len(rows), held)])))).numpy().astype(np.float32))
         return np.concatenate(parts).astype(np.float64)
 
     def _forecast(self, x: Windows, index: pd.Index) -> pd.DataFrame:
@@ -462,3 +473,41 @@ def _columns(q: NDArray[np.float64], s: dict[str, float]) -> dict[str, NDArray[n
     "Score, probability of a rise, and sigma."
     z = (q[:, 2] - q[:, 0] - s["mean"]) / s["spread"]
     return {"score": s["intercept"] + s["slope"] * z, "prob_up": expit(s["odds_intercept"] + s["odds_slope"] * z), "sigma": np.full(len(z), s["sigma"])}
+
+# %% ../../nbs/models/61_dqn.ipynb #fd72dff1
+@dataclass(frozen=True, eq=False)
+class Council:
+    """What several agents think of the same rows."""
+
+    seeds: tuple[int, ...]       # of k agents
+    q: NDArray[np.float64]       # (k, n, 3) what short, flat and long are worth to each
+
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        "(k, n) what each would hold: −1, 0 or 1."
+        return np.asarray(self.q.argmax(axis=2) - 1)
+
+    @property
+    def correlation(self) -> pd.DataFrame:
+        "(k, k) between their positions; NaN for one who never changes."
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return pd.DataFrame(np.corrcoef(self.positions), index=self.seeds, columns=self.seeds)
+
+def council(
+    make: Callable[[int], DQN],       # a seed -> an unfitted forecaster
+    seeds: Sequence[int],
+    X: pd.DataFrame | Windows,        # training rows
+    y: NDArray[np.float64],           # (n,)
+    weight: NDArray[np.float64],      # (n,)
+    times: NDArray[np.datetime64],    # (n,)
+    ahead: pd.DataFrame | Windows,    # rows to be judged by all
+    share: float = 1.0,               # of the training instants that each agent learns from, its own draw; 0 to 1
+) -> Council:
+    """Train an agent for each seed, and ask all of them about the same rows."""
+    instants, q = np.unique(times), []
+    for seed in seeds:
+        drawn = np.random.default_rng(seed).permutation(len(instants))[: max(1, round(share * len(instants)))]
+        own = np.flatnonzero(np.isin(times, instants[drawn]))
+        rows = X.take(own) if isinstance(X, Windows) else X.iloc[own]
+        q.append(make(seed).fit(rows, y[own], weight[own], times[own]).q(ahead))
+    return Council(tuple(seeds), np.stack(q))

@@ -91,9 +91,12 @@ def market_steps(
 class Product(Protocol):
     """What an agent can hold, and what it earns by it."""
 
-    actions: int   # how many there are to choose from
-    columns: int   # numbers that say what an agent holds
-    seen: int      # so many of them, the first ones, are part of the observation
+    @property
+    def actions(self) -> int: ...   # how many there are to choose from
+    @property
+    def columns(self) -> int: ...   # numbers that say what an agent holds
+    @property
+    def seen(self) -> int: ...      # so many of them, the first ones, are part of the observation
 
     def trade(
         self,
