@@ -20,14 +20,14 @@ __all__ = ['shap_values', 'importance', 'reasons']
 def shap_values(
     model: object,                     # a fitted `Explainable` forecaster
     X: pd.DataFrame,                   # (n, F) features, as fitted
-) -> tuple[pd.DataFrame, pd.Series]:   # (n, F) contributions and (n,) base value, in log-odds of an up move
-    """What each feature adds to the log-odds of each row; with the base they sum to the log-odds of `prob_up`.
+) -> tuple[pd.DataFrame, pd.Series]:   # (n, F) contributions and (n,) base value, in the model's `unit`
+    """What each feature adds to the forecast of each row; with the base they sum to the log-odds of `prob_up`, to `prob_up` or to `score`, as the model's `unit` says.
 
     Raises `ParameterError` on a model that cannot attribute its forecasts.
 
     Known at: the instant of the row, as its forecast is."""
     if not isinstance(model, Explainable):
-        raise ParameterError(type(model).__name__, "has no contributions", "explain a model that has: Constant, Logistic, XGBoost")
+        raise ParameterError(type(model).__name__, "has no contributions", "explain a linear model or one of trees")
     return model.contributions(X)
 
 # %% ../../nbs/models/90_explain.ipynb #f5aa2297

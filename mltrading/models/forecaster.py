@@ -53,7 +53,7 @@ class Forecaster(Protocol):
 class Explainable(Protocol):
     """A forecaster that can attribute its forecasts to features."""
 
-    unit: str  # of the contributions: "log-odds" or "probability" of an up move
+    unit: str  # of the contributions: "log-odds" or "probability" of an up move, or "score"; empty where there is nothing to explain
 
     def contributions(self, X: Any) -> tuple[pd.DataFrame, pd.Series]: ...
 
@@ -76,6 +76,7 @@ def digest(
             sha.update(np.ascontiguousarray(piece).view(np.uint8).data if isinstance(piece, np.ndarray) else f"\0{piece}\0".encode())
     return sha.hexdigest()
 
+# %% ../../nbs/models/08_forecaster.ipynb #4a8a9ae6
 class Model(ABC):
     """A forecaster's frame: inputs checked, outputs labelled, a folder to live in."""
 

@@ -30,7 +30,8 @@ from .training import Epoch, Losses, TrainParams, seed_of, torch_state, train
 from .windows import Gather, Windows
 
 # %% auto #0
-__all__ = ['Encoder', 'NetworkParams', 'Heads', 'Batches', 'Network', 'loss_weights', 'parameter_count']
+__all__ = ['Encoder', 'NetworkParams', 'Heads', 'Batches', 'say', 'targets_of', 'forecast_table', 'Network', 'loss_weights',
+           'parameter_count']
 
 # %% ../../nbs/models/32_network.ipynb #a4aa5db6
 def _cross_entropy(h: Tensor, target: Tensor, task: Task) -> Tensor:
@@ -158,16 +159,54 @@ class Batches:
             return torch.from_numpy(self.x.batch(rows, self.gather))
         return self.view[self.first[torch.from_numpy(rows).to(self.device)]]
 
-# %% ../../nbs/models/32_network.ipynb #15eeef01
-class Network(Model):
-    """A model whose encoder is a torch module. Subclasses set `Params` and write `encoder`."""
+# %% ../../nbs/models/32_network.ipynb #d7b9ab69
+def say(
+    heads: Heads,    # fitted, in double precision
+    x: Windows,
+    gather: Gather,  # how its inputs are scaled
+) -> list[list[NDArray[np.float64]]]:  # [task][horizon] (n,) or (n, outputs)
+    """What the heads say about windows, rounded to single precision."""
+    parts = []
+    with torch.inference_mode():
+        for start in range(0, len(x), 1024):
+            outputs, _ = heads(torch.from_numpy(x.batch(np.arange(start, min(start + 1024, len(x))), gather)).double())
+            parts.append([[_RAW[task.kind](h).numpy().astype(np.float32).astype(np.float64) for h in hs] for task, hs in zip(heads.tasks, outputs, strict=True)])
+    return [[np.concatenate([part[i][h] for part in parts]) for h in range(heads.horizons)] for i in range(len(heads.tasks))]
+
+def targets_of(
+    tasks: Sequence[Task],
+    y: NDArray[np.float64],  # (n, H)
+    device: torch.device,
+) -> list[list[Tensor]]:     # [task][horizon] (n,)
+    """What each head is to learn: classes as integers, the rest in single precision."""
+    encoded = [[task.encode(y[:, h]) for h in range(y.shape[1])] for task in tasks]
+    return [[torch.from_numpy(v.astype(np.int64 if v.dtype.kind == "i" else np.float32)).to(device) for v in vs] for vs in encoded]
+
+# %% ../../nbs/models/32_network.ipynb #3c5708a0
+def forecast_table(
+    tasks: Sequence[Task],                       # the main one first
+    raw: Sequence[Sequence[NDArray[np.float64]]],  # [task][horizon] (n,) or (n, outputs)
+    summaries: Sequence[Sequence[dict[str, Any]]],  # [task][horizon]
+    horizons: Sequence[int],                     # in bars; empty: one, without a name
+    index: pd.Index,                             # (n,)
+) -> pd.DataFrame:                               # the main task's columns, then those of the others; under each horizon where there are several
+    """What several heads say, as a forecast. The score, probability and sigma of a head beside the main one carry the kind of its task in their names."""
+    frames = []
+    for h in range(max(1, len(horizons))):
+        columns: dict[str, NDArray[np.float64]] = {}
+        for i, task in enumerate(tasks):
+            own = task.columns(raw[i][h], summaries[i][h])
+            columns |= {f"{task.kind}_{k}" if i and k in ("score", "prob_up", "sigma") else k: v for k, v in own.items()}
+        frames.append(pd.DataFrame(columns, index=index))
+    return pd.concat(frames, axis=1, keys=list(horizons), names=["horizon_bars", None]) if horizons else frames[0]
+
+# %% ../../nbs/models/32_network.ipynb #baf959b1
+class _Heads(Model):
+    "A model that speaks through heads on an encoder: what it says, and how it is kept."
 
     Params: ClassVar[type[NetworkParams]]
     sequences = True
     joint = True
-    on_epoch: Callable[[Epoch], None] | None = None  # is told of each epoch of a training
-    progress = False                                 # show a bar while training
-    _checkpoint: Path | None = None
 
     @abstractmethod
     def encoder(
@@ -176,63 +215,19 @@ class Network(Model):
     ) -> Encoder:
         "The architecture, for these features."
 
-    def resumable(
-        self,
-        folder: str | Path,  # keeps the checkpoint
-    ) -> Self:
-        """Train with a checkpoint after each epoch, and go on from the one that is there."""
-        self._checkpoint = Path(folder) / "training.safetensors"
-        return self
-
     @property
     def tasks(self) -> tuple[Task, ...]:
         "What it learns, the main one first."
         return (self.params.task, *self.params.auxiliary)
 
-    def _fit(self, x: Windows, y: NDArray[np.float64], weight: NDArray[np.float64], times: NDArray[np.datetime64]) -> None:
-        p, t, y = self.params, self.params.train, y.reshape(len(x), -1)
-        if x.steps != p.steps:
-            raise DataError(f"{type(self).__name__}, features X", f"windows of {x.steps} steps, where params.steps is {p.steps}", "make them with windows(features, symbols, params.steps)")
-        learn, later = (np.flatnonzero(part) for part in inner_split(times, t.inner_valid_fraction, self.purge_bars)) if t.patience else (np.arange(len(x)), np.empty(0, np.int64))
-        w = weight / weight.mean()
-        self.scaling = fit_scaling(x.take(learn).frame().to_numpy(), p.winsor, False)
-        key = digest(x, y, weight, times, type(self).__name__, p.model_dump_json(), *map(str, x.columns), self.seed, self.threads, self.purge_bars, torch.__version__) if self._checkpoint else ""
-        with torch_state(seed_of(self.seed, 0), self.threads):
-            device = t.on()
-            self.heads = Heads(self.encoder(tuple(map(str, x.columns))), self.tasks, y.shape[1]).to(device)
-            batches, weights = Batches(x, self.scaling.gather(), device), torch.from_numpy(w.astype(np.float32)).to(device)
-            targets = [[_tensor(task.encode(y[:, h])).to(device) for h in range(y.shape[1])] for task in self.tasks]
-            half = torch.autocast(device.type, torch.bfloat16, enabled=t.precision == "bfloat16")
-
-            def loss(rows: NDArray[np.int64]) -> Losses:
-                at = torch.from_numpy(rows).to(device)
-                with half:
-                    return self.heads.costs(batches(rows), [[v[at] for v in task] for task in targets], weights[at])
-
-            self.epochs = train(self.heads, loss, learn, later, t, self.seed, self._checkpoint, key, self.on_epoch, type(self).__name__ if self.progress else None)
-        self.heads = self.heads.cpu().double().eval()
-        raw = self._raw(x)
-        self.summaries = [[task.summarize(y[:, h], r, w) for h, r in enumerate(rs)] for task, rs in zip(self.tasks, raw, strict=True)]
-
-    def _raw(self, x: Windows) -> list[list[NDArray[np.float64]]]:
-        "[task][horizon] what the heads say, rounded to single precision."
-        parts = []
-        with torch_state(self.seed, self.threads), torch.inference_mode():
-            for start in range(0, len(x), 1024):
-                outputs, _ = self.heads(torch.from_numpy(x.batch(np.arange(start, min(start + 1024, len(x))), self.scaling.gather())).double())
-                parts.append([[_RAW[task.kind](h).numpy().astype(np.float32).astype(np.float64) for h in hs] for task, hs in zip(self.tasks, outputs, strict=True)])
-        return [[np.concatenate([part[i][h] for part in parts]) for h in range(self.heads.horizons)] for i in range(len(self.tasks))]
+    def _say(self, x: Windows) -> list[list[NDArray[np.float64]]]:
+        with torch_state(self.seed, self.threads):
+            return say(self.heads, x, self.scaling.gather())
 
     def _forecast(self, x: Windows, index: pd.Index) -> pd.DataFrame:
         empty = Windows(np.full((x.steps, len(x.columns)), np.nan, np.float32), np.array([x.steps - 1]), x.steps, x.columns, pd.RangeIndex(1))
-        raw, frames = self._raw(x if len(x) else empty), []
-        for h in range(self.heads.horizons):
-            columns: dict[str, NDArray[np.float64]] = {}
-            for i, task in enumerate(self.tasks):
-                own = task.columns(raw[i][h][: len(x)], self.summaries[i][h])
-                columns |= {f"{task.kind}_{k}" if i and k in ("score", "prob_up", "sigma") else k: v for k, v in own.items()}
-            frames.append(pd.DataFrame(columns, index=index))
-        return pd.concat(frames, axis=1, keys=self.about["horizons"], names=["horizon_bars", None]) if self.about["horizons"] else frames[0]
+        raw = [[r[: len(x)] for r in rs] for rs in self._say(x if len(x) else empty)]
+        return forecast_table(self.tasks, raw, self.summaries, self.about["horizons"], index)
 
     def _state(self) -> Learned:
         scaling = {k: v.tolist() for k, v in asdict(self.scaling).items()}
@@ -247,11 +242,47 @@ class Network(Model):
         self.heads.load_state_dict(read_tensors(files["weights.safetensors"]))
         self.heads = self.heads.double().eval()
 
-# %% ../../nbs/models/32_network.ipynb #3d04e6cd
-def _tensor(values: NDArray[Any]) -> Tensor:
-    "A target for torch: classes as integers, the rest in single precision."
-    return torch.from_numpy(values.astype(np.int64 if values.dtype.kind == "i" else np.float32))
+# %% ../../nbs/models/32_network.ipynb #c05ff1ff
+class Network(_Heads):
+    """A model whose encoder is a torch module. Subclasses set `Params` and write `encoder`."""
 
+    on_epoch: Callable[[Epoch], None] | None = None  # is told of each epoch of a training
+    progress = False                                 # show a bar while training
+    _unfinished: Path | None = None
+
+    def resumable(
+        self,
+        folder: str | Path,  # keeps checkpoints, one for each training: its rows, parameters, seed and threads are in its name
+    ) -> Self:
+        """Train with a checkpoint after each epoch, and go on from the one that is there."""
+        self._unfinished = Path(folder)
+        return self
+
+    def _fit(self, x: Windows, y: NDArray[np.float64], weight: NDArray[np.float64], times: NDArray[np.datetime64]) -> None:
+        p, t, y = self.params, self.params.train, y.reshape(len(x), -1)
+        if x.steps != p.steps:
+            raise DataError(f"{type(self).__name__}, features X", f"windows of {x.steps} steps, where params.steps is {p.steps}", "make them with windows(features, symbols, params.steps)")
+        learn, later = (np.flatnonzero(part) for part in inner_split(times, t.inner_valid_fraction, self.purge_bars)) if t.patience else (np.arange(len(x)), np.empty(0, np.int64))
+        w = weight / weight.mean()
+        self.scaling = fit_scaling(x.take(learn).frame().to_numpy(), p.winsor, False)
+        key = digest(x, y, weight, times, type(self).__name__, p.model_dump_json(), *map(str, x.columns), self.seed, self.threads, self.purge_bars, torch.__version__)
+        with torch_state(seed_of(self.seed, 0), self.threads):
+            device = t.on()
+            self.heads: Heads = Heads(self.encoder(tuple(map(str, x.columns))), self.tasks, y.shape[1]).to(device)
+            batches, weights, targets = Batches(x, self.scaling.gather(), device), torch.from_numpy(w.astype(np.float32)).to(device), targets_of(self.tasks, y, device)
+
+            def loss(rows: NDArray[np.int64]) -> Losses:
+                at = torch.from_numpy(rows).to(device)
+                with torch.autocast(device.type, torch.bfloat16, enabled=t.precision == "bfloat16"):
+                    return self.heads.costs(batches(rows), [[v[at] for v in task] for task in targets], weights[at])
+
+            file = self._unfinished and self._unfinished / f"{key[:16]}.safetensors"
+            self.epochs = train(self.heads, loss, learn, later, t, self.seed, file, key, self.on_epoch, type(self).__name__ if self.progress else None)
+        self.heads = self.heads.cpu().double().eval()
+        raw = self._say(x)
+        self.summaries = [[task.summarize(y[:, h], r, w) for h, r in enumerate(rs)] for task, rs in zip(self.tasks, raw, strict=True)]
+
+# %% ../../nbs/models/32_network.ipynb #59074cd6
 def loss_weights(
     network: Network,          # in training or fitted
 ) -> pd.Series:                # loss -> weight, in the order of the heads, then of the encoder's own

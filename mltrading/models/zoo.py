@@ -25,7 +25,7 @@ __all__ = ['KINDS', 'model_class', 'Spec', 'spec', 'build', 'ModelsParams', 'res
 KINDS: dict[str, str] = {  # kind -> module of `mltrading.models` and class
     "constant": "baselines:Constant",
     "logistic": "baselines:Logistic",
-    "xgboost": "trees:XGBoost",
+    "xgboost": "xgboost:XGBoost",
 }
 
 def model_class(
