@@ -19,19 +19,9 @@ from torch import nn
 from mltrading.core.errors import DataError
 from mltrading.market.panel import to_frame
 from mltrading.market.simulate import random_walk
+from mltrading.models.agent import MLP, Agent, AgentParams, Batch, QNetwork, annealed, train_agent
 from mltrading.models.conformance import planted
-from mltrading.models.dqn import (
-    DQN,
-    MLP,
-    Agent,
-    AgentParams,
-    Batch,
-    DQNParams,
-    QNetwork,
-    annealed,
-    council,
-    train_agent,
-)
+from mltrading.models.dqn import DQN, DQNParams, council
 from mltrading.models.environment import Knockout, Steps, TradingEnv, TradingVector, Underlying, market_steps
 from mltrading.models.training import torch_state
 
@@ -131,8 +121,8 @@ def test_values_of_a_random_decision_process(options):
         agent = Agent(QNetwork(MLP(states, ()), 3, duelling=p.duelling), p, env, seed=0)
         one = np.eye(states, dtype=np.float32)
         state, action = (k.ravel() for k in np.meshgrid(np.arange(states), np.arange(3), indexing="ij"))
-        for k in range(700):
-            agent.optimizer.param_groups[0]["lr"] = 0.02 * (1 - k / 700)
+        for k in range(500):
+            agent.optimizer.param_groups[0]["lr"] = 0.02 * (1 - k / 500)
             repeated, done = np.repeat(state, 40), np.repeat(action, 40)
             then = (chance[repeated, done].cumsum(axis=1) < rng.random((len(done), 1))).sum(axis=1)
             agent.learn(Batch(one[repeated], done, reward[repeated, done], one[np.minimum(then, states - 1)], np.zeros(len(done), bool)))
