@@ -134,6 +134,20 @@ def test_constraints_that_cannot_hold(kind, data):
             make(kind, task=task, monotone={"x0": 1})
 
 
+@pytest.mark.parametrize("kind", BOOSTERS)
+def test_libraries_do_not_hold_constraints_on_quantiles(kind, data):
+    """Why they are refused: where this fails, a library has learned it."""
+    model = make(kind, task=Quantiles())
+    model.params = model.params.model_copy(update={"monotone": {"x0": -1}})  # against the planted signal, past the check of parameters
+    if kind == "lightgbm":
+        with pytest.raises(Exception, match="Cannot use ``monotone_constraints`` in quantile objective"):
+            model.fit(data.X, data.y, data.weight, data.times)
+        return
+    model.fit(data.X, data.y, data.weight, data.times)
+    grid = data.X.iloc[np.repeat(np.arange(40), 61)].reset_index(drop=True).assign(x0=np.tile(np.linspace(-4, 4, 61, dtype=np.float32), 40))
+    assert np.diff(model._raw(grid.to_numpy()).reshape(40, 61, 5), axis=1).max() > 0.01
+
+
 def test_constraints_follow_their_feature(data):
     turned = data.X[list(data.X.columns[::-1])]
     model = make("xgboost", monotone={"x1": -1}).fit(turned, data.y, data.weight, data.times)

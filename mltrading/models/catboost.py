@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
-from scipy.special import expit, softmax
 
 from ..core.errors import DataError, ParameterError
 from .tasks import Quantiles
@@ -39,6 +38,10 @@ class CatBoostParams(BoostedParams):
 
 # %% ../../nbs/models/22_catboost.ipynb #b0c666e9
 _LOSSES = {"direction": "Logloss", "three_way": "MultiClass", "regression": "RMSE"}
+
+def _filled(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    "Missing values as the smallest number there is."
+    return np.where(np.isnan(x), np.finfo(np.float32).min, x)
 
 class CatBoost(Boosted):
     """Boosted oblivious trees by CatBoost."""
@@ -74,7 +77,7 @@ class CatBoost(Boosted):
             del about[name]
         with tempfile.TemporaryDirectory() as folder:
             model.save_model(str(Path(folder) / "trees.cbm"))
-            self._read((Path(folder) / "trees.cbm").read_bytes())
+            self._read({"trees.cbm": (Path(folder) / "trees.cbm").read_bytes()})
 
     def _fitted(self, model: Any, rows: Rows, later: Any) -> None:
         x = _filled(rows.x)
@@ -82,24 +85,15 @@ class CatBoost(Boosted):
             raise DataError("features X", "none of them changes", "the library cannot grow a tree on constants: look at how the features were made")
         model.fit(self._pool(rows), eval_set=later)
 
-    def _read(self, file: bytes) -> None:
-        self.file, self.model = file, _catboost().CatBoost()
-        self.model.load_model(blob=file)
-
-    def _raw(self, x: NDArray[np.float32]) -> NDArray[np.float64]:
-        sums = self.model.predict(_filled(x), prediction_type="RawFormulaVal", thread_count=1)
-        return expit(sums) if self.task.kind == "direction" else softmax(sums, axis=1) if self.task.kind == "three_way" else sums
+    def _sums(self, x: NDArray[np.float32]) -> NDArray[np.float64]:
+        return np.asarray(self.model.predict(_filled(x), prediction_type="RawFormulaVal", thread_count=1))
 
     def _shap(self, x: NDArray[np.float32]) -> NDArray[np.float64]:
         return np.asarray(self.model.get_feature_importance(_catboost().Pool(_filled(x)), type="ShapValues", thread_count=self.threads))
 
-    def _learned(self) -> tuple[dict[str, Any], dict[str, bytes]]:
-        return {"trees": self.trees, "losses": self.losses}, {"trees.cbm": self.file}
+    def _files(self) -> dict[str, bytes]:
+        return {"trees.cbm": self.file}
 
-    def _relearn(self, state: dict[str, Any], files: dict[str, bytes]) -> None:
-        self.trees, self.losses = state["trees"], state["losses"]
-        self._read(files["trees.cbm"])
-
-def _filled(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    "Missing values as the smallest number there is."
-    return np.where(np.isnan(x), np.finfo(np.float32).min, x)
+    def _read(self, files: dict[str, bytes]) -> None:
+        self.file, self.model = files["trees.cbm"], _catboost().CatBoost()
+        self.model.load_model(blob=self.file)

@@ -146,6 +146,7 @@ class DQN(Model):
         self.network.load_state_dict(read_tensors(files["weights.safetensors"]))
         self.network = self.network.double().eval()
 
+# %% ../../nbs/models/62_dqn.ipynb #9983c362
 def action_values(
     model: DQN,                    # fitted
     X: pd.DataFrame | Windows,

@@ -110,6 +110,7 @@ def _cost(product: str, cost: float) -> None:
     if not (np.isfinite(cost) and cost >= 0):
         raise ParameterError(f"{product}, cost", f"{cost} is not a cost", "use 0 or more, 0.001 is a thousandth")
 
+# %% ../../nbs/models/60_environment.ipynb #f2267b21
 @dataclass(frozen=True)
 class Underlying:
     """Units of the underlying itself.

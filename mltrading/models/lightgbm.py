@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
-from scipy.special import expit, softmax
 
 from ..core.errors import ParameterError
 from .tasks import Quantiles
@@ -43,7 +42,8 @@ class LightGBM(Boosted):
     """Boosted leaf-wise trees by LightGBM."""
 
     Params = LightGBMParams
-    boosters: list[Any]  # one; for quantiles one per level
+    boosters: list[Any]      # one; for quantiles one per level
+    texts: dict[str, bytes]  # the same in the library's own format
 
     def _settings(self) -> list[dict[str, Any]]:
         "Of each sequence of trees."
@@ -81,24 +81,18 @@ class LightGBM(Boosted):
         for booster in boosters:
             for _ in range(self.trees):
                 booster.update()
-        self._read([booster.model_to_string(num_iteration=-1) for booster in boosters])
+        self._read({f"trees_{k}.txt": booster.model_to_string(num_iteration=-1).encode() for k, booster in enumerate(boosters)})
 
-    def _read(self, texts: list[str]) -> None:
-        self.texts = texts
-        self.boosters = [_lightgbm().Booster(model_str=text) for text in texts]
-
-    def _raw(self, x: NDArray[np.float32]) -> NDArray[np.float64]:
-        sums = [booster.predict(x, raw_score=True, num_threads=1) for booster in self.boosters]
-        if self.task.kind == "quantiles":
-            return np.column_stack(sums)
-        return expit(sums[0]) if self.task.kind == "direction" else softmax(sums[0], axis=1) if self.task.kind == "three_way" else sums[0]
+    def _sums(self, x: NDArray[np.float32]) -> NDArray[np.float64]:
+        sums = [np.asarray(booster.predict(x, raw_score=True, num_threads=1)) for booster in self.boosters]
+        return sums[0] if len(sums) == 1 else np.column_stack(sums)
 
     def _shap(self, x: NDArray[np.float32]) -> NDArray[np.float64]:
         return np.asarray(self.boosters[0].predict(x, pred_contrib=True, num_threads=self.threads))
 
-    def _learned(self) -> tuple[dict[str, Any], dict[str, bytes]]:
-        return {"trees": self.trees, "losses": self.losses}, {f"trees_{k}.txt": text.encode() for k, text in enumerate(self.texts)}
+    def _files(self) -> dict[str, bytes]:
+        return self.texts
 
-    def _relearn(self, state: dict[str, Any], files: dict[str, bytes]) -> None:
-        self.trees, self.losses = state["trees"], state["losses"]
-        self._read([files[f"trees_{k}.txt"].decode() for k in range(len(files))])
+    def _read(self, files: dict[str, bytes]) -> None:
+        self.texts = files
+        self.boosters = [_lightgbm().Booster(model_str=files[f"trees_{k}.txt"].decode()) for k in range(len(files))]

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from scipy.special import expit, softmax
 
 from ..core.errors import DataError, ParameterError, unknown
 from .forecaster import TaskModel
@@ -139,9 +140,29 @@ class Boosted(TreeModel):
             raise DataError("target y", f"the earlier part of the training rows has {found} of {known} classes", "train on a longer window, or without early stopping")
         return self._watch(earlier, rows.part(stop))
 
+    def _raw(self, x: NDArray[np.float32]) -> NDArray[np.float64]:
+        sums = self._sums(x)
+        return expit(sums) if self.task.kind == "direction" else softmax(sums, axis=1) if self.task.kind == "three_way" else sums
+
+    def _learned(self) -> tuple[dict[str, Any], dict[str, bytes]]:
+        return {"trees": self.trees, "losses": self.losses}, self._files()
+
+    def _relearn(self, state: dict[str, Any], files: dict[str, bytes]) -> None:
+        self.trees, self.losses = state["trees"], state["losses"]
+        self._read(files)
+
     @abstractmethod
     def _watch(self, rows: Rows, later: Rows) -> list[float]:
         "Grow trees on rows until the loss on later ones stops falling; its course."
     @abstractmethod
     def _boost(self, rows: Rows) -> None:
         "Grow `self.trees` trees."
+    @abstractmethod
+    def _sums(self, x: NDArray[np.float32]) -> NDArray[np.float64]:
+        "What the trees add up to, (n,) or (n, outputs)."
+    @abstractmethod
+    def _files(self) -> dict[str, bytes]:
+        "The trees in the library's own format."
+    @abstractmethod
+    def _read(self, files: dict[str, bytes]) -> None:
+        "The trees back from there."

@@ -11,7 +11,6 @@ import numpy as np
 import xgboost as xgb
 from numpy.typing import NDArray
 from pydantic import Field
-from scipy.special import expit, softmax
 
 from .tasks import Quantiles
 from .trees import Boosted, BoostedParams, Rows
@@ -64,9 +63,8 @@ class XGBoost(Boosted):
         self.booster = xgb.train(self._settings(rows), self._data(rows), self.trees)
         self.booster.set_param({"nthread": 1})
 
-    def _raw(self, x: NDArray[np.float32]) -> NDArray[np.float64]:
-        sums = self.booster.inplace_predict(x, predict_type="margin", missing=np.nan, validate_features=False).astype(np.float64)
-        return expit(sums) if self.task.kind == "direction" else softmax(sums, axis=1) if self.task.kind == "three_way" else sums
+    def _sums(self, x: NDArray[np.float32]) -> NDArray[np.float64]:
+        return np.asarray(self.booster.inplace_predict(x, predict_type="margin", missing=np.nan, validate_features=False), np.float64)
 
     def _shap(self, x: NDArray[np.float32]) -> NDArray[np.float64]:
         self.booster.set_param({"nthread": self.threads})
@@ -74,10 +72,9 @@ class XGBoost(Boosted):
         self.booster.set_param({"nthread": 1})
         return values.astype(np.float64)
 
-    def _learned(self) -> tuple[dict[str, Any], dict[str, bytes]]:
-        return {"trees": self.trees, "losses": self.losses}, {"trees.ubj": bytes(self.booster.save_raw("ubj"))}
+    def _files(self) -> dict[str, bytes]:
+        return {"trees.ubj": bytes(self.booster.save_raw("ubj"))}
 
-    def _relearn(self, state: dict[str, Any], files: dict[str, bytes]) -> None:
-        self.trees, self.losses = state["trees"], state["losses"]
+    def _read(self, files: dict[str, bytes]) -> None:
         self.booster = xgb.Booster({"nthread": 1})
         self.booster.load_model(bytearray(files["trees.ubj"]))
