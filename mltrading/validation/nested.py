@@ -21,8 +21,8 @@ from .trials import Look
 T = TypeVar("T")
 
 # %% auto #0
-__all__ = ['T', 'Score', 'OK', 'PRUNED', 'FAILED', 'inner_folds', 'Searched', 'Search', 'Tried', 'attempt', 'as_score', 'best_of',
-           'every', 'nested_search']
+__all__ = ['T', 'Score', 'OK', 'PRUNED', 'FAILED', 'COLUMNS', 'inner_folds', 'Searched', 'Search', 'Tried', 'attempt', 'as_score',
+           'best_of', 'every', 'as_returns', 'joined', 'nested_search']
 
 # %% ../../nbs/validation/06_nested.ipynb #634ae9b7
 def inner_folds(
@@ -52,7 +52,7 @@ Score = Callable[[T, NDArray[np.int64], NDArray[np.int64]], float | pd.Series]  
 
 class Searched(NamedTuple, Generic[T]):
     """What a search tried, and what it chose."""
-    trials: pd.DataFrame  # one row per trial: candidate, status, folds, inner, spread, fits, error, and what else the search knows
+    trials: pd.DataFrame  # one row per trial: candidate, status, inner, fits, error, and what else the search knows
     best: int             # the row that was chosen
     candidate: T          # what is judged on the outer test rows
 
@@ -62,6 +62,7 @@ class Search(Protocol[T]):
 
 # %% ../../nbs/validation/06_nested.ipynb #9bb481ef
 OK, PRUNED, FAILED = "ok", "pruned", "failed"
+COLUMNS = ("fold", "candidate", "status", "folds", "inner", "spread", "fits", "error", "chosen", "outer")  # of accounts, taken
 
 class Tried(NamedTuple):
     """One candidate on the inner folds."""
@@ -130,6 +131,26 @@ def every(
         return Searched(trials, best, candidates[trials["candidate"].iloc[best]])
     return search
 
+# %% ../../nbs/validation/06_nested.ipynb #421dcf5f
+def as_returns(
+    score: float | pd.Series,  # what a score gives
+    where: str,                # for messages
+) -> pd.Series:
+    """The returns that a score is made of. Raises `DataError` on a number."""
+    if not isinstance(score, pd.Series):
+        raise DataError(where, "the score is a number, and a trial is recorded with its returns", "let `score` give the returns per bar, indexed by instant")
+    return score
+
+def joined(
+    returns: Sequence[pd.Series],  # of several folds, by instant
+    where: str,                    # for messages
+) -> pd.Series:                    # in the order of time
+    """Returns of several folds as one series. Raises `DataError` on an instant that is judged twice."""
+    out = pd.concat(returns).sort_index()
+    if not out.index.is_unique:
+        raise DataError(where, f"{out.index[out.index.duplicated()][0]} is judged in more than one fold", "judge every instant once: with a walk-forward, or k-fold")
+    return out
+
 # %% ../../nbs/validation/06_nested.ipynb #59d44011
 def nested_search(
     folds: Iterable[Fold],     # of any splitter
@@ -156,26 +177,12 @@ def nested_search(
         except MLTradingError as error:
             raise type(error)(f"inside fold {fold.number}, {error.where}", error.what, error.fix) from error
         answer = score(done.candidate, fold.train, fold.test)
-        where, chosen = f"fold {fold.number}, {done.trials['candidate'].iloc[done.best]}", np.arange(len(done.trials)) == done.best
+        where, chosen = f"fold {fold.number}, candidate {done.trials['candidate'].iloc[done.best]}", np.arange(len(done.trials)) == done.best
         found.append(done.trials.assign(chosen=chosen, outer=np.where(chosen, as_score(answer, where), np.nan)))
         found[-1].insert(0, "fold", fold.number)
         fits += int(done.trials["fits"].sum()) + 1
         if look is not None:
-            seen.append(_returns(answer, where))
+            seen.append(as_returns(answer, where))
     if look is not None:
-        look.show(_joined(seen), fits)
+        look.show(joined(seen, "nested_search.look"), fits)
     return pd.concat(found, ignore_index=True)
-
-# %% ../../nbs/validation/06_nested.ipynb #f32e0915
-def _returns(score: float | pd.Series, where: str) -> pd.Series:
-    "The returns that a score was made of."
-    if not isinstance(score, pd.Series):
-        raise DataError(where, "the score is a number, and a trial is recorded with its returns", "let `score` give the returns per bar, indexed by instant")
-    return score
-
-def _joined(returns: Sequence[pd.Series]) -> pd.Series:
-    "Returns of several folds in the order of time."
-    joined = pd.concat(returns).sort_index()
-    if not joined.index.is_unique:
-        raise DataError("nested_search.look", f"{joined.index[joined.index.duplicated()][0]} is judged in more than one fold", "record a search whose outer folds judge every instant once: a walk-forward, or k-fold")
-    return joined
