@@ -18,7 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from mltrading.models.forecaster import Planted, planted
+from mltrading.models.conformance import Planted, planted
 from mltrading.models.zoo import ModelsParams, build
 
 ROWS, FEATURES, REPEATS = 50_000, 60, 5
@@ -33,9 +33,9 @@ PARAMS = ModelsParams.model_validate({
 
 def peers() -> dict[str, Any]:
     """The bare estimators with the same settings."""
-    p = PARAMS.xgboost.model_dump(exclude={"early_stopping_rounds", "inner_valid_fraction"})
+    p = PARAMS["xgboost"].params.model_dump(exclude={"early_stopping_rounds", "inner_valid_fraction"})
     return {
-        "logistic": make_pipeline(SimpleImputer(strategy="median"), StandardScaler(), LogisticRegression(C=1 / (PARAMS.logistic.l2 * ROWS), tol=1e-6, max_iter=1000)),
+        "logistic": make_pipeline(SimpleImputer(strategy="median"), StandardScaler(), LogisticRegression(C=1 / (PARAMS["logistic"].params.l2 * ROWS), tol=1e-6, max_iter=1000)),
         "xgboost": xgb.XGBClassifier(**p, tree_method="hist", n_jobs=THREADS, random_state=0),
     }
 
@@ -54,7 +54,7 @@ def alternating(ours: Callable[[], object], theirs: Callable[[], object], repeat
 
 def measure(name: str, d: Planted, peer: Any) -> list[dict[str, object]]:
     """Rows of the table for one model."""
-    model, up, raw = build(name, getattr(PARAMS, name), seed=0, threads=THREADS, purge_bars=5), d.y > 0, d.X.to_numpy()
+    model, up, raw = PARAMS[name].build(0, THREADS, purge_bars=5), d.y > 0, d.X.to_numpy()
     weights = {("logisticregression__" if name == "logistic" else "") + "sample_weight": d.weight}
     one, raw_one = d.X.iloc[:1], raw[:1]
     work = [
@@ -73,7 +73,7 @@ def main() -> None:
     """Print the table."""
     d = planted(ROWS, seed=0, n_features=FEATURES)
     rows = [row for name, peer in peers().items() for row in measure(name, d, peer)]
-    stopping = PARAMS.xgboost.model_copy(update={"early_stopping_rounds": 20})
+    stopping = PARAMS["xgboost"].params.model_copy(update={"early_stopping_rounds": 20})
     fold = build("xgboost", stopping, seed=0, threads=THREADS, purge_bars=5)
     took = seconds(lambda: fold.fit(d.X, d.y, d.weight, d.times))
     print(f"{ROWS:,} rows × {FEATURES} features, {THREADS} threads; peers: scikit-learn's and xgboost's own estimators; medians")

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mltrading.core.errors import DataError, ParameterError
+from mltrading.models.conformance import check_forecaster, planted
 from mltrading.models.explain import shap_values
-from mltrading.models.forecaster import check_forecaster, inner_split, planted
+from mltrading.models.rows import inner_split
 from mltrading.models.zoo import ModelsParams, build, load_forecaster
 
 VALUES: dict[str, Any] = {
@@ -26,11 +27,11 @@ VALUES: dict[str, Any] = {
                 "reg_lambda": 1, "max_bin": 64, "early_stopping_rounds": 20, "inner_valid_fraction": 0.2},
 }
 PARAMS = ModelsParams.model_validate(VALUES)
-NAMES = [name for name, _ in PARAMS.items()]
+NAMES = list(PARAMS)
 
 
 def make(name: str, seed: int = 0, threads: int = 1) -> Any:
-    return build(name, getattr(PARAMS, name), seed=seed, threads=threads, purge_bars=5)
+    return PARAMS[name].build(seed, threads, purge_bars=5)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def test_no_file_can_be_cut_short_or_removed(folder):
 
 def test_no_number_can_be_edited(folder):
     card = json.loads((folder / "model.json").read_bytes())
-    card["state"]["direction"]["sigma"] *= 1.5
+    card["state"]["summary"]["sigma"] *= 1.5
     (folder / "model.json").write_text(json.dumps(card, indent=1, sort_keys=True))
     with pytest.raises(DataError, match="was changed since it was written"):
         load_forecaster(folder)
@@ -175,12 +176,12 @@ def test_inner_split_leaves_the_gap(days, fraction, purge):
 
 def test_early_stopping_needs_a_gap(data):
     with pytest.raises(ParameterError, match="purge_bars"):
-        build("xgboost", PARAMS.xgboost, 0, 1, 0).fit(data.X, data.y, data.weight, data.times)
+        build("xgboost", PARAMS["xgboost"].params, 0, 1, 0).fit(data.X, data.y, data.weight, data.times)
 
 
 def test_too_few_instants_for_early_stopping(data):
     with pytest.raises(DataError, match="too few"):
-        build("xgboost", PARAMS.xgboost, 0, 1, 200).fit(data.X, data.y, data.weight, data.times)
+        build("xgboost", PARAMS["xgboost"].params, 0, 1, 200).fit(data.X, data.y, data.weight, data.times)
 
 
 # ------------------------------------------------------------------ fresh processes

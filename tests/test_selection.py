@@ -31,7 +31,7 @@ from mltrading.features.redundancy import (
     selection_stability,
 )
 from mltrading.features.registry import FeatureBlock
-from mltrading.models.zoo import LogisticParams, XGBoostParams, build
+from mltrading.models.zoo import build
 from mltrading.systems.walk import Rows, Walked, walk
 from mltrading.validation.metrics import auc
 from mltrading.validation.splits import Fold, WalkForward
@@ -192,8 +192,9 @@ def test_inputs_are_left_alone() -> None:
 
 
 def factories() -> dict[str, object]:
-    boosted = XGBoostParams(n_estimators=5, max_depth=2, learning_rate=0.3, subsample=0.8, colsample_bytree=0.8, min_child_weight=1, reg_lambda=1, max_bin=32, early_stopping_rounds=0, inner_valid_fraction=0.2)
-    return {"logistic": lambda: build("logistic", LogisticParams(l2=0.01, winsor=0.005, missing_indicators=False, max_iter=100), seed=1, threads=1, purge_bars=1),
+    boosted = {"n_estimators": 5, "max_depth": 2, "learning_rate": 0.3, "subsample": 0.8, "colsample_bytree": 0.8, "min_child_weight": 1, "reg_lambda": 1, "max_bin": 32,
+               "early_stopping_rounds": 0, "inner_valid_fraction": 0.2}
+    return {"logistic": lambda: build("logistic", {"l2": 0.01, "winsor": 0.005, "missing_indicators": False, "max_iter": 100}, seed=1, threads=1, purge_bars=1),
             "xgboost": lambda: build("xgboost", boosted, seed=1, threads=1, purge_bars=1)}
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .errors import DataError, ParameterError, unknown
+from .errors import DataError, MLTradingError, ParameterError, unknown
 
 # %% auto #0
 __all__ = ['M', 'SMOKE', 'PARTS', 'root', 'read_yaml', 'merge', 'block', 'RunParams', 'ComputeParams', 'system_blocks',
@@ -90,6 +90,8 @@ def block(
     except ValidationError as error:
         found = error.errors()
         first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])  # a misspelt name says more than the missing one
+        if isinstance(own := first.get("ctx", {}).get("error"), MLTradingError):  # a validator's own words
+            raise type(own)(f"{where}.{own.where}", own.what, own.fix) from None
         path = ".".join(str(p) for p in first["loc"])
         name = str(first["loc"][-1]) if first["loc"] else ""
         if first["type"] == "extra_forbidden":

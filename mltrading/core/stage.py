@@ -117,6 +117,11 @@ class Stage:
         "The system's ledger of trials, in its place: what a stage adds to it stays there if the stage fails."
         return self.folder / rebase(ledger(self.system, self.folder), self.profile)
 
+    @property
+    def unfinished(self) -> Path:
+        "A folder in which a run that is ended half-way leaves what the next one goes on from. Never an output."
+        return self.folder / rebase(f"build/{self.system}/unfinished/{self.name}", self.profile)
+
 # %% ../../nbs/core/30_stage.ipynb #90453992
 def open_stage(
     name: str,                 # a stage of dvc.yaml

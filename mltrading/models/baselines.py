@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -20,10 +20,12 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from ..core.errors import ParameterError
 from ..core.jit import njit
-from .forecaster import DirectionModel, prediction_rows, register
+from .forecaster import TaskModel
+from .rows import prediction_rows
+from .scaling import Scaling, fit_scaling
 
 # %% auto #0
-__all__ = ['ConstantParams', 'Constant', 'Scaling', 'fit_scaling', 'LogisticParams', 'Logistic']
+__all__ = ['ConstantParams', 'Constant', 'LogisticParams', 'Logistic']
 
 # %% ../../nbs/models/10_baselines.ipynb #7f74f29d
 class ConstantParams(BaseModel):
@@ -31,16 +33,16 @@ class ConstantParams(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-@register
-class Constant(DirectionModel):
+class Constant(TaskModel):
     """The base rate of the training rows, for every row."""
 
     Params = ConstantParams
+    unit = "log-odds"
 
-    def _fit_direction(self, x: NDArray[np.float32], up: NDArray[np.bool_], weight: NDArray[np.float64], times: NDArray[np.datetime64]) -> None:
-        self.base_rate = float(np.average(up, weights=weight))
+    def _learn(self, x: NDArray[np.float32], target: NDArray[Any], weight: NDArray[np.float64], times: NDArray[np.datetime64]) -> None:
+        self.base_rate = float(np.average(target, weights=weight))
 
-    def _prob(self, x: NDArray[np.float32]) -> NDArray[np.float64]:
+    def _raw(self, x: NDArray[np.float32]) -> NDArray[np.float64]:
         return np.full(len(x), self.base_rate)
 
     def _learned(self) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -53,54 +55,6 @@ class Constant(DirectionModel):
         """(n, F) zeros, and (n,) the log-odds of the base rate."""
         prediction_rows(X, self.features, "Constant")
         return pd.DataFrame(0.0, index=X.index, columns=X.columns), pd.Series(float(logit(self.base_rate)), index=X.index, name="base")
-
-# %% ../../nbs/models/10_baselines.ipynb #f2267b21
-@dataclass(frozen=True)
-class Scaling:
-    """How raw features become comparable ones; all arrays (F,) over the training rows, except those of indicators (K,)."""
-
-    median: NDArray[np.float64]
-    low: NDArray[np.float64]              # winsorizing bounds
-    high: NDArray[np.float64]
-    mean: NDArray[np.float64]             # after filling and clipping
-    std: NDArray[np.float64]
-    holes: NDArray[np.int64]              # (K,) positions of features with an indicator
-    hole_mean: NDArray[np.float64]        # (K,) share of rows with a hole
-    hole_std: NDArray[np.float64]         # (K,)
-
-    def __call__(
-        self,
-        x: NDArray[np.float32],   # (n, F)
-    ) -> NDArray[np.float64]:     # (n, F + K) standardized, indicators last
-        "Fill, clip and standardize."
-        filled = np.where(np.isnan(x), self.median, x)
-        z = (np.clip(filled, self.low, self.high) - self.mean) / self.std
-        indicator = (np.isnan(x[:, self.holes]) - self.hole_mean) / self.hole_std
-        return np.hstack([z, indicator])
-
-# %% ../../nbs/models/10_baselines.ipynb #2702d93b
-def _std(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    "Standard deviation per column, one where the column does not vary."
-    return np.where(x.max(axis=0) == x.min(axis=0), 1.0, x.std(axis=0))
-
-def fit_scaling(
-    x: NDArray[np.float32],  # (n, F) training rows, NaN where absent
-    winsor: float,           # share clipped at each end, 0 to 0.25
-    indicators: bool,        # a column for the holes of each feature that has some
-) -> Scaling:
-    """Learn a scaling from training rows. Known at: the last of these rows."""
-    median, low, high = np.zeros((3, x.shape[1]))
-    for j in range(x.shape[1]):
-        there = x[~np.isnan(x[:, j]), j].astype(np.float64)
-        if len(there):
-            median[j], low[j], high[j] = np.quantile(there, [0.5, winsor, 1 - winsor])
-    clipped = np.clip(np.where(np.isnan(x), median, x), low, high)
-    share = np.isnan(x).mean(axis=0)
-    holes = np.flatnonzero((share > 0) & (share < 1)) if indicators else np.empty(0, np.int64)
-    gaps = np.isnan(x[:, holes]).astype(np.float64)
-    # the mean of a column that does not vary is that value exactly, so that its z is exactly zero
-    mean = np.where(clipped.max(axis=0) == clipped.min(axis=0), clipped[0], clipped.mean(axis=0))
-    return Scaling(median, low, high, mean, _std(clipped), holes, gaps.mean(axis=0), _std(gaps) if len(holes) else np.empty(0))
 
 # %% ../../nbs/models/10_baselines.ipynb #02048c44
 class LogisticParams(BaseModel):
@@ -130,21 +84,21 @@ def _log_odds(x, median, low, high, mean, std, holes, hole_mean, hole_std, coef,
         out[i] = total
     return out
 
-# %% ../../nbs/models/10_baselines.ipynb #62e0bfe2
-@register
-class Logistic(DirectionModel):
+# %% ../../nbs/models/10_baselines.ipynb #8a678349
+class Logistic(TaskModel):
     """L2-regularized logistic regression on features filled, winsorized and standardized inside the fit."""
 
     Params = LogisticParams
+    unit = "log-odds"
 
-    def _fit_direction(self, x: NDArray[np.float32], up: NDArray[np.bool_], weight: NDArray[np.float64], times: NDArray[np.datetime64]) -> None:
+    def _learn(self, x: NDArray[np.float32], target: NDArray[Any], weight: NDArray[np.float64], times: NDArray[np.datetime64]) -> None:
         p = self.params
         self.scaling = fit_scaling(x, p.winsor, p.missing_indicators)
         solver = LogisticRegression(C=1 / (p.l2 * len(x)), solver="lbfgs", tol=1e-6, max_iter=p.max_iter)
         try:
             with threadpool_limits(limits=1), warnings.catch_warnings():
                 warnings.simplefilter("error", ConvergenceWarning)
-                solver.fit(self.scaling(x), up, sample_weight=weight)
+                solver.fit(self.scaling(x), target, sample_weight=weight)
         except ConvergenceWarning as error:
             raise ParameterError("Logistic, max_iter", f"{p.max_iter} iterations were not enough", "allow more, or raise l2") from error
         self.coef, self.intercept = solver.coef_[0], float(solver.intercept_[0])
@@ -156,7 +110,7 @@ class Logistic(DirectionModel):
         terms[:, self.scaling.holes] += z[:, x.shape[1] :]
         return terms
 
-    def _prob(self, x: NDArray[np.float32]) -> NDArray[np.float64]:
+    def _raw(self, x: NDArray[np.float32]) -> NDArray[np.float64]:
         s = self.scaling
         return expit(_log_odds(x, s.median, s.low, s.high, s.mean, s.std, s.holes, s.hole_mean, s.hole_std, self.coef, self.intercept))
 
@@ -165,8 +119,7 @@ class Logistic(DirectionModel):
 
     def _relearn(self, state: dict[str, Any], files: dict[str, bytes]) -> None:
         self.coef, self.intercept = np.array(state["coef"], np.float64), state["intercept"]
-        arrays: dict[str, Any] = {k: np.array(v, np.int64 if k == "holes" else np.float64) for k, v in state["scaling"].items()}
-        self.scaling = Scaling(**arrays)
+        self.scaling = Scaling.of(state["scaling"])
 
     def contributions(self, X: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
         """(n, F) weight times standardized value in log-odds, and (n,) the intercept."""

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from scipy.special import expit
 
 from ..core.errors import DataError
-from .forecaster import DirectionModel, inner_split, prediction_rows, register
+from .forecaster import TaskModel
+from .rows import inner_split, prediction_rows
 
 # %% auto #0
 __all__ = ['XGBoostParams', 'XGBoost']
@@ -38,11 +39,11 @@ class XGBoostParams(BaseModel):
     inner_valid_fraction: float = Field(gt=0, lt=1, description="share of the training instants, the last ones, that early stopping looks at")
 
 # %% ../../nbs/models/20_trees.ipynb #62e0bfe2
-@register
-class XGBoost(DirectionModel):
+class XGBoost(TaskModel):
     """Gradient-boosted trees on the weighted log-loss of the direction."""
 
     Params = XGBoostParams
+    unit = "log-odds"
     losses: list[float]  # on the later training rows, by number of trees; empty without early stopping
 
     def _settings(self, weight: NDArray[np.float64], up: NDArray[np.bool_]) -> dict[str, Any]:
@@ -67,13 +68,13 @@ class XGBoost(DirectionModel):
         self.losses = [float(v) for v in log["later"]["logloss"]]
         return int(booster.best_iteration) + 1
 
-    def _fit_direction(self, x: NDArray[np.float32], up: NDArray[np.bool_], weight: NDArray[np.float64], times: NDArray[np.datetime64]) -> None:
-        self.losses = []
+    def _learn(self, x: NDArray[np.float32], target: NDArray[Any], weight: NDArray[np.float64], times: NDArray[np.datetime64]) -> None:
+        up, self.losses = target, []
         self.trees = self._best_rounds(x, up, weight, times) if self.params.early_stopping_rounds else self.params.n_estimators
         self.booster = xgb.train(self._settings(weight, up), self._data(x, up, weight), self.trees)
         self.booster.set_param({"nthread": 1})
 
-    def _prob(self, x: NDArray[np.float32]) -> NDArray[np.float64]:
+    def _raw(self, x: NDArray[np.float32]) -> NDArray[np.float64]:
         odds = self.booster.inplace_predict(x, predict_type="margin", missing=np.nan, validate_features=False)
         return expit(odds.astype(np.float64))
 

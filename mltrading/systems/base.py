@@ -9,11 +9,12 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import mltrading.systems
 from ..core.errors import unknown
 from ..models.forecaster import Model
-from ..models.zoo import ModelsParams, build
+from ..models.zoo import ModelsParams
 from ..portfolio.block import PolicyParams, build_policy
 from ..portfolio.policy import Policy
 
@@ -45,8 +46,8 @@ class System:
         threads: int,
         purge_bars: int,         # label horizon, for splits inside the training rows
     ) -> dict[str, Factory]:
-        """For each model a function that makes it, unfitted. Raises `ParameterError` on a model that does not exist."""
-        return {name: (lambda name=name: build(name, getattr(params, name), seed=seed, threads=threads, purge_bars=purge_bars)) for name in self.models}
+        """For each model a function that makes it, unfitted. Raises `ParameterError` on a model that is not in the block."""
+        return {name: partial(params[name].build, seed, threads, purge_bars) for name in self.models}
 
     def policy(self, params: PolicyParams) -> Policy:
         """The object that decides. The backtest and the live loop ask the same one."""

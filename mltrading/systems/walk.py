@@ -5,6 +5,7 @@
 # %% ../../nbs/systems/10_walk.ipynb #35e0d873
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from tqdm import tqdm
 from ..core.errors import DataError
 from ..features.redundancy import SelectionParams, eligible, select_features, selection_stability
 from ..labels.weights import uniqueness
+from ..models.forecaster import Model, Resumable
+from ..models.windows import Windows, windows
 from .base import Factory
 from ..validation.metrics import forecast_quality
 from ..validation.splits import Fold
@@ -79,7 +82,7 @@ def living(
 class _Lesson:
     "What the models of a fold learn from."
 
-    X: pd.DataFrame                # (n, F) the chosen features
+    features: list[str]            # the chosen ones
     y: NDArray[np.float64]         # (n,) target
     weight: NDArray[np.float64]    # (n,) of each row
     times: NDArray[np.datetime64]  # (n,) decision instants
@@ -96,7 +99,14 @@ def _lesson(data: Rows, fold: Fold, target: str, selection: SelectionParams | No
     else:
         chosen = select_features(X, y, times, weight, selection)
     chosen.insert(0, "fold", fold.number)
-    return _Lesson(X[list(chosen["feature"])], y, weight, times, candidates, chosen)
+    return _Lesson(list(chosen["feature"]), y, weight, times, candidates, chosen)
+
+def _inputs(data: Rows, at: NDArray[np.int64], features: list[str], model: Model) -> pd.DataFrame | Windows:
+    "What a model reads of some rows: the rows, or windows that end there, made of no later row than the last of them."
+    if not model.sequences:
+        return data.features.iloc[at][features]
+    until = int(at.max()) + 1
+    return windows(data.features[features].iloc[:until], data.keys["symbol"].iloc[:until], model.params.steps).take(at)
 
 def _forecast(data: Rows, fold: Fold, predicted: pd.DataFrame, model: str, horizon_bars: int, target: str) -> pd.DataFrame:
     "A fold's out-of-sample forecasts in the contract's columns, with the model's name."
@@ -129,6 +139,7 @@ def walk(
     folder: Path,                      # each fitted model goes to folder/<model>/fold_<number>
     selection: SelectionParams | None = None,  # None: learn from every living feature
     look: Callable[[str], AbstractContextManager[object]] = nullcontext,  # model -> what is open from its first forecast to the end of the walk
+    unfinished: Path | None = None,            # where trainings that survive a kill keep what they go on from; emptied as they end
 ) -> Walked:
     """In each fold choose features, fit each model and forecast its test window.
 
@@ -142,10 +153,16 @@ def walk(
             chosen.append(lesson.chosen)
             candidates.update(lesson.candidates)
             for name, make in factories.items():
-                model = make().fit(lesson.X, lesson.y, lesson.weight, lesson.times)
+                model = make()
+                part = unfinished / name / f"fold_{fold.number:03d}" if unfinished and isinstance(model, Resumable) else None
+                if part and isinstance(model, Resumable):
+                    model.resumable(part)
+                model.fit(_inputs(data, fold.train, lesson.features, model), lesson.y, lesson.weight, lesson.times, fold.test_start)
+                if part:
+                    shutil.rmtree(part, ignore_errors=True)
                 if fold is folds[0]:
                     opened.enter_context(look(name))
-                predicted = model.predict(data.features.iloc[fold.test][list(model.features)])
+                predicted = model.predict(_inputs(data, fold.test, lesson.features, model))
                 model.save(folder / name / f"fold_{fold.number:03d}")
                 forecasts.append(_forecast(data, fold, predicted, name, horizon_bars, target))
                 quality.append(_quality(data, fold, predicted, name))
