@@ -146,8 +146,10 @@ def value_at(
     """One parameter by its name. Raises `ParameterError` on a name that there is not."""
     at: Any = params
     for step in name.split("."):
-        if not isinstance(at, BaseModel) or step not in type(at).model_fields:
-            raise unknown("parameter", step, list(type(at).model_fields) if isinstance(at, BaseModel) else [], where)
+        if not isinstance(at, BaseModel):
+            raise ParameterError(f"{where}.{name}", f"leads into {at!r}, which is no block of parameters", "search only for what the default has")
+        if step not in type(at).model_fields:
+            raise unknown("parameter", step, list(type(at).model_fields), where)
         at = getattr(at, step)
     return at
 
