@@ -66,7 +66,7 @@ def pareto(
 ) -> NDArray[np.bool_]:           # (n,) whether nobody dominates it
     """The Pareto front. Of equals, all are on it."""
     at_least = (values[:, None] >= values[None]).all(axis=2)  # [i, j]: i is at least as good as j at everything
-    return ~(at_least & ~at_least.T).any(axis=0)
+    return np.asarray(~(at_least & ~at_least.T).any(axis=0))
 
 def fitness(
     values: NDArray[np.float64],   # (n, k) greater is better
@@ -148,12 +148,12 @@ def account_of(
     out = pd.DataFrame([{"candidate": row["number"], "status": row["status"], "generation": next(v for k, v in row["attrs"].items() if k.endswith(":generation")), "inner": row["told"]["shape"][0],
                          **dict(zip(goals, row["values"], strict=False)), "fitness": np.nan, "front": False, "luck": np.nan, "dsr": np.nan,
                          "fits": row["told"]["fits"] * row["fresh"], "error": row["told"]["error"], **row["params"]} for row in rows])
-    ok = out["status"] == OK
-    if ok.any():
-        values, shapes = out.loc[ok, goals].to_numpy(np.float64), [row["told"]["shape"] for row in rows if row["status"] == OK]
+    ok = np.flatnonzero(out["status"] == OK)
+    if len(ok):
+        values, shapes = out[goals].to_numpy(np.float64)[ok], [rows[i]["told"]["shape"] for i in ok]
         out.loc[ok, "fitness"], out.loc[ok, "front"] = fitness(values, np.array([*params.objectives.values()])), pareto(values)
-        out.loc[ok, "luck"] = [np.sqrt(bars_per_year) * expected_max_sharpe(tried, 1 / (shape[1] - 1)) for shape in shapes]
-        out.loc[ok, "dsr"] = [deflated_sharpe(*shape, tried, 1 / (shape[1] - 1)) for shape in shapes]
+        out.loc[ok, "luck"] = [np.sqrt(bars_per_year) * expected_max_sharpe(tried, 1 / (bars - 1)) for _, bars, _, _ in shapes]
+        out.loc[ok, "dsr"] = [deflated_sharpe(sharpe, bars, third, fourth, tried, 1 / (bars - 1)) for sharpe, bars, third, fourth in shapes]
     return out
 
 # %% ../../nbs/validation/09_evolution.ipynb #8cd9c4f1

@@ -219,6 +219,9 @@ class Journal:
             if lines[0].get(key) != value:
                 raise DataError(str(self.path), f"is the journal of another search: its `{key}` was another", "name another folder, or delete this one")
         self.rows = lines[1:]
+        for number, row in enumerate(self.rows):
+            if row.get("number") != number:
+                raise DataError(str(self.path), f"trial {number} is missing", "delete the file: the search begins anew")
 
 # %% ../../nbs/validation/08_search.ipynb #d41cda11
 @contextmanager
