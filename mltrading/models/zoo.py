@@ -25,7 +25,27 @@ __all__ = ['KINDS', 'model_class', 'Spec', 'spec', 'build', 'ModelsParams', 'res
 KINDS: dict[str, str] = {  # kind -> module of `mltrading.models` and class
     "constant": "baselines:Constant",
     "logistic": "baselines:Logistic",
-    "xgboost": "trees:XGBoost",
+    "random_forest": "forest:Forest",
+    "xgboost": "xgboost:XGBoost",
+    "catboost": "catboost:CatBoost",
+    "lightgbm": "lightgbm:LightGBM",
+    "lstm": "lstm:LSTM",
+    "lstm_attention": "lstm:LSTMAttention",
+    "gru_attention": "gru:GRUAttention",
+    "transformer": "transformer:Transformer",
+    "multimodal": "multimodal:MultimodalTransformer",
+    "xlstm": "xlstm:XLSTM",
+    "xlstm_transformer": "hybrid:XLSTMTransformer",
+    "ltc": "liquid:LTC",
+    "cfc": "liquid:CfC",
+    "ncp": "wiring:NCP",
+    "liquid_dual": "dual:LiquidDual",
+    "kan": "kan:KAN",
+    "autoencoder": "autoencoder:Autoencoder",
+    "vae": "autoencoder:VariationalAutoencoder",
+    "calibrated": "calibration:Calibrated",
+    "horizons": "composite:Horizons",
+    "ensemble": "ensemble:Ensemble",
 }
 
 def model_class(
