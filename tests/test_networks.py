@@ -35,7 +35,7 @@ def data():
 def test_every_kind_is_there_and_refuses_what_it_does_not_know():
     for kind in KINDS:
         assert model_class(kind).__name__ == KINDS[kind].split(":")[1]
-        with pytest.raises(ParameterError, match="unknown parameter `no_such`|is missing"):
+        with pytest.raises(ParameterError, match=r"unknown parameter `no_such`|is missing"):
             build(kind, {"no_such": 1}, 0)
 
 

@@ -43,6 +43,7 @@ KINDS: dict[str, str] = {  # kind -> module of `mltrading.models` and class
     "kan": "kan:KAN",
     "autoencoder": "autoencoder:Autoencoder",
     "vae": "autoencoder:VariationalAutoencoder",
+    "dqn": "dqn:DQN",
     "calibrated": "calibration:Calibrated",
     "horizons": "composite:Horizons",
     "ensemble": "ensemble:Ensemble",
