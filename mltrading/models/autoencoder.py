@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .forecaster import Learned
 from .network import Encoder, Network, NetworkParams, through
@@ -55,7 +56,7 @@ class Autoencoding(Encoder):
         return z, self.reconstruction * self._lost(x, z)
 
     def _lost(self, x: Tensor, z: Tensor) -> Tensor:
-        return (self.decoder(z) - x.flatten(1)).square().mean(1) / 2
+        return F.mse_loss(self.decoder(z), x.flatten(1), reduction="none").mean(1) / 2
 
     def errors(
         self,
