@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from stable_baselines3 import DQN as PeerDQN
 from stable_baselines3.common.vec_env import DummyVecEnv

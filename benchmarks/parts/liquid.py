@@ -10,7 +10,6 @@ from typing import Any
 import ncps.torch as peers
 import ncps.wirings as peer_wirings
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
