@@ -20,11 +20,14 @@ ROWS, STEPS, INPUTS, UNITS = 5, 4, 6, 12
 
 
 @pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
+def _double_precision_one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+    torch.set_num_threads(threads)
 
 
 def wired(seed: int = 3) -> Wiring:
@@ -199,14 +202,11 @@ def test_the_solver_is_its_definition(dtype: torch.dtype, least: float, rows: in
 
 def test_threads_change_no_bit() -> None:
     given, wired_ = random_problem(300, torch.float32)
-    threads, found = torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            out = solve(*given, wired_, 3)
-            found.append([out, *torch.autograd.grad(out.square().sum(), given)])
-    finally:
-        torch.set_num_threads(threads)
+    found = []
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        out = solve(*given, wired_, 3)
+        found.append([out, *torch.autograd.grad(out.square().sum(), given)])
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 

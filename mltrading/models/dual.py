@@ -48,6 +48,9 @@ class LiquidDualParams(NCPParams):
 class DualEncoder(Encoder):
     """A dense branch on the last step of some features, a liquid branch on the sequence of the others."""
 
+    static: Tensor
+    series: Tensor
+
     def __init__(
         self,
         p: LiquidDualParams,

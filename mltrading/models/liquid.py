@@ -8,16 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import linear, softplus
 
-from ..core.errors import ParameterError, unknown
+from ..core.errors import unknown
 from .network import Encoder, Network, NetworkParams
-from .synapses import Wires, currents, solve, wires
+from .synapses import Wires, arrivals, currents, solve, wires
 
 # %% auto #0
 __all__ = ['Mode', 'LTCLayer', 'CfCLayer', 'LiquidParams', 'LiquidEncoder', 'LTCEncoder', 'LTCParams', 'LTC', 'CfCParams', 'CfC']
@@ -39,6 +39,7 @@ def _synapses(polarity: Tensor, source: Tensor, target: Tensor, spread: float) -
     k, received = len(target), torch.bincount(target)[target]
     return torch.stack([_uniform(-spread, spread, k), _uniform(2, 5, k), _raw(_uniform(0.001, 1, k) * 6 / received), polarity[source, target].float()])
 
+# %% ../../nbs/models/50_liquid.ipynb #2a5b638a
 class LTCLayer(nn.Module):
     """Neurons that follow the equation of synapses."""
 
@@ -81,14 +82,17 @@ class LTCLayer(nn.Module):
     ) -> Tensor:                         # (B, T, U) in steps, at the end of each step
         "How fast each neuron is at the moment: its capacitance over all open conductances."
         v, (x, (leak, _, capacitance), sensory, recurrent, wired) = self(x, elapsed), self._given(x)
-        units = len(leak)
-        return capacitance / (leak + currents(x, *wired[:2], sensory, units)[1] + currents(v, *wired[2:], recurrent, units)[1])
+        given = currents(x, wired.sensory_source, arrivals(wired.sensory_target, sensory, len(leak)), sensory)[1]
+        among = currents(v, wired.source, arrivals(wired.target, recurrent, len(leak)), recurrent)[1]
+        return capacitance / (leak + given + among)
 
 # %% ../../nbs/models/50_liquid.ipynb #8bf9a970
 Mode = Literal["default", "no_gate", "pure"]
 
 class CfCLayer(nn.Module):
     """Neurons that follow a closed form instead of an equation."""
+
+    mask: Tensor | None
 
     def __init__(
         self,
@@ -102,14 +106,13 @@ class CfCLayer(nn.Module):
         super().__init__()
         self.inputs, self.units, self.mode = inputs, units, mode
         widths, parts = [inputs + units, *backbone], 1 if mode == "pure" else 4
-        self.layers = nn.ModuleList([nn.Linear(a, b) for a, b in pairwise([*widths, parts * units])])
-        for layer in self.layers[:-1]:
-            nn.init.xavier_uniform_(layer.weight)
-        for part in self.layers[-1].weight.chunk(parts):
-            nn.init.xavier_uniform_(part)
-        self.dropout, mask = nn.Dropout(dropout), None
+        layers = [nn.Linear(a, b) for a, b in pairwise([*widths, parts * units])]
+        for layer in layers:
+            for part in layer.weight.chunk(parts if layer is layers[-1] else 1):
+                nn.init.xavier_uniform_(part)
+        self.layers, self.dropout, mask = nn.ModuleList(layers), nn.Dropout(dropout), None
         if connections is not None:
-            mask = torch.ones_like(self.layers[0].weight)
+            mask = torch.ones_like(layers[0].weight)
             mask[: 2 * units] = (connections != 0).repeat(min(2, parts), 1)
         self.register_buffer("mask", mask)
         if mode == "pure":
@@ -119,24 +122,24 @@ class CfCLayer(nn.Module):
         "The state at the end of a step, from the last linear map."
         if self.mode == "pure":
             return self.amplitude - self.amplitude * torch.exp(-elapsed * (self.rate.abs() + z.abs())) * z
-        g, h, a, b = z.chunk(4, dim=1)
-        g, h, gate = torch.tanh(g), torch.tanh(h), torch.sigmoid(a * elapsed + b)
-        return g + gate * h if self.mode == "no_gate" else g + gate * (h - g)
+        ends, a, b = z.split([2 * self.units, self.units, self.units], dim=1)
+        (g, h), gate = torch.tanh(ends).chunk(2, dim=1), torch.sigmoid(a * elapsed + b)
+        return g + gate * h if self.mode == "no_gate" else torch.lerp(g, h, gate)
 
     def forward(
         self,
         x: Tensor,                      # (B, T, S)
         elapsed: Tensor | None = None,  # (B, T) how long each step lasted, positive; None: 1
     ) -> Tensor:                        # (B, T, U) states after each step
-        first, *others = self.layers
+        first, *others = cast("list[nn.Linear]", list(self.layers))
         weight = first.weight if self.mask is None else first.weight * self.mask
-        given, recurrent = linear(x, weight[:, : self.inputs], first.bias), weight[:, self.inputs :].T
+        given, recurrent = linear(x.transpose(0, 1), weight[:, : self.inputs], first.bias), weight[:, self.inputs :].T
         state, states = given.new_zeros(len(x), self.units), []
-        for t in range(x.shape[1]):
-            z = torch.addmm(given[:, t], state, recurrent)
+        for t, z in enumerate(given.unbind()):
+            z = torch.addmm(z, state, recurrent)
             for layer in others:
                 z = layer(self.dropout(1.7159 * torch.tanh(0.666 * z)))
-            state = self._settle(z, 1.0 if elapsed is None else elapsed[:, t, None])
+            state = self._settle(z, 1.0 if elapsed is None else elapsed[:, t, None].to(z.dtype))
             states.append(state)
         return torch.stack(states, dim=1)
 

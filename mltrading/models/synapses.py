@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from ..core.jit import njit
 
 # %% auto #0
-__all__ = ['EPSILON', 'LANES', 'Wires', 'wires', 'currents', 'solve_plain', 'solve']
+__all__ = ['EPSILON', 'LANES', 'Wires', 'wires', 'arrivals', 'currents', 'solve_plain', 'solve']
 
 # %% ../../nbs/models/49_synapses.ipynb #5463da26
 class Wires(NamedTuple):
@@ -39,17 +39,23 @@ def wires(
     (a, b), (c, d) = (m.T.nonzero(as_tuple=True) for m in (sensory, recurrent))
     return Wires(b, a, d, c)
 
+def arrivals(
+    target: Tensor,     # (K,)
+    synapses: Tensor,   # (4, K), for the type of its numbers
+    units: int,         # U
+) -> Tensor:            # (K, U) 1 where synapse k ends at neuron j
+    """The matrix that adds up synapses by receiver."""
+    return torch.nn.functional.one_hot(target, units).to(synapses.dtype)
+
 def currents(
     u: Tensor,         # (..., S) potentials of the senders
     source: Tensor,    # (K,)
-    target: Tensor,    # (K,)
+    into: Tensor,      # (K, U) from `arrivals`
     synapses: Tensor,  # (4, K) μ, γ, w, E
-    units: int,        # U
 ) -> tuple[Tensor, Tensor]:  # (..., U) the current I and the conductance G of every neuron
     """What flows through synapses."""
     mu, gamma, w, reversal = synapses
     opened = w * torch.sigmoid(gamma * (u[..., source] - mu))
-    into = torch.nn.functional.one_hot(target, units).to(u.dtype)
     return (opened * reversal) @ into, opened @ into
 
 # %% ../../nbs/models/49_synapses.ipynb #c44508ac
@@ -67,13 +73,14 @@ def solve_plain(
 ) -> Tensor:            # (B, T, U) potentials after each step
     """The solver in plain torch: the definition, and what runs on a GPU."""
     g, e, capacitance = membrane
-    out, units = [], len(g)
+    from_inputs, from_neurons = arrivals(wires.sensory_target, sensory, len(g)), arrivals(wires.target, recurrent, len(g))
+    out = []
     for t in range(x.shape[1]):
-        current, conductance = currents(x[:, t], wires.sensory_source, wires.sensory_target, sensory, units)
+        current, conductance = currents(x[:, t], wires.sensory_source, from_inputs, sensory)
         c = capacitance * rate[:, t, None]
         for _ in range(unfolds):
-            more, open_ = currents(state, wires.source, wires.target, recurrent, units)
-            state = (c * state + g * e + current + more) / (c + g + conductance + open_ + EPSILON)
+            more, opened = currents(state, wires.source, from_neurons, recurrent)
+            state = (c * state + g * e + current + more) / (c + g + conductance + opened + EPSILON)
         out.append(state)
     return torch.stack(out, dim=1)
 
@@ -252,7 +259,7 @@ def _lanes(x: Tensor, lanes: int) -> NDArray[Any]:
     full = torch.nn.functional.pad(x.detach(), [0, 0] * (x.dim() - 1) + [0, -len(x) % lanes])
     return full.unflatten(0, (-1, lanes)).movedim(1, -1).contiguous().numpy()
 
-def _rows(chunks: list[NDArray[Any]], rows: int) -> Tensor:
+def _rows(chunks: Sequence[NDArray[Any]], rows: int) -> Tensor:
     "(…, lanes) of each chunk -> (B, …)."
     return torch.from_numpy(np.stack(chunks)).movedim(-1, 1).flatten(0, 1)[:rows]
 
@@ -264,7 +271,7 @@ def _each(call: Callable[[int], Any], chunks: int) -> list[Any]:
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(call, range(chunks)))
 
-def _synapses_bar(sums: list[NDArray[Any]], synapses: NDArray[Any]) -> Tensor:
+def _synapses_bar(sums: Sequence[NDArray[Any]], synapses: NDArray[Any]) -> Tensor:
     "(4, K) derivatives with respect to μ, γ, w and E from the four sums of all chunks."
     above, below, r, rd = np.sum(sums, axis=0).sum(axis=2).T
     _, gamma, w, reversal = synapses

@@ -110,11 +110,11 @@ def draw_wiring(
     for outside, matrix in ((True, wiring.sensory), (False, wiring.recurrent)):
         for i, j in np.argwhere(matrix):
             inside = not outside and {i, j} <= set(wiring.command)
-            ax.annotate("", place[False, j], place[outside, i], zorder=1, arrowprops={
+            ax.annotate("", place[False, int(j)], place[outside, int(i)], zorder=1, arrowprops={
                 "arrowstyle": "-|>", "shrinkA": 4, "shrinkB": 5, "lw": 0.8, "mutation_scale": 7, "connectionstyle": f"arc3,rad={0.4 if inside else 0.0}",
                 "color": PALETTE["system" if matrix[i, j] > 0 else "baseline"], "alpha": 0.7})
     for j in np.flatnonzero(np.diag(wiring.recurrent)):
-        ax.scatter(*place[False, j], s=160, facecolor="none", linewidth=1, edgecolor=PALETTE["system" if wiring.recurrent[j, j] > 0 else "baseline"])
+        ax.scatter(*place[False, int(j)], s=160, facecolor="none", linewidth=1, edgecolor=PALETTE["system" if wiring.recurrent[j, j] > 0 else "baseline"])
     ax.scatter(*zip(*place.values(), strict=True), s=42, color=PALETTE["ink"], zorder=2)
     for i in layers["sensory"]:
         ax.annotate(features[i] if features else str(i), place[True, i], (-7, 0), textcoords="offset points", ha="right", va="center")
@@ -136,7 +136,8 @@ class CfCCircuit(nn.Module):
     ) -> None:
         super().__init__()
         into = (wiring.sensory[:, wiring.inter], wiring.recurrent[np.ix_(wiring.inter, wiring.command)], wiring.recurrent[np.ix_(wiring.command, wiring.motor)])
-        self.layers = nn.ModuleList([CfCLayer(*m.shape, mode, (), connections=_tensor(np.vstack([m, np.ones((m.shape[1], m.shape[1]), np.int64)]).T)) for m in into])
+        self.layers = nn.ModuleList([
+            CfCLayer(len(m), m.shape[1], mode, (), connections=_tensor(np.vstack([m, np.ones((m.shape[1], m.shape[1]), np.int64)]).T)) for m in into])
 
     def forward(
         self,
