@@ -15,7 +15,7 @@ LIBRARY = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if not {"pipeline"
 
 
 SLOW = [p for p in LIBRARY if "#| slow" in p.read_text()]
-IMPORTED = ["pytest", "nbdev.test", "fastcore.test", "pandas", "numba", "matplotlib.pyplot", "pyarrow.parquet", "pydantic", "scipy.stats", "sklearn.linear_model"]
+IMPORTED = ["pytest", "nbdev.test", "fastcore.test", "pandas", "numba", "matplotlib.pyplot", "pyarrow.parquet", "pydantic", "scipy.stats", "sklearn.linear_model", "torch"]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def processes() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"MLTRADING_ROOT": str(ROOT), "NUMBA_NUM_THREADS": "2", "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}.items():
+        for name, value in {"MLTRADING_ROOT": str(ROOT), "MLTRADING_QUICK": "1", "NUMBA_NUM_THREADS": "2", "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}.items():
             patch.setenv(name, value)
         patch.chdir(ROOT)
         forkserver.ensure_running()
