@@ -14,7 +14,7 @@ from sklearn.model_selection import cross_val_score
 from mltrading.core.errors import DataError, LeakError
 from mltrading.validation.combinatorial import CombinatorialPurged, paths, routes
 from mltrading.validation.kfold import PurgedKFold
-from mltrading.validation.nested import inner_folds, nested_search
+from mltrading.validation.nested import every, inner_folds, nested_search
 from mltrading.validation.splits import Fold, WalkForward, check_fold
 from mltrading.validation.trials import looking, read_rows
 
@@ -191,7 +191,7 @@ def test_bars_of_an_inner_walk_are_bars_of_the_axis(whole_axis):
     with pytest.raises(DataError, match=r"inside fold 1, fold 2: no row between"):
         list(inner_folds(outer, WalkForward(20, 20), t, end, bars))
     assert len(list(inner_folds(outer, WalkForward(20, 20, anchored=True), t, end, bars))) > 2
-    found = nested_search([outer], WalkForward(30, 30), t, end, {"one": 1}, lambda c, train, test: float(at[test[0]] - at[train[0]]), bars)
+    found = nested_search([outer], WalkForward(30, 30), t, end, every({"one": 1}), lambda c, train, test: float(at[test[0]] - at[train[0]]), bars)
     assert found["inner"].item() == np.mean([at[f.test[0]] - at[f.train[0]] for f in inner])
 
 
@@ -209,12 +209,12 @@ def test_a_choice_does_not_depend_on_outer_test_rows(table, seed):
         if len(np.unique(t[outer.train])) < 2:
             continue
         try:
-            before = nested_search([outer], PurgedKFold(2), t, end, dict(zip("abcde", range(5), strict=True)), score)
+            before = nested_search([outer], PurgedKFold(2), t, end, every(dict(zip("abcde", range(5), strict=True))), score)
         except DataError:
             continue
         rest = np.setdiff1d(np.arange(len(t)), outer.train)
         x[rest], y[rest] = rng.normal(size=(len(rest), 5)), rng.normal(size=len(rest))
-        after = nested_search([outer], PurgedKFold(2), t, end, dict(zip("abcde", range(5), strict=True)), score)
+        after = nested_search([outer], PurgedKFold(2), t, end, every(dict(zip("abcde", range(5), strict=True))), score)
         pd.testing.assert_frame_equal(before.drop(columns="outer"), after.drop(columns="outer"), check_exact=True)
 
 
@@ -249,7 +249,7 @@ def test_a_nested_search_is_one_trial(tmp_path: Path) -> None:
 
     for score, width in ((earned, 1), (earned, 2), (fails_outside, 1)):
         with suppress(ArithmeticError), looking(path, "demo", "sides", {"width": width}, "d") as look:
-            nested_search(outer[::-1], PurgedKFold(3), t, end, {"long": width, "short": -width}, score, look=look)
+            nested_search(outer[::-1], PurgedKFold(3), t, end, every({"long": width, "short": -width}), score, look=look)
     rows = read_rows(path)
     assert [(r["status"], r["fits"], r["n_bars"]) for r in rows] == [("ok", 7 * len(outer), 150), ("ok", 7 * len(outer), 150), ("failed", 1, 0)]
     assert len({r["params_id"] for r in rows}) == 2
@@ -273,5 +273,7 @@ def test_label_ends_without_the_zone_of_the_times_are_refused() -> None:
 def test_a_candidate_that_always_earns_the_same_is_not_the_best(same: float) -> None:
     t = pd.date_range("2020-01-01", periods=300, freq="D", tz="UTC", unit="us")
     r = pd.Series(0.01 * np.random.default_rng(0).normal(size=300), t)
-    with pytest.raises(DataError, match="variance is zero"):
-        nested_search(WalkForward(150, 50).folds(t, t), PurgedKFold(3), t, t, {"moves": 1, "same": 0}, lambda side, _, test: r.iloc[test] if side else r.iloc[test] * 0 + same)
+    found = nested_search(WalkForward(150, 50).folds(t, t), PurgedKFold(3), t, t, every({"same": 0, "moves": 1}), lambda side, _, test: r.iloc[test] if side else r.iloc[test] * 0 + same)
+    assert set(found.loc[found["candidate"] == "same", "status"]) == {"failed"}
+    assert found["error"].str.contains("variance is zero").sum() == len(found) / 2
+    assert found.loc[found["chosen"], "candidate"].unique().tolist() == ["moves"]

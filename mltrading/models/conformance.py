@@ -99,9 +99,9 @@ def _check_form(model: Any, test: Planted) -> Iterable[Answer]:
     yield _hold("probabilities", bool((p >= 0).all() and (p <= 1).all()), f"{p.min():.3f} to {p.max():.3f}")
     yield _hold("sigma is positive", bool((s > 0).all()), f"{s.min():.3f} to {s.max():.3f}")
     yield _hold("no rows, no forecast", model.predict(some(X, slice(0, 0))).shape == (0, out.shape[1]), "0 rows")
-    if isinstance(model, Explainable):
+    if isinstance(model, Explainable) and model.unit:
         values, base = model.contributions(X)
-        told = logit(p) if model.unit == "log-odds" else p
+        told = {"log-odds": logit(p), "probability": p, "score": out["score"].to_numpy()}[model.unit]
         gap = float(np.abs(values.sum(axis=1) + base - told).max())
         yield _hold(f"contributions sum to the {model.unit}", gap < 1e-4 and list(values.columns) == list(X.columns) and values.index.equals(X.index), f"within {gap:.0e}")
 

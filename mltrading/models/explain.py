@@ -5,35 +5,41 @@
 # %% ../../nbs/models/90_explain.ipynb #35e0d873
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
+from scipy.special import logit
+from scipy.stats import t as student
 
-from ..core.errors import DataError, ParameterError
-from .forecaster import Explainable
+from ..core.errors import DataError, ParameterError, unknown
+from .forecaster import Explainable, Forecaster
+from .windows import Windows
 
 # %% auto #0
-__all__ = ['shap_values', 'importance', 'reasons']
+__all__ = ['shap_values', 'importance', 'reasons', 'sampled_contributions', 'Unseen', 'permutation_importance']
 
 # %% ../../nbs/models/90_explain.ipynb #17053dab
 def shap_values(
     model: object,                     # a fitted `Explainable` forecaster
     X: pd.DataFrame,                   # (n, F) features, as fitted
-) -> tuple[pd.DataFrame, pd.Series]:   # (n, F) contributions and (n,) base value, in log-odds of an up move
-    """What each feature adds to the log-odds of each row; with the base they sum to the log-odds of `prob_up`.
+) -> tuple[pd.DataFrame, pd.Series]:   # (n, F) contributions and (n,) base value, in the model's `unit`
+    """What each feature adds to the forecast of each row; with the base they sum to the log-odds of `prob_up`, to `prob_up` or to `score`, as the model's `unit` says.
 
     Raises `ParameterError` on a model that cannot attribute its forecasts.
 
     Known at: the instant of the row, as its forecast is."""
     if not isinstance(model, Explainable):
-        raise ParameterError(type(model).__name__, "has no contributions", "explain a model that has: Constant, Logistic, XGBoost")
+        raise ParameterError(type(model).__name__, "has no contributions", "explain it by `sampled_contributions`")
     return model.contributions(X)
 
 # %% ../../nbs/models/90_explain.ipynb #f5aa2297
 def importance(
     values: pd.DataFrame,  # (n, F) contributions, from `shap_values`
-) -> pd.Series:            # (F,) mean absolute contribution in log-odds, largest first
+) -> pd.Series:            # (F,) mean absolute contribution in the model's unit, largest first
     """How much a model leans on each feature. Ties keep the order of the columns. Raises `DataError` on no rows."""
     if values.empty:
         raise DataError("values", "no rows to average over", "explain at least one row")
@@ -52,7 +58,7 @@ def _number(
     return text.replace("-", "−", 1)
 
 def reasons(
-    values: pd.Series,                       # (F,) contributions of one row, by feature, in log-odds
+    values: pd.Series,                       # (F,) contributions of one row, by feature, in the model's unit
     x: pd.Series,                            # (F,) the row's features
     k: int = 3,                              # at most so many
     units: Mapping[str, str] | None = None,  # feature -> unit
@@ -71,3 +77,115 @@ def reasons(
         told = f"{name} is missing," if np.isnan(value) else f"{name} = {_number(value, (units or {}).get(name, ''))}"
         out.append(f"{told} pushes {'up' if moved > 0 else 'down'} ({'+' if moved > 0 else '−'}{abs(moved):.2f})")
     return out
+
+# %% ../../nbs/models/90_explain.ipynb #66a0fbb5
+def _values(X: pd.DataFrame | Windows) -> NDArray[np.float32]:
+    "(n, …, F) numbers of rows or windows."
+    return X.values() if isinstance(X, Windows) else X.to_numpy(np.float32)
+
+def _like(X: pd.DataFrame | Windows, values: NDArray[np.float32]) -> Any:
+    "Other numbers in the form of X, without labels of rows."
+    index = pd.RangeIndex(len(values))
+    if isinstance(X, Windows):
+        return replace(X, block=values.reshape(-1, values.shape[-1]), last=(np.arange(len(values)) + 1) * X.steps - 1, index=index)
+    return pd.DataFrame(values, index, X.columns)
+
+def _said(model: Forecaster, X: Any) -> NDArray[np.float64]:
+    "(n,) probability of a rise, a millionth inside of 0 and 1."
+    return np.clip(model.predict(X)["prob_up"].to_numpy(np.float64), 1e-6, 1 - 1e-6)
+
+def sampled_contributions(
+    model: Forecaster,              # fitted, over one horizon
+    X: pd.DataFrame | Windows,      # (n, F) rows to explain, or windows of them
+    background: pd.DataFrame | Windows,  # rows that stand for an average one, of the same form: training rows
+    rounds: int = 16,               # pairs of orders, each with a background row drawn from it
+    seed: int = 0,
+) -> tuple[pd.DataFrame, pd.Series]:     # (n, F) contributions and (n,) base value, in log-odds of an up move
+    """What each feature adds to the log-odds of each row, for a model of whatever kind; with the base they sum to the log-odds of `prob_up`.
+
+    Raises `ParameterError` without rounds and `DataError` on a background of other features or without rows.
+
+    Known at: the instant of the row, if the background is.
+
+    Source: Štrumbelj and Kononenko (2014), algorithm 1, with antithetic orders."""
+    if rounds < 1:
+        raise ParameterError("rounds", f"{rounds}", "at least one")
+    if list(background.columns) != list(X.columns) or not len(background):
+        raise DataError("background", f"{len(background)} rows of {len(background.columns)} features", "give training rows with the features of X")
+    rng, x, pool, width = np.random.default_rng(seed), _values(X), _values(background), len(X.columns)
+    total, base = np.zeros((len(x), width)), 0.0
+    for _ in range(rounds):
+        start, order = pool[rng.integers(len(pool))], rng.permutation(width)
+        for path in (order, order[::-1]):
+            mixed = np.repeat(start[None], len(x), axis=0)
+            before = logit(_said(model, _like(X, mixed)))
+            base += float(before[0]) if len(x) else 0.0
+            for j in path:
+                mixed[..., j] = x[..., j]
+                after = logit(_said(model, _like(X, mixed)))
+                total[:, j] += after - before
+                before = after
+    return pd.DataFrame(total / (2 * rounds), X.index, X.columns), pd.Series(base / (2 * rounds), X.index, name="base")
+
+# %% ../../nbs/models/90_explain.ipynb #03251b63
+class Unseen(NamedTuple):
+    """A fitted model and rows that it has not seen: one test fold."""
+
+    model: Forecaster
+    X: pd.DataFrame | Windows         # (n, F)
+    y: NDArray[np.float64]            # (n,) targets
+    times: NDArray[np.datetime64]     # (n,) ascending
+
+def _losses(model: Forecaster, X: Any, up: NDArray[np.bool_]) -> NDArray[np.float64]:
+    p = _said(model, X)
+    return np.asarray(-np.log(np.where(up, p, 1 - p)), np.float64)
+
+def _shuffled(block: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
+    "For each row the row that gives it its values: the same place of another block."
+    count = np.bincount(block)
+    first, place = np.cumsum(count) - count, np.arange(len(block)) - (np.cumsum(count) - count)[block]
+    source = rng.permutation(len(count))[block]
+    return np.asarray(first[source] + place % count[source], np.int64)
+
+def permutation_importance(
+    folds: Iterable[Unseen],
+    groups: Mapping[str, Sequence[str]] | None = None,  # name -> features that are destroyed together; None: each by itself
+    block_bars: int = 10,      # instants that stay together
+    repeats: int = 5,          # permutations that are averaged over
+    seed: int = 0,
+    level: float = 0.95,       # of the interval
+) -> pd.DataFrame:             # one row per group, largest first: increase of the log-loss (nats), low, high, blocks
+    """How much worse forecasts of unseen rows become without a group of features.
+
+    Raises `ParameterError` on impossible settings, and `DataError` where there are fewer than two blocks or a group names a feature that is not there.
+
+    Known at: the end of the test folds' labels; a diagnosis, no choice of features, which would have seen the test."""
+    if block_bars < 1 or repeats < 1 or not 0 < level < 1:
+        raise ParameterError("permutation_importance", f"block_bars {block_bars}, repeats {repeats}, level {level}", "at least one each, a level inside (0, 1)")
+    rng, found = np.random.default_rng(seed), []
+    for model, X, y, times in folds:
+        instant = np.unique(times, return_inverse=True)[1]
+        block, up, values, names = instant // block_bars, np.asarray(y) > 0, _values(X), list(map(str, X.columns))
+        mine = {n: [n] for n in names} if groups is None else dict(groups)
+        if missing := [f for own in mine.values() for f in own if f not in names]:
+            raise unknown("feature", missing[0], names, "permutation_importance, groups", DataError)
+        before, lost = _losses(model, X, up), {}
+        sources = [_shuffled(block, rng) for _ in range(repeats)]
+        for name, own in mine.items():
+            at, worse = [names.index(f) for f in own], np.zeros(len(up))
+            for source in sources:
+                mixed = values.copy()
+                mixed[..., at] = values[source][..., at]
+                worse += (_losses(model, _like(X, mixed), up) - before) / repeats
+            lost[name] = np.bincount(block, worse) / np.bincount(block)
+        found.append(pd.DataFrame(lost))
+    return _summary(found, level)
+
+def _summary(found: list[pd.DataFrame], level: float) -> pd.DataFrame:
+    "Mean over blocks with Student's interval."
+    table = pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+    if len(table) < 2:
+        raise DataError("permutation_importance", f"{len(table)} blocks have no interval", "give more test rows or smaller blocks")
+    mean, half = table.mean(), student.ppf(0.5 + level / 2, len(table) - 1) * table.std() / np.sqrt(len(table))
+    out = pd.DataFrame({"increase": mean, "low": mean - half, "high": mean + half, "blocks": len(table)})
+    return out.sort_values("increase", ascending=False, kind="stable").rename_axis("group")

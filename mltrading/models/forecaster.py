@@ -53,7 +53,7 @@ class Forecaster(Protocol):
 class Explainable(Protocol):
     """A forecaster that can attribute its forecasts to features."""
 
-    unit: str  # of the contributions: "log-odds" or "probability" of an up move
+    unit: str  # of the contributions: "log-odds" or "probability" of an up move, or "score"; empty where there is nothing to explain
 
     def contributions(self, X: Any) -> tuple[pd.DataFrame, pd.Series]: ...
 
@@ -113,10 +113,14 @@ class Model(ABC):
 
     def predict(self, X: pd.DataFrame | Windows) -> pd.DataFrame:
         """Columns `score`, `prob_up`, `sigma` and those of the task, for each row; with several horizons under each horizon. Raises `DataError` on other features than the fitted ones."""
+        return self._forecast(self._readable(X), X.index)
+
+    def _readable(self, X: pd.DataFrame | Windows) -> Any:
+        "Rows to predict, as the model reads them."
         x = prediction_rows(X, self.features, type(self).__name__, self.sequences)
         if isinstance(x, Windows) and x.steps != self.about["steps"]:
             raise DataError(f"{type(self).__name__}, features X", f"windows of {x.steps} steps, where {self.about['steps']} were fitted", "make windows as long as the fitted ones")
-        return self._forecast(x, X.index)
+        return x
 
     def save(self, folder: str | Path) -> None:
         """Write the fitted model's folder, equal models to equal bytes."""

@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -21,21 +21,25 @@ from safetensors.torch import load as read_tensors
 from safetensors.torch import save as tensor_bytes
 from torch import Tensor, nn
 
-from ..core.errors import DataError
+from ..core.errors import DataError, ParameterError
 from .forecaster import Learned, Model, digest
-from .rows import inner_split
+from .gradients import integrated_gradients
+from .rows import inner_split, prediction_rows
 from .scaling import Scaling, fit_scaling
 from .tasks import AnyHead, AnyTask, Direction, Position, Quantiles, Task
 from .training import Epoch, Losses, TrainParams, seed_of, torch_state, train
 from .windows import Gather, Windows
 
 # %% auto #0
-__all__ = ['Encoder', 'NetworkParams', 'Heads', 'Batches', 'say', 'targets_of', 'forecast_table', 'Network', 'loss_weights',
-           'parameter_count']
+__all__ = ['T', 'Encoder', 'NetworkParams', 'Heads', 'Batches', 'through', 'say', 'targets_of', 'forecast_table', 'Network',
+           'loss_weights', 'parameter_count']
 
 # %% ../../nbs/models/32_network.ipynb #a4aa5db6
 def _cross_entropy(h: Tensor, target: Tensor, task: Task) -> Tensor:
     return F.binary_cross_entropy_with_logits(h[:, 0], target.to(h.dtype), reduction="none")
+
+def _class_entropy(h: Tensor, target: Tensor, task: Task) -> Tensor:
+    return F.cross_entropy(h, target, reduction="none")
 
 def _pinball(h: Tensor, y: Tensor, task: Task) -> Tensor:
     assert isinstance(task, Quantiles)
@@ -50,17 +54,29 @@ def _utility(h: Tensor, y: Tensor, task: Task) -> Tensor:
 _LOSSES: dict[str, Callable[[Tensor, Tensor, Task], Tensor]] = {  # kind -> head's output (B, outputs), target (B,) -> (B,)
     "direction": _cross_entropy,
     "risk": _cross_entropy,
-    "three_way": lambda h, k, task: F.cross_entropy(h, k, reduction="none"),
+    "health": lambda h, rank, task: 12 * (torch.sigmoid(h[:, 0]) - rank).square(),
+    "three_way": _class_entropy,
+    "buckets": _class_entropy,
+    "behaviour": _class_entropy,
     "regression": lambda h, y, task: (h[:, 0] - y).square(),
     "quantiles": _pinball,
     "volatility": lambda h, y, task: 0.5 * (h[:, 0].clamp(-20, 20) + y.square() * torch.exp(-h[:, 0].clamp(-20, 20))),
     "position": _utility,
 }
 
+def _probability(h: Tensor) -> Tensor:
+    return torch.sigmoid(h[:, 0])
+
+def _probabilities(h: Tensor) -> Tensor:
+    return torch.softmax(h, 1)
+
 _RAW: dict[str, Callable[[Tensor], Tensor]] = {  # kind -> head's output -> what the task calls raw
-    "direction": lambda h: torch.sigmoid(h[:, 0]),
-    "risk": lambda h: torch.sigmoid(h[:, 0]),
-    "three_way": lambda h: torch.softmax(h, 1),
+    "direction": _probability,
+    "risk": _probability,
+    "health": _probability,
+    "three_way": _probabilities,
+    "buckets": _probabilities,
+    "behaviour": _probabilities,
     "regression": lambda h: h[:, 0],
     "quantiles": lambda h: h,
     "volatility": lambda h: h[:, 0],
@@ -69,18 +85,16 @@ _RAW: dict[str, Callable[[Tensor], Tensor]] = {  # kind -> head's output -> what
 
 # %% ../../nbs/models/32_network.ipynb #f8a8eb0c
 class Encoder(nn.Module):
-    """Windows (B, L, F) in, vectors (B, width) out. Subclasses set `width` and write `forward`; those with losses of their own name them."""
+    """Windows (B, L, F) in, vectors (B, width) out. Subclasses set `width` and write `forward`; those with losses of their own write `learn`."""
 
     width: int
-    own_losses: tuple[str, ...] = ()
 
-    def losses(
+    def learn(
         self,
-        x: Tensor,          # (B, L, F) the inputs
-        z: Tensor,          # (B, width) what `forward` made of them
-    ) -> dict[str, Tensor]: # (B,) each, under the names of `own_losses`
-        "Losses besides those of the heads."
-        return {}
+        x: Tensor,                      # (B, L, F)
+    ) -> tuple[Tensor, Tensor | None]:  # (B, width) the vectors for the heads, and (B,) what is added to their losses
+        "A pass in training."
+        return self(x), None
 
 class NetworkParams(BaseModel):
     """What can be turned on every network; an architecture adds its own."""
@@ -106,15 +120,22 @@ class Heads(nn.Module):
         super().__init__()
         self.encoder, self.tasks, self.horizons = encoder, tuple(tasks), horizons
         self.heads = nn.ModuleList([nn.Linear(encoder.width, horizons * t.outputs) for t in tasks])
-        self.noise = nn.Parameter(torch.zeros(len(tasks) + len(encoder.own_losses)))  # s of each loss, in this order
+        self.noise = nn.Parameter(torch.zeros(len(tasks)))  # s of each task's loss
+
+    def outputs(
+        self,
+        z: Tensor,               # (B, width)
+    ) -> list[list[Tensor]]:     # [task][horizon] (B, outputs)
+        "What the heads make of the encoder's vectors."
+        outputs = (head(z) for head in self.heads)
+        return [list((h.float() if h.dtype == torch.bfloat16 else h).chunk(self.horizons, 1)) for h in outputs]
 
     def forward(
         self,
         x: Tensor,                           # (B, L, F)
     ) -> tuple[list[list[Tensor]], Tensor]:  # [task][horizon] (B, outputs), and the vector (B, width)
         z = self.encoder(x)
-        outputs = (head(z) for head in self.heads)
-        return [list((h.float() if h.dtype == torch.bfloat16 else h).chunk(self.horizons, 1)) for h in outputs], z
+        return self.outputs(z), z
 
     def costs(
         self,
@@ -122,13 +143,13 @@ class Heads(nn.Module):
         targets: list[list[Tensor]],  # [task][horizon] (B,)
         weight: Tensor,               # (B,)
     ) -> Losses:
-        """What rows cost: all losses weighed against each other, and the main task's, averaged over the horizons."""
-        outputs, z = self(x)
-        each = [torch.stack([_LOSSES[t.kind](h, y, t) for h, y in zip(hs, ys, strict=True)]).mean(0) for t, hs, ys in zip(self.tasks, outputs, targets, strict=True)]
-        own = self.encoder.losses(x, z)
-        means = [(loss * weight).sum() / weight.sum() for loss in (*each, *(own[name] for name in self.encoder.own_losses))]
-        alone = len(means) == 1
-        weighed = [m if alone or (i < len(self.tasks) and self.tasks[i].kind == "position") else torch.exp(-s) * m + 0.5 * s for i, (m, s) in enumerate(zip(means, self.noise, strict=True))]
+        """What rows cost: the tasks' losses weighed against each other and the encoder's own, and the main task's, averaged over the horizons."""
+        z, own = self.encoder.learn(x) if self.training else (self.encoder(x), None)
+        each = [torch.stack([_LOSSES[t.kind](h, y, t) for h, y in zip(hs, ys, strict=True)]).mean(0) for t, hs, ys in zip(self.tasks, self.outputs(z), targets, strict=True)]
+        means = [(loss * weight).sum() / weight.sum() for loss in each]
+        weighed = [m if len(means) == 1 or t.kind == "position" else torch.exp(-s) * m + 0.5 * s for t, m, s in zip(self.tasks, means, self.noise, strict=True)]
+        if own is not None:
+            weighed.append((own * weight).sum() / weight.sum())
         return Losses(torch.stack(weighed).sum(), (each[0] * weight).sum(), float(weight.sum()))
 
 # %% ../../nbs/models/32_network.ipynb #a928f921
@@ -159,27 +180,39 @@ class Batches:
             return torch.from_numpy(self.x.batch(rows, self.gather))
         return self.view[self.first[torch.from_numpy(rows).to(self.device)]]
 
-# %% ../../nbs/models/32_network.ipynb #d7b9ab69
+# %% ../../nbs/models/32_network.ipynb #7495cfb2
+T = TypeVar("T")
+
+def through(
+    x: Windows,
+    gather: Gather,              # how its inputs are scaled
+    use: Callable[[Tensor], T],  # (b, L, F) inputs in double precision -> what is made of them
+) -> list[T]:                    # of a thousand windows each
+    """Send windows through a module that was fitted."""
+    with torch.inference_mode():
+        return [use(torch.from_numpy(x.batch(np.arange(start, min(start + 1024, len(x))), gather)).double()) for start in range(0, len(x), 1024)]
+
+def _single(values: Tensor) -> NDArray[np.float64]:
+    "Rounded to single precision."
+    return values.numpy().astype(np.float32).astype(np.float64)
+
 def say(
     heads: Heads,    # fitted, in double precision
     x: Windows,
     gather: Gather,  # how its inputs are scaled
 ) -> list[list[NDArray[np.float64]]]:  # [task][horizon] (n,) or (n, outputs)
     """What the heads say about windows, rounded to single precision."""
-    parts = []
-    with torch.inference_mode():
-        for start in range(0, len(x), 1024):
-            outputs, _ = heads(torch.from_numpy(x.batch(np.arange(start, min(start + 1024, len(x))), gather)).double())
-            parts.append([[_RAW[task.kind](h).numpy().astype(np.float32).astype(np.float64) for h in hs] for task, hs in zip(heads.tasks, outputs, strict=True)])
+    parts = through(x, gather, lambda inputs: [[_single(_RAW[task.kind](h)) for h in hs] for task, hs in zip(heads.tasks, heads(inputs)[0], strict=True)])
     return [[np.concatenate([part[i][h] for part in parts]) for h in range(heads.horizons)] for i in range(len(heads.tasks))]
 
 def targets_of(
     tasks: Sequence[Task],
     y: NDArray[np.float64],  # (n, H)
+    last: pd.DataFrame,      # (n, F) features of the last step
     device: torch.device,
 ) -> list[list[Tensor]]:     # [task][horizon] (n,)
     """What each head is to learn: classes as integers, the rest in single precision."""
-    encoded = [[task.encode(y[:, h]) for h in range(y.shape[1])] for task in tasks]
+    encoded = [[task.target(y[:, h], last) for h in range(y.shape[1])] for task in tasks]
     return [[torch.from_numpy(v.astype(np.int64 if v.dtype.kind == "i" else np.float32)).to(device) for v in vs] for vs in encoded]
 
 # %% ../../nbs/models/32_network.ipynb #3c5708a0
@@ -219,6 +252,21 @@ class _Heads(Model):
     def tasks(self) -> tuple[Task, ...]:
         "What it learns, the main one first."
         return (self.params.task, *self.params.auxiliary)
+
+    @property
+    def unit(self) -> str:
+        "Of the contributions: log-odds; empty where the forecast is no single log-odds, of another task or over several horizons."
+        return "log-odds" if isinstance(self.params.task, Direction) and not self.about.get("horizons") else ""
+
+    def contributions(self, X: pd.DataFrame | Windows) -> tuple[pd.DataFrame, pd.Series]:
+        """(n, F) what each feature adds to the log-odds over the whole window, by integrated gradients, and (n,) what an average window has."""
+        if not self.unit:
+            raise ParameterError(type(self).__name__, "has no contributions: its forecast is no single log-odds", "explain it by `sampled_contributions`")
+        x = prediction_rows(X, self.features, type(self).__name__, True)
+        inputs = torch.from_numpy(x.batch(np.arange(len(x)), self.scaling.gather())).double()
+        with torch_state(self.seed, self.threads):
+            parts, base = integrated_gradients(lambda v: self.heads(v)[0][0][0][:, 0], inputs)
+        return pd.DataFrame(parts.sum(1), index=X.index, columns=X.columns), pd.Series(base, index=X.index, name="base")
 
     def _say(self, x: Windows) -> list[list[NDArray[np.float64]]]:
         with torch_state(self.seed, self.threads):
@@ -269,7 +317,7 @@ class Network(_Heads):
         with torch_state(seed_of(self.seed, 0), self.threads):
             device = t.on()
             self.heads: Heads = Heads(self.encoder(tuple(map(str, x.columns))), self.tasks, y.shape[1]).to(device)
-            batches, weights, targets = Batches(x, self.scaling.gather(), device), torch.from_numpy(w.astype(np.float32)).to(device), targets_of(self.tasks, y, device)
+            batches, weights, targets = Batches(x, self.scaling.gather(), device), torch.from_numpy(w.astype(np.float32)).to(device), targets_of(self.tasks, y, x.frame(), device)
 
             def loss(rows: NDArray[np.int64]) -> Losses:
                 at = torch.from_numpy(rows).to(device)
@@ -285,10 +333,10 @@ class Network(_Heads):
 # %% ../../nbs/models/32_network.ipynb #59074cd6
 def loss_weights(
     network: Network,          # in training or fitted
-) -> pd.Series:                # loss -> weight, in the order of the heads, then of the encoder's own
-    """What each loss weighs against the others, exp(−s)."""
+) -> pd.Series:                # kind of task -> weight, the main one first
+    """What each task's loss weighs against the others, exp(−s)."""
     heads = network.heads
-    names = [*(t.kind for t in heads.tasks), *heads.encoder.own_losses]
+    names = [t.kind for t in heads.tasks]
     fixed = [len(names) == 1 or n == "position" for n in names]
     return pd.Series([1.0 if f else float(torch.exp(-s)) for f, s in zip(fixed, heads.noise.detach(), strict=True)], names, name="weight")
 

@@ -11,12 +11,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+from scipy.stats import rankdata
 
-from ..core.errors import DataError
+from ..core.errors import DataError, ParameterError
 
 # %% auto #0
 __all__ = ['Floats', 'GRID', 'AnyTask', 'AnyHead', 'Task', 'Direction', 'ThreeWay', 'Regression', 'Quantiles', 'Volatility',
-           'Position', 'Risk']
+           'Position', 'Risk', 'Health', 'Buckets', 'Behaviour']
 
 # %% ../../nbs/models/04_tasks.ipynb #e4284f5c
 Floats = NDArray[np.float64]
@@ -39,6 +40,14 @@ class Task(BaseModel):
     ) -> NDArray[Any]:    # (n,) what is learned
         "The target of learning. Raises `DataError` where there is nothing to learn."
         return y
+
+    def target(
+        self,
+        y: Floats,           # (n,) targets of the training rows
+        last: pd.DataFrame,  # (n, F) their features, of windows those of the last step
+    ) -> NDArray[Any]:       # (n,) what is learned
+        "The target of learning for heads that need more than y."
+        return self.encode(y)
 
     def summarize(
         self,
@@ -208,6 +217,57 @@ class Risk(Task):
     def columns(self, raw: Floats, summary: dict[str, Any]) -> dict[str, Floats]:
         return {"risk": raw}
 
+# %% ../../nbs/models/04_tasks.ipynb #c6f0bdcb
+class Health(Task):
+    """How good the outlook is, 0 to 1. Raw: the expected share of training rows with a smaller y, (n,)."""
+
+    kind: Literal["health"] = "health"
+
+    def encode(self, y: Floats) -> Floats:
+        return (rankdata(y) - 0.5) / len(y)
+
+    def columns(self, raw: Floats, summary: dict[str, Any]) -> dict[str, Floats]:
+        return {"health": raw}
+
+class Buckets(Task):
+    """How large the move will be. Raw: probabilities of the terciles of |y|, (n, 3)."""
+
+    kind: Literal["buckets"] = "buckets"
+
+    @property
+    def outputs(self) -> int:
+        return 3
+
+    def encode(self, y: Floats) -> NDArray[np.int64]:
+        return np.digitize(np.abs(y), np.quantile(np.abs(y), [1 / 3, 2 / 3]))
+
+    def columns(self, raw: Floats, summary: dict[str, Any]) -> dict[str, Floats]:
+        return {f"vol_{name}": raw[:, k] for k, name in enumerate(("low", "medium", "high"))}
+
+class Behaviour(Task):
+    """Whether a move goes on or turns around. Raw: probabilities of momentum, reversion and mixed, (n, 3)."""
+
+    kind: Literal["behaviour"] = "behaviour"
+    past: str = Field(description="the feature that is the past return")
+    band: float = Field(default=0.25, ge=0, description="returns nearer to zero say nothing, in their standard deviations")
+
+    @property
+    def outputs(self) -> int:
+        return 3
+
+    def target(self, y: Floats, last: pd.DataFrame) -> NDArray[np.int64]:
+        if self.past not in last:
+            raise ParameterError("behaviour.past", f"`{self.past}` is not among the features", "name the feature that is the past return")
+        p = last[self.past].to_numpy(np.float64)
+        known = ~np.isnan(p)
+        if not known.any():
+            raise DataError(f"feature `{self.past}`", "is NaN on all training rows", "name another past return, or train on a longer window")
+        clear = known & (np.abs(y) > self.band * y.std()) & (np.abs(p) > self.band * p[known].std())
+        return np.where(clear & (y * p > 0), 0, np.where(clear & (y * p < 0), 1, 2))
+
+    def columns(self, raw: Floats, summary: dict[str, Any]) -> dict[str, Floats]:
+        return {f"behaviour_{name}": raw[:, k] for k, name in enumerate(("momentum", "reversion", "mixed"))}
+
 # %% ../../nbs/models/04_tasks.ipynb #09ffd6bb
 AnyTask = Annotated[Direction | ThreeWay | Regression | Quantiles, Field(discriminator="kind")]     # gives a forecast
-AnyHead = Annotated[Direction | ThreeWay | Regression | Quantiles | Volatility | Position | Risk, Field(discriminator="kind")]  # or a column beside one
+AnyHead = Annotated[Direction | ThreeWay | Regression | Quantiles | Volatility | Position | Risk | Health | Buckets | Behaviour, Field(discriminator="kind")]  # or a column beside one

@@ -56,7 +56,7 @@ class System:
 # %% ../../nbs/systems/00_base.ipynb #5e0e2da7
 def system_names() -> list[str]:
     """The systems that exist: modules of this package that are not its common parts."""
-    return sorted(m.name for m in pkgutil.iter_modules(mltrading.systems.__path__) if m.name not in ("base", "trade", "walk"))
+    return sorted(m.name for m in pkgutil.iter_modules(mltrading.systems.__path__) if m.name not in ("base", "trade", "tuning", "walk"))
 
 def load_system(
     name: str,  # a module of `mltrading.systems`

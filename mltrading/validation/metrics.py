@@ -21,7 +21,7 @@ __all__ = ['METRICS', 'as_numbers', 'checked', 'checked_pair', 'equity_curve', '
            'cagr', 'vol_annual', 'sharpe_annual', 'sortino_annual', 'drawdown', 'max_drawdown', 'longest_drawdown_bars',
            'calmar', 'hit_rate', 'profit_factor', 'skew', 'kurtosis', 'var_95', 'es_95', 'tail_ratio', 'exposure',
            'turnover_annual', 'measure', 'performance', 'accuracy', 'mcc', 'brier', 'log_loss_rows', 'log_loss', 'auc',
-           'calibration_table', 'calibration_error', 'ic_by_time', 'forecast_quality']
+           'calibration_table', 'calibration_error', 'brier_parts', 'ic_by_time', 'forecast_quality']
 
 # %% ../../nbs/validation/10_metrics.ipynb #772da7cb
 def as_numbers(
@@ -425,6 +425,15 @@ def calibration_error(prob_up: Any, up: Any, bins: int = 10) -> float:
     "Mean distance between probability and share that went up over the rows of the calibration table, a fraction."
     table = calibration_table(prob_up, up, bins)
     return float(((table["mean_prob"] - table["share_up"]).abs() * table["rows"]).sum() / table["rows"].sum())
+
+# %% ../../nbs/validation/10_metrics.ipynb #2f708ca8
+def brier_parts(prob_up: Any, up: Any, bins: int = 10) -> dict[str, float]:
+    "The Brier score as reliability − resolution + uncertainty + within_steps, by the steps of the calibration table."
+    table, base = calibration_table(prob_up, up, bins), float(np.mean(up))
+    share, p, u = (table[c].to_numpy(np.float64) for c in ("rows", "mean_prob", "share_up"))
+    share = share / share.sum()
+    out = {"reliability": float(share @ (p - u) ** 2), "resolution": float(share @ (u - base) ** 2), "uncertainty": base * (1 - base)}
+    return out | {"within_steps": brier(prob_up, up) - out["reliability"] + out["resolution"] - out["uncertainty"]}
 
 # %% ../../nbs/validation/10_metrics.ipynb #3ed3b28b
 def ic_by_time(

@@ -5,9 +5,9 @@
 # %% ../../nbs/validation/06_nested.ipynb #35e0d873
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -21,7 +21,8 @@ from .trials import Look
 T = TypeVar("T")
 
 # %% auto #0
-__all__ = ['T', 'inner_folds', 'nested_search']
+__all__ = ['T', 'Score', 'OK', 'PRUNED', 'FAILED', 'COLUMNS', 'inner_folds', 'Searched', 'Search', 'Tried', 'attempt', 'as_score',
+           'best_of', 'every', 'as_returns', 'joined', 'nested_search']
 
 # %% ../../nbs/validation/06_nested.ipynb #634ae9b7
 def inner_folds(
@@ -46,57 +47,142 @@ def inner_folds(
     except MLTradingError as error:
         raise type(error)(f"inside fold {outer.number}, {error.where}", error.what, error.fix) from error
 
+# %% ../../nbs/validation/06_nested.ipynb #e7532a45
+Score = Callable[[T, NDArray[np.int64], NDArray[np.int64]], float | pd.Series]  # (candidate, training rows, test rows) -> greater is better; or returns per bar by instant, whose Sharpe ratio is
+
+class Searched(NamedTuple, Generic[T]):
+    """What a search tried, and what it chose."""
+    trials: pd.DataFrame  # one row per trial: candidate, status, inner, fits, error, and what else the search knows
+    best: int             # the row that was chosen
+    candidate: T          # what is judged on the outer test rows
+
+class Search(Protocol[T]):
+    """Finds a candidate on the inner folds of one outer fold."""
+    def __call__(self, number: int, folds: Sequence[Fold], score: Score[T]) -> Searched[T]: ...
+
+# %% ../../nbs/validation/06_nested.ipynb #9bb481ef
+OK, PRUNED, FAILED = "ok", "pruned", "failed"
+COLUMNS = ("fold", "candidate", "status", "folds", "inner", "spread", "fits", "error", "chosen", "outer")  # of accounts, taken
+
+class Tried(NamedTuple):
+    """One candidate on the inner folds."""
+    status: str                 # OK, PRUNED or FAILED
+    scores: tuple[float, ...]   # of the folds that it got to
+    fits: int
+    error: str                  # why it failed, else empty
+
+    def row(self) -> dict[str, Any]:
+        """Its row in the account of a search, without a name."""
+        mean, spread = (np.mean(self.scores), np.std(self.scores)) if self.scores else (np.nan, np.nan)
+        return {"status": self.status, "folds": len(self.scores), "inner": float(mean), "spread": float(spread), "fits": self.fits, "error": self.error}
+
+def attempt(
+    candidate: T,
+    folds: Sequence[Fold],
+    score: Score[T],
+    prune: Callable[[Sequence[float]], bool] = lambda scores: False,  # the scores so far -> whether to give up; asked while folds are left
+) -> Tried:
+    """Score a candidate on one fold after another."""
+    scores: list[float] = []
+    for k, fold in enumerate(folds, 1):
+        try:
+            scores.append(as_score(score(candidate, fold.train, fold.test), f"fold {fold.number}"))
+        except MLTradingError as error:
+            return Tried(FAILED, tuple(scores), k, f"{type(error).__name__}: {error.where}: {error.what}")
+        if k < len(folds) and prune(scores):
+            return Tried(PRUNED, tuple(scores), k, "")
+    return Tried(OK, tuple(scores), len(folds), "")
+
+# %% ../../nbs/validation/06_nested.ipynb #ffc2384d
+def as_score(
+    score: float | pd.Series,  # what a score gives
+    where: str,                # for messages
+) -> float:
+    """The number that a score is: of returns, their Sharpe ratio per bar.
+
+    Raises `DataError` on what is not finite, and on returns that cannot be measured."""
+    if isinstance(score, pd.Series):
+        r = checked(score, where)
+        return float(r.mean() / r.std(ddof=1))
+    if not np.isfinite(score):
+        raise DataError(where, f"the score is {score}", "leave rows without a label out of the score, or give the candidate a score of its own where it fails")
+    return float(score)
+
+def best_of(
+    trials: pd.DataFrame,          # with the columns `status` and `error`
+    column: str = "inner",         # greater is better
+) -> int:                          # its place; of equals the first
+    """The best trial of those that came through. Raises `DataError` where none did."""
+    ok = (trials["status"] == OK).to_numpy()
+    if not ok.any():
+        failed = trials.loc[trials["status"] == FAILED, "error"]
+        raise DataError("search", f"none of {len(trials)} candidates came through all inner folds" + (f"; the first that failed: {failed.iloc[0]}" if len(failed) else ""), "widen what is tried, or give the inner folds more rows")
+    return int(np.argmax(np.where(ok, trials[column].to_numpy(np.float64), -np.inf)))
+
+def every(
+    candidates: Mapping[str, T],  # name -> what `score` makes a model of
+) -> Search[T]:
+    """The search that tries every candidate of a list. Raises `ParameterError` without candidates."""
+    if not candidates:
+        raise ParameterError("every.candidates", "there are none", "give at least one")
+    def search(number: int, folds: Sequence[Fold], score: Score[T]) -> Searched[T]:
+        trials = pd.DataFrame([{"candidate": name, **attempt(c, folds, score).row()} for name, c in candidates.items()])
+        best = best_of(trials)
+        return Searched(trials, best, candidates[trials["candidate"].iloc[best]])
+    return search
+
+# %% ../../nbs/validation/06_nested.ipynb #421dcf5f
+def as_returns(
+    score: float | pd.Series,  # what a score gives
+    where: str,                # for messages
+) -> pd.Series:
+    """The returns that a score is made of. Raises `DataError` on a number."""
+    if not isinstance(score, pd.Series):
+        raise DataError(where, "the score is a number, and a trial is recorded with its returns", "let `score` give the returns per bar, indexed by instant")
+    return score
+
+def joined(
+    returns: Sequence[pd.Series],  # of several folds, by instant
+    where: str,                    # for messages
+) -> pd.Series:                    # in the order of time
+    """Returns of several folds as one series. Raises `DataError` on an instant that is judged twice."""
+    out = pd.concat(returns).sort_index()
+    if not out.index.is_unique:
+        raise DataError(where, f"{out.index[out.index.duplicated()][0]} is judged in more than one fold", "judge every instant once: with a walk-forward, or k-fold")
+    return out
+
 # %% ../../nbs/validation/06_nested.ipynb #59d44011
 def nested_search(
-    folds: Iterable[Fold],        # of any splitter
-    inner: Splitter,              # makes the folds inside each of them
-    times: Any,                   # (n,) decision instants of the whole table
-    label_end: Any,               # (n,) instants at which the labels are known
-    candidates: Mapping[str, T],  # name -> what `score` makes a model of
-    score: Callable[[T, NDArray[np.int64], NDArray[np.int64]], float | pd.Series],  # (candidate, training rows, test rows) -> greater is better; or returns per bar by instant, whose Sharpe ratio is
-    bars: Any = None,             # (T,) the time axis that bars are counted on; None: the distinct `times`
-    look: Look | None = None,     # from `looking`: is shown the returns of all folds, joined, and the count of scores; then `score` gives returns
-) -> pd.DataFrame:                # one row per fold and candidate: fold, candidate, inner (mean score), spread (over inner folds), chosen, outer (of the chosen one, else NaN)
-    """In each fold, choose on folds inside its training rows, then judge the choice once: with `look`, on record, as one trial.
+    folds: Iterable[Fold],     # of any splitter
+    inner: Splitter,           # makes the folds inside each of them
+    times: Any,                # (n,) decision instants of the whole table
+    label_end: Any,            # (n,) instants at which the labels are known
+    search: Search[T],         # finds a candidate on the inner folds
+    score: Score[T],
+    bars: Any = None,          # (T,) the time axis that bars are counted on; None: the distinct `times`
+    look: Look | None = None,  # from `looking`: is shown the returns of all folds, joined, and the count of fits; then `score` gives returns
+) -> pd.DataFrame:             # one row per fold and trial: fold, the search's columns, chosen, outer (of the chosen one, else NaN)
+    """In each fold, search on folds inside its training rows, then judge the choice once: with `look`, on record, as one trial.
 
-    Raises `ParameterError` without candidates, `DataError` on a score that is not finite or that should be recorded and has no returns, on folds to be recorded that judge an instant twice, and what `inner_folds` raises.
+    Raises `DataError` where no candidate came through, on an outer score that is not finite or that should be recorded and has no returns, on folds to be recorded that judge an instant twice, and what `inner_folds` and the search raise.
 
     Known at: a choice with the last label of its fold's training rows.
 
     Source: G. C. Cawley and N. L. C. Talbot (2010), Journal of Machine Learning Research 11, 2079–2107."""
-    if not candidates:
-        raise ParameterError("nested_search.candidates", "there are none", "give at least one")
-    found, seen, tried = [], [], 0
+    found, seen, fits = [], [], 0
     for fold in folds:
         small = list(inner_folds(fold, inner, times, label_end, bars))
-        scores = np.array([[_finite(score(c, f.train, f.test), f"inside fold {fold.number}, fold {f.number}, {name}") for f in small] for name, c in candidates.items()])
-        names, best = list(candidates), int(np.argmax(scores.mean(axis=1)))
-        answer = score(candidates[names[best]], fold.train, fold.test)
-        judged = _finite(answer, where := f"fold {fold.number}, {names[best]}")
+        try:
+            done = search(fold.number, small, score)
+        except MLTradingError as error:
+            raise type(error)(f"inside fold {fold.number}, {error.where}", error.what, error.fix) from error
+        answer = score(done.candidate, fold.train, fold.test)
+        where, chosen = f"fold {fold.number}, candidate {done.trials['candidate'].iloc[done.best]}", np.arange(len(done.trials)) == done.best
+        found.append(done.trials.assign(chosen=chosen, outer=np.where(chosen, as_score(answer, where), np.nan)))
+        found[-1].insert(0, "fold", fold.number)
+        fits += int(done.trials["fits"].sum()) + 1
         if look is not None:
-            seen.append(_returns(answer, where))
-        tried += scores.size + 1
-        found.append(pd.DataFrame({"fold": fold.number, "candidate": names, "inner": scores.mean(axis=1), "spread": scores.std(axis=1),
-                                   "chosen": np.arange(len(names)) == best, "outer": np.where(np.arange(len(names)) == best, judged, np.nan)}))
+            seen.append(as_returns(answer, where))
     if look is not None:
-        joined = pd.concat(seen).sort_index()
-        if not joined.index.is_unique:
-            raise DataError("nested_search.look", f"{joined.index[joined.index.duplicated()][0]} is judged in more than one fold", "record a search whose outer folds judge every instant once: a walk-forward, or k-fold")
-        look.show(joined, tried)
+        look.show(joined(seen, "nested_search.look"), fits)
     return pd.concat(found, ignore_index=True)
-
-def _finite(score: float | pd.Series, where: str) -> float:
-    "The number that a score is."
-    if isinstance(score, pd.Series):
-        r = checked(score, where)
-        return float(r.mean() / r.std(ddof=1))
-    value = score
-    if not np.isfinite(value):
-        raise DataError(where, f"the score is {value}", "leave rows without a label out of the score, or give the candidate a score of its own where it fails")
-    return value
-
-def _returns(score: float | pd.Series, where: str) -> pd.Series:
-    "The returns that a score was made of."
-    if not isinstance(score, pd.Series):
-        raise DataError(where, "the score is a number, and a trial is recorded with its returns", "let `score` give the returns per bar, indexed by instant")
-    return score

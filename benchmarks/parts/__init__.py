@@ -1,0 +1,1 @@
+"""What `models.py` measures, by family of models."""
