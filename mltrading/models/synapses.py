@@ -176,12 +176,10 @@ def _forward(x, state, rate, membrane, sensory, recurrent, wires, unfolds, keep)
 # %% ../../nbs/models/49_synapses.ipynb #b9ed34b8
 _FOLD = 16  # columns of a sum over lanes
 
-@njit(error_model="numpy", nogil=True)
-def _fold(work, row, total):  # type: ignore[no-untyped-def]
-    "Add a row of 64 lanes to 16 running totals."
-    for k in range(_FOLD):
-        i = row * LANES + k
-        total[k] += (work[i] + work[i + _FOLD]) + (work[i + 2 * _FOLD] + work[i + 3 * _FOLD])
+@njit(nogil=True)
+def _column(work, i):  # type: ignore[no-untyped-def]
+    "The sum of a row of 64 lanes over one of 16 columns."
+    return (work[i] + work[i + _FOLD]) + (work[i + 2 * _FOLD] + work[i + 3 * _FOLD])
 
 @njit(error_model="numpy", nogil=True)
 def _pull_back(u, source, target, synapses, above, below, u_bar, sums, work):  # type: ignore[no-untyped-def]
@@ -192,7 +190,7 @@ def _pull_back(u, source, target, synapses, above, below, u_bar, sums, work):  #
             here = target[k]
             for lane in range(LANES):
                 work[lane], work[LANES + lane] = above[here, lane], below[here, lane]
-        sender, sender_bar, reversal = u[source[k]], u_bar[source[k]], synapses[3, k]
+        sender, sender_bar, total, reversal = u[source[k]], u_bar[source[k]], sums[k], synapses[3, k]
         mu, slope, strength = synapses[0, k], synapses[1, k] * u.dtype.type(-_LOG2E), synapses[2, k] * synapses[1, k]
         for lane in range(LANES):
             d = sender[lane] - mu
@@ -204,8 +202,11 @@ def _pull_back(u, source, target, synapses, above, below, u_bar, sums, work):  #
             work[5 * LANES + lane] = r * d
         for lane in range(LANES):
             sender_bar[lane] += strength * work[4 * LANES + lane]
-        for c in range(4):
-            _fold(work, 2 + c, sums[k, c])
+        for c in range(_FOLD):
+            total[c] += _column(work, 2 * LANES + c)
+            total[_FOLD + c] += _column(work, 3 * LANES + c)
+            total[2 * _FOLD + c] += _column(work, 4 * LANES + c)
+            total[3 * _FOLD + c] += _column(work, 5 * LANES + c)
 
 # %% ../../nbs/models/49_synapses.ipynb #e3609834
 @njit(error_model="numpy", nogil=True)
@@ -235,7 +236,7 @@ def _backward(x, rate, membrane, sensory, recurrent, wires, unfolds, v, divisor,
     x_bar, rate_bar, v_bar = np.zeros(x.shape, kind), np.zeros(rate.shape, kind), np.zeros((2, units, LANES), kind)
     membrane_bar, work = np.zeros((units, 3, LANES), kind), np.empty(6 * LANES, kind)
     into, base = np.empty((2, units, LANES), kind), np.empty((2, units, LANES), kind)
-    sensory_sums, sums = np.zeros((len(wires[0]), 4, _FOLD), kind), np.zeros((len(wires[2]), 4, _FOLD), kind)
+    sensory_sums, sums = np.zeros((len(wires[0]), 4 * _FOLD), kind), np.zeros((len(wires[2]), 4 * _FOLD), kind)
     for t in range(len(x) - 1, -1, -1):
         for j in range(units):
             for lane in range(LANES):
@@ -273,7 +274,7 @@ def _each(call: Callable[[int], Any], chunks: int) -> list[Any]:
 
 def _synapses_bar(sums: Sequence[NDArray[Any]], synapses: NDArray[Any]) -> Tensor:
     "(4, K) derivatives with respect to μ, γ, w and E from the four sums of all chunks."
-    above, below, r, rd = np.sum(sums, axis=0).sum(axis=2).T
+    above, below, r, rd = np.sum(sums, axis=0).reshape(-1, 4, _FOLD).sum(axis=2).T
     _, gamma, w, reversal = synapses
     return torch.from_numpy(np.stack([-w * gamma * r, w * rd, reversal * above + below, w * above]))
 
