@@ -57,6 +57,9 @@ def chain(folder: Path, snapshot: Snapshot) -> Path:
     return folder / "build" / "smoke" / SYSTEM
 
 
+pytestmark = pytest.mark.slow  # the whole pipeline runs twice
+
+
 @pytest.fixture(scope="module")
 def twins(tmp_path_factory: pytest.TempPathFactory, embedded_data: Path, new_project: Callable[[Path], Path]) -> tuple[Path, Path]:
     """The small chain, run on the real snapshot and on one whose prices after T are shuffled."""
@@ -100,7 +103,6 @@ def test_nothing_stamped_until_t_knows_what_follows(twins: tuple[Path, Path], ta
     assert differs, "the shuffle after T has to be seen after T, or this test shows nothing"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("instant", ["2013-11-29 18:00", "2014-08-15 20:00", "2018-02-05 21:00"])
 def test_nothing_knows_what_follows_other_instants(twins: tuple[Path, Path], tmp_path: Path, embedded_data: Path, new_project: Callable[[Path], Path], instant: str) -> None:
     """A half day, a quiet day, and the day of a crash."""
@@ -135,7 +137,6 @@ def test_features_chosen_until_t_are_the_same(twins: tuple[Path, Path]) -> None:
     assert not real.equals(shuffled)
 
 
-@pytest.mark.slow
 def test_the_same_inputs_give_the_same_bytes(twins: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     real, _ = twins
     before = {stage: content_id(real / stage) for stage in STAGES}
@@ -166,7 +167,6 @@ BROKEN = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "notebook", "old", "new", "rows"), BROKEN)
 def test_a_stage_that_fails_on_a_test_window_is_a_trial(twins: tuple[Path, Path], tmp_path: Path, new_project: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch,
                                                        stage: str, notebook: str, old: str, new: str, rows: int) -> None:

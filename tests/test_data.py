@@ -188,6 +188,7 @@ def killed_at_random(shop: Path, service: Replay, kills: int) -> None:
     assert [p.name for p in shop.iterdir() if p.name.startswith(".data")] == []
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_a_whole_snapshot(shop: Path, service: Replay) -> None:
     killed_at_random(shop, service, kills=2)
 

@@ -34,6 +34,7 @@ def test_the_benchmark_is_large_and_says_how_each_mistake_happens() -> None:
     assert sum(bool(p.beyond) for p in leaks) <= 0.05 * len(leaks)
 
 
+@pytest.mark.slow
 def test_a_sample_of_the_pairs() -> None:
     table = benchmark({n: PAIRS[n] for n in FEW}, market(), releases(), cuts=8)
     assert table.loc[~table["caught"], "pair"].tolist() == []

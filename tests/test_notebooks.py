@@ -1,4 +1,4 @@
-"""Every library notebook runs from top to bottom; its cells hold the checks of the code beside them. Explorations run among the long proofs."""
+"""Every library notebook runs from top to bottom; its cells hold the checks of the code beside them. Explorations and pages with long cells run among the long proofs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LIBRARY = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if not {"pipeline", ".ipynb_checkpoints"} & set(p.parts)]
 
-
-SLOW = [p for p in LIBRARY if "#| slow" in p.read_text()]
 IMPORTED = ["pytest", "nbdev.test", "fastcore.test", "pandas", "numba", "matplotlib.pyplot", "pyarrow.parquet", "pydantic", "scipy.stats", "sklearn.linear_model", "torch"]
 
 
@@ -31,30 +29,29 @@ def processes() -> ForkServerContext:
     return context
 
 
-def execute(path: Path, flags: str, said: Path) -> None:
+def execute(path: Path, said: Path) -> None:
     """What the command `nbdev_test` does; ends with exit code 1 where a cell raises."""
     from nbdev.test import nbdev_test
 
     with said.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    nbdev_test(str(path), flags, n_workers=0)
+    nbdev_test(str(path), "slow", n_workers=0)
 
 
-def run(processes: ForkServerContext, path: Path, said: Path, flags: str = "") -> None:
-    process = processes.Process(target=execute, args=(path, flags, said))
+def run(processes: ForkServerContext, path: Path, said: Path) -> None:
+    process = processes.Process(target=execute, args=(path, said))
     process.start()
     process.join()
     assert process.exitcode == 0, said.read_text()[-9000:]
     assert "Success." in said.read_text().splitlines()  # a library may grumble after it
 
 
-@pytest.mark.parametrize("path", [pytest.param(p, id=str(p.relative_to(ROOT / "nbs")), marks=[pytest.mark.slow] * ("explore" in p.parts)) for p in LIBRARY])
+def long(path: Path) -> bool:
+    """Explorations, and pages with cells that take long, run whole among the long proofs."""
+    return "explore" in path.parts or "#| slow" in path.read_text()
+
+
+@pytest.mark.parametrize("path", [pytest.param(p, id=str(p.relative_to(ROOT / "nbs")), marks=[pytest.mark.slow] * long(p)) for p in LIBRARY])
 def test_notebook(processes: ForkServerContext, path: Path, tmp_path: Path) -> None:
     run(processes, path, tmp_path / "said.txt")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", SLOW, ids=[str(p.relative_to(ROOT / "nbs")) for p in SLOW])
-def test_notebook_with_its_slow_cells(processes: ForkServerContext, path: Path, tmp_path: Path) -> None:
-    run(processes, path, tmp_path / "said.txt", "slow")

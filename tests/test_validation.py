@@ -176,6 +176,7 @@ def ledger_of(path: Path, block: np.ndarray) -> pd.DataFrame:
     return trials.read(path)
 
 
+@pytest.mark.slow
 def test_noise_does_not_pass_and_a_planted_signal_does(tmp_path):
     rng = np.random.default_rng(0)
     noise = 0.01 * rng.normal(size=(2520, 200))
