@@ -410,9 +410,9 @@ def draw_search(
 ) -> Figure:
     """Trials over time with the best so far, the outer score of the choice, and the importance of the parameters."""
     fig, (left, right) = figure(height=3.6, title=title, subtitle="Left: score on the inner folds by trial (hollow: pruned), line: best so far, triangle: outer score of the choice. Right: share of the variance of the scores", ncols=2, width_ratios=[3, 2])
-    last = int(trials["candidate"].max())
-    for (number, part), name in zip(trials.groupby("fold"), (CYCLE[k % len(CYCLE)] for k in range(len(trials))), strict=False):
-        colour, done, pruned = PALETTE[name], part[part["status"] == OK], part[part["status"] == PRUNED]
+    last, colours = int(trials["candidate"].max()), {number: PALETTE[CYCLE[k % len(CYCLE)]] for k, number in enumerate(trials["fold"].unique())}
+    for number, part in trials.groupby("fold"):
+        colour, done, pruned = colours[number], part[part["status"] == OK], part[part["status"] == PRUNED]
         left.scatter(done["candidate"], done["inner"], s=10, color=colour, alpha=0.6, linewidths=0)
         left.scatter(pruned["candidate"], pruned["inner"], s=10, facecolors="none", edgecolors=colour, alpha=0.6, linewidths=0.8)
         left.step([*done["candidate"], last + 1], [*done["inner"].cummax(), done["inner"].max()], where="post", color=colour, label=f"fold {number}")
@@ -421,8 +421,8 @@ def draw_search(
     shares = importance(trials, space)
     mean = shares.mean(axis=1).sort_values()
     right.barh(mean.index, mean, color=PALETTE["band"])
-    for number, place in zip(shares.columns, range(len(shares.columns)), strict=True):
-        right.plot(shares.loc[mean.index, number], np.arange(len(mean)), "o", markersize=3, color=PALETTE[CYCLE[place % len(CYCLE)]])
+    for fold, column in shares.loc[mean.index].items():
+        right.plot(column, np.arange(len(mean)), "o", markersize=3, color=colours[fold])
     right.set(xlabel="importance", xlim=(0, 1.02), xticks=[0, 0.5, 1])
     right.grid(False)
     fig.legend(loc="outside lower center", ncols=4, columnspacing=1.2, handlelength=1.2)
