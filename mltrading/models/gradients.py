@@ -21,7 +21,7 @@ __all__ = ['integrated_gradients']
 def integrated_gradients(
     f: Callable[[Tensor], Tensor],   # (B, …) inputs in double precision -> (B,) outputs, each row's by itself
     x: Tensor,                       # (n, …) inputs, double precision
-    tolerance: float = 2e-3,         # of the sum of a row's contributions before the rest is shared, in the unit of f
+    tolerance: float = 1e-2,         # of the sum of a row's contributions before the rest is shared, in the unit of f
     most: int = 256,                 # points of the integral, at the most
     rows: int = 256,                 # rows that are worked on at once
 ) -> tuple[NDArray[np.float64], float]:  # (n, …) contributions, and the output of the baseline, which is zero everywhere
