@@ -9,6 +9,7 @@ import pkgutil
 import shutil
 import subprocess
 import sys
+import sysconfig
 from importlib import metadata
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def test_installed_is_what_is_locked(root: Path) -> None:
     locked = dict(line.split("==") for line in (root / "constraints.txt").read_text().splitlines() if "==" in line)
     locked = {name.lower().replace("_", "-").replace(".", "-"): version for name, version in locked.items()}
     wrong = {}
-    for d in metadata.distributions():
+    for d in metadata.distributions(path=[sysconfig.get_paths()["purelib"]]):  # not what a library brings along and puts on the path
         name = d.metadata["Name"].lower().replace("_", "-").replace(".", "-")
         if name in ("mltrading", "pip") or name.startswith(("nvidia-", "triton", "cuda-")):  # the CUDA parts of a torch built for it
             continue
