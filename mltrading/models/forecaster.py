@@ -103,10 +103,13 @@ class Model(ABC):
         x, targets, weight, times, horizons = training_rows(X, y, weight, times, self.sequences)
         if horizons and not self.joint:
             raise ParameterError(type(self).__name__, f"learns one horizon, and y has {len(horizons)}", "fit it inside of `Horizons`")
-        if cutoff is not None and cutoff < times[-1]:
-            raise DataError("cutoff", f"{cutoff} lies before the last training instant, {times[-1]}", "give the instant by which every label was known")
+        if 0 < self.purge_bars < max(horizons, default=0):
+            raise ParameterError(f"{type(self).__name__}, purge_bars", f"{self.purge_bars} is shorter than the longest horizon, {max(horizons)}", "give the longest horizon in bars")
+        if cutoff is not None and cutoff <= times[-1]:
+            raise DataError("cutoff", f"{cutoff} does not lie after the last training instant, {times[-1]}", "give the instant by which every label was known")
         about = {"features": list(map(str, X.columns)), "horizons": list(horizons), "steps": x.steps if isinstance(x, Windows) else 1, "rows": len(x),
                  "rows_id": digest(x, targets, weight, times), "window": [str(times[0]), str(times[-1])], "cutoff": None if cutoff is None else str(cutoff)}
+        self.features, self.about = (), {}  # a fit that fails leaves a model that is not fitted
         self._fit(x, targets, weight, times)
         self._remember(about)
         return self

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..core.errors import DataError, ParameterError
 from .forecaster import Learned, Model, digest
 from .gradients import integrated_gradients
-from .rows import inner_split, prediction_rows
+from .rows import inner_split
 from .scaling import Scaling, fit_scaling
 from .tasks import AnyHead, AnyTask, Direction, Position, Quantiles, Task
 from .training import Epoch, Losses, TrainParams, seed_of, torch_state, train
@@ -262,7 +262,7 @@ class _Heads(Model):
         """(n, F) what each feature adds to the log-odds over the whole window, by integrated gradients, and (n,) what an average window has."""
         if not self.unit:
             raise ParameterError(type(self).__name__, "has no contributions: its forecast is no single log-odds", "explain it by `sampled_contributions`")
-        x = prediction_rows(X, self.features, type(self).__name__, True)
+        x = self._readable(X)
         inputs = torch.from_numpy(x.batch(np.arange(len(x)), self.scaling.gather())).double()
         with torch_state(self.seed, self.threads):
             parts, base = integrated_gradients(lambda v: self.heads(v)[0][0][0][:, 0], inputs)

@@ -135,8 +135,8 @@ def windows(
     if steps < 1:
         raise ParameterError("windows.steps", f"{steps} rows in a window", "give 1 or more")
     x, (code, names) = feature_block(features), pd.factorize(np.asarray(symbols), sort=True)
-    if len(code) != len(x):
-        raise DataError("windows.symbols", f"{len(code)} symbols for {len(x)} rows", "give one for each row")
+    if len(code) != len(x) or (code < 0).any():
+        raise DataError("windows.symbols", f"{int((code >= 0).sum())} symbols for {len(x)} rows", "give one for each row")
     count = np.bincount(code, minlength=len(names))
     if not len(x) or count.max() < steps:
         raise DataError("windows", f"the longest history has {int(count.max()) if len(x) else 0} rows, a window {steps}", "use fewer steps or a longer history")

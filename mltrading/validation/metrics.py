@@ -336,7 +336,7 @@ def measure(r: NDArray[np.float64], ordered: NDArray[np.float64], bars_per_year:
     out[0], out[1] = _cagr(r, bars_per_year), np.sqrt(bars_per_year) * _deviation(r)
     out[2], out[3] = _sharpe(r, bars_per_year, rf_bar), _sortino(r, bars_per_year, rf_bar)
     out[4] = _max_drawdown(r)
-    out[5] = out[0] / -out[4]
+    out[5] = out[0] / abs(out[4])  # a gain without a loss is infinite, and minus zero would turn its sign
     out[6], out[7] = _wins(r)
     out[8], out[9] = _shape(r)
     out[10], out[11], out[12] = _tails(ordered)
