@@ -8,13 +8,13 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from parts import agents, attention, liquid, splines, trees, xlstm_blocks
+from parts.agents import in_turns
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -25,17 +25,6 @@ from mltrading.models.windows import Gather, Windows
 from mltrading.models.zoo import build
 
 THREADS = int(os.environ.get("THREADS", "1"))  # more than one only helps where the cores are idle
-
-
-def in_turns(ours: Callable[[], object], theirs: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Median seconds of two calls that take turns, so that a busy moment of the machine hits both."""
-    def seconds(call: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-
-    pairs = np.array([(seconds(ours), seconds(theirs)) for _ in range(repeats)])
-    return float(np.median(pairs[:, 0])), float(np.median(pairs[:, 1]))
 
 
 def show(title: str, table: pd.DataFrame) -> None:
