@@ -44,6 +44,10 @@ data: $(READY) ## make a snapshot: SOURCE= FROM= SYMBOLS= UNIVERSE= START= END= 
 	@$(foreach v,$(filter-out SOURCE=% $(DATA_OPTIONS:%=%=%) PYTHON=%,$(MAKEOVERRIDES)),$(if $(findstring =,$(v)),echo "make data: unknown option $(v); there are: SOURCE $(DATA_OPTIONS)" >&2; exit 1;))
 	@$(BIN)/mltrading data --source $(or $(SOURCE),embedded) $(foreach o,$(DATA_OPTIONS),$(if $($(o)),--$(shell echo $(o) | tr A-Z a-z) '$($(o))'))
 
+.PHONY: universe
+universe: $(READY) ## run all stages on symbols of your folder, into build/NAME: MLTRADING_DATA=… make universe NAME=published|etf230|sp500
+	@$(BIN)/mltrading universe '$(NAME)'
+
 .PHONY: audit
 audit: $(READY) ## prove for every feature that it does not look ahead
 	@test -d data || $(BIN)/dvc pull --quiet data
@@ -61,11 +65,11 @@ smoke: $(READY) ## run every pipeline notebook once on a small configuration, in
 
 .PHONY: test
 test: $(READY) ## everything that has to hold, in minutes
-	@$(BIN)/python -m pytest -q -n 2 -m "not slow" $(ARGS)
+	@$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow" $(ARGS)
 
 .PHONY: test-all
 test-all: test ## the long proofs, too
-	@$(BIN)/python -m pytest -q -n 2 -m slow $(ARGS)
+	@$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m slow $(ARGS)
 
 .PHONY: coverage
 coverage: $(READY) ## which lines of the package the tests reach

@@ -193,7 +193,7 @@ def events() -> None:
 
 def knockouts(cores: int) -> None:
     """Values and probabilities of knock-out products."""
-    from mltrading.backtest.knockouts import knockout_probability, knockout_value
+    from mltrading.backtest.knockout_values import knockout_probability, knockout_value
 
     rng, n = np.random.default_rng(0), 1_000_000
     side, spot = rng.choice([-1.0, 1.0], n), rng.uniform(80, 120, n)

@@ -11,10 +11,12 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .core.errors import MLTradingError, ParameterError
-from .core.params import root
+from .core.params import beside, read_params, root
+from .core.stage import rebase
 
 if TYPE_CHECKING:
     from mltrading.market.request import DataRequest
@@ -31,7 +33,36 @@ def _repro(_: argparse.Namespace) -> None:
 def _run(given: argparse.Namespace) -> None:
     from mltrading.core.pipeline import run_all
 
-    print(run_all(given.profile, given.system))
+    if given.symbols:
+        _run_symbols(given)
+    elif given.start or given.workers:
+        raise ParameterError("mltrading run", "--start and --workers are of runs on some symbols", "name them: --symbols AAPL,KO; the stages read params.yaml")
+    else:
+        print(run_all(given.profile or "smoke", given.system))
+
+def _universe(given: argparse.Namespace) -> None:
+    from mltrading.core.memory import measured
+    from mltrading.core.pipeline import run_all
+    from mltrading.market.named import universe_snapshot
+    from mltrading.market.request import story
+    from mltrading.market.snapshot import read_snapshot
+
+    if not (folder := os.environ.get("MLTRADING_DATA")):
+        raise ParameterError("mltrading universe", "MLTRADING_DATA does not say where the prices are", "MLTRADING_DATA=/path/to/data, a folder with a subfolder `bars`")
+    with measured() as used:
+        manifest = universe_snapshot(given.name, Path(folder))
+        print(story(manifest, read_snapshot(root() / rebase("data", given.name)).table("findings")))
+    print(f"removed rows stand in {rebase('data', given.name)}/removed.parquet")
+    print(f"snapshot [{given.name}]\n  {used}", file=sys.stderr, flush=True)
+    print(run_all(given.name, given.system))
+
+def _run_symbols(given: argparse.Namespace) -> None:
+    from mltrading.systems.run import run_multi_asset
+
+    profile = given.profile or "default"
+    found = run_multi_asset([s.strip() for s in given.symbols.split(",") if s.strip()], root() / rebase("data", beside(profile, read_params())), given.start or None, system=given.system or "multiasset", profile=profile, workers=given.workers or 1)
+    print(found.table.round(3).to_string(na_rep="–"))
+    print("all of them: " + ", ".join(f"{name} {value:.3f}" for name, value in found.metrics.items()))
 
 def _stage(given: argparse.Namespace) -> None:
     from mltrading.core.runner import run_stage
@@ -71,6 +102,7 @@ def _data(given: argparse.Namespace) -> None:
     if request.source == "embedded":
         dvc("push", "--quiet", "data", fix="data/ is locked; run `dvc push data` again to put it into the remote")
     print(story(manifest, read_snapshot(root() / "data").table("findings")))
+    print("reports/data.html shows all of it after `make repro`; removed rows stand in data/removed.parquet")
     print(f"in {root() / 'data'}, locked in data.dvc")
 
 # %% ../nbs/90_cli.ipynb #6f33fced
@@ -157,9 +189,10 @@ def parser() -> argparse.ArgumentParser:
         return p
 
     command("repro", "run whatever changed, from the locked prices to the reports", _repro)
-    run = command("run", "run all stages under a profile, without DVC", _run)
-    run.add_argument("--profile", default="smoke")
-    run.add_argument("--system", default="", help="one system, all unless told")
+    _run_options(command("run", "run all stages under a profile, without DVC; or a system on some symbols", _run))
+    universe = command("universe", "make a snapshot of a named universe and run all stages on it, in build/NAME", _universe)
+    universe.add_argument("name", help="a block under `universes` in params.yaml")
+    universe.add_argument("system", nargs="?", default="", help="one system, all unless told")
     stage = command("stage", "run one stage", _stage)
     stage.add_argument("name")
     stage.add_argument("system", nargs="?", default="")
@@ -175,6 +208,14 @@ def parser() -> argparse.ArgumentParser:
     command("leaks", "plant leaks and print how many the audit finds, and how many honest twins it accuses; a minute or two", _leaks)
     command("refresh", "export the package, clean the notebooks, write README.md", _refresh)
     return top
+
+def _run_options(run: argparse.ArgumentParser) -> None:
+    "The options of `run`."
+    run.add_argument("system", nargs="?", default="", help="one system, all unless told")
+    run.add_argument("--profile", default="", help="smoke unless told; on symbols, default")
+    run.add_argument("--symbols", default="", help="of the profile's snapshot, separated by commas: print what the system finds on them, and keep nothing")
+    run.add_argument("--start", default="", help="first day used, as 2015-01-01")
+    run.add_argument("--workers", type=int, default=0, help="processes that share the work on symbols")
 
 def _data_options(data: argparse.ArgumentParser) -> None:
     "The options of `data`; `market.request` says what they mean."

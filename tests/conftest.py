@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 ROOT = Path(__file__).parents[1]
 os.environ["MLTRADING_ROOT"] = str(ROOT)
+os.environ["OMP_WAIT_POLICY"] = "passive"  # as in stages: two test processes share the processors
 # temporary projects hold the package by link; kernels import it from where it is, or they would compile it anew for each path
 os.environ |= {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
@@ -57,3 +58,19 @@ def embedded_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def new_project() -> Callable[[Path], Path]:
     return make_project
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of two workers of one task each, on this machine, in the environment that `join_cluster` gives."""
+    import dask
+    from distributed import LocalCluster
+    from tasks_work import SEED, THREADS
+
+    from mltrading.core.runner import fixed_environment
+
+    for name, value in fixed_environment(THREADS, SEED).items():
+        monkeypatch.setenv(name, value)
+    with (dask.config.set({"distributed.nanny.pre-spawn-environ.PYTHONHASHSEED": str(SEED)}),
+          LocalCluster(n_workers=2, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=":0", memory_limit=0, silence_logs=50) as started):
+        yield started.scheduler_address

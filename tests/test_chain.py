@@ -6,6 +6,7 @@ The real pipeline notebooks are run through the real runner, in a temporary proj
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from mltrading.core import runner
+from mltrading.core.blocks import open_block
 from mltrading.core.errors import StageError
+from mltrading.core.params import read_yaml
 from mltrading.core.runner import run_stage
 from mltrading.core.storage import content_id, read_parquet
 from mltrading.market.panel import BarSet
@@ -57,7 +61,7 @@ def chain(folder: Path, snapshot: Snapshot) -> Path:
     return folder / "build" / "smoke" / SYSTEM
 
 
-pytestmark = pytest.mark.slow  # the whole pipeline runs twice
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("chain")]  # the whole pipeline runs twice, once for all of these tests
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +71,18 @@ def twins(tmp_path_factory: pytest.TempPathFactory, embedded_data: Path, new_pro
     return chain(new_project(top / "real"), shuffled_after(embedded_data, None)), chain(new_project(top / "shuffled"), shuffled_after(embedded_data, T, seed=1))
 
 
+def read_table(path: Path) -> pd.DataFrame:
+    """A stored table, or a block of rows as one."""
+    if not path.is_dir():
+        return read_parquet(path)
+    block = open_block(path)
+    rows = block.between(None, None)
+    return block.keys(rows).join(block.take(rows))
+
+
 def same_until(a: Path, b: Path, column: str, t: pd.Timestamp = T) -> tuple[int, bool]:
     """Rows up to an instant of two tables, compared bit for bit: their number, and whether what follows differs."""
-    x, y = read_parquet(a), read_parquet(b)
+    x, y = read_table(a), read_table(b)
     early, other = x[x[column] <= t], y[y[column] <= t]
     assert list(x.columns) == list(y.columns)
     for name in x.columns:
@@ -82,16 +95,19 @@ def same_until(a: Path, b: Path, column: str, t: pd.Timestamp = T) -> tuple[int,
 
 TABLES = [
     ("panel/panel.parquet", "timestamp"),
-    ("features/features.parquet", "timestamp"),
+    ("features/rows", "timestamp"),
     ("features/sigma.parquet", "timestamp"),
     ("features/labels.parquet", "end"),
     ("train/forecasts.parquet", "timestamp"),
+    ("backtest/forecasts.parquet", "timestamp"),
+    ("backtest/choice/positions.parquet", "timestamp"),
     ("backtest/xgboost/orders.parquet", "decision_time"),
     ("backtest/xgboost/fills.parquet", "timestamp"),
     ("backtest/xgboost/positions.parquet", "timestamp"),
     ("backtest/xgboost/equity.parquet", "timestamp"),
     ("backtest/logistic/positions.parquet", "timestamp"),
     ("backtest/decisions.parquet", "timestamp"),
+    ("backtest/alone.parquet", "timestamp"),
 ]
 
 
@@ -119,7 +135,7 @@ def test_models_fitted_until_t_are_the_same_bytes(twins: tuple[Path, Path]) -> N
     folds = read_parquet(real / "train" / "folds.parquet")
     compared = 0
     for fold in folds.itertuples():
-        for model in ("xgboost", "logistic", "constant"):
+        for model in ("voladj", "day1", "own", "xgboost", "logistic", "constant"):
             pair = [content_id(f / "train" / "models" / model / f"fold_{fold.fold:03d}") for f in twins]
             if fold.test_start <= T:
                 assert pair[0] == pair[1], f"{model}, fold {fold.fold}"
@@ -160,32 +176,38 @@ def broken(project: Path, notebook: str, old: str, new: str) -> None:
     path.write_text(text.replace(json.dumps(old)[1:-1], json.dumps(new)[1:-1]))
 
 
+ACCOUNTS = ("choice", "constant", "logistic", "xgboost")
+ALONE = tuple(f"alone:{name}" for name in ("choice", "day1", "day3", "day5", "own", "voladj"))
+LOOKS = (*ALONE, *ACCOUNTS)
+STRATEGIES = ("constant", "day1", "day3", "day5", "logistic", "own", "voladj", "xgboost")
 BROKEN = [
-    pytest.param("train", "30_train.ipynb", "walk(data, folds, makers,", 'walk(data, folds, makers | {"late": lambda: 1 / 0},', 3, id="last model of the first fold"),
-    pytest.param("train", "30_train.ipynb", "walk(data, folds, makers,", 'walk(data, folds, {"early": lambda: 1 / 0} | makers,', 0, id="before any forecast"),
-    pytest.param("backtest", "40_backtest.ipynb", "show(returns_table(ledgers))", "1 / 0", 3, id="backtest"),
+    pytest.param("train", "30_train.ipynb", "walk(data, folds, learners,", 'walk(data, folds, learners | {"late": learners["constant"]._replace(seed="one")},', (*STRATEGIES, "late"), "invalid literal for int", id="a task that may have seen a test window"),
+    pytest.param("train", "30_train.ipynb", "walk(data, folds, learners,", 'walk(data, folds, {"early": learners["constant"]._replace(strategy=None)} | learners,', (), "no attribute", id="before any forecast"),
+    pytest.param("backtest", "40_backtest.ipynb", "show(returns_table(ledgers))", "1 / 0", ACCOUNTS, "ZeroDivisionError: division by zero", id="backtest"),
+    pytest.param("backtest", "40_backtest.ipynb", "show_alone(looks_at(earned))", "1 / 0", LOOKS, "ZeroDivisionError: division by zero", id="accounts of one asset"),
 ]
 
 
-@pytest.mark.parametrize(("stage", "notebook", "old", "new", "rows"), BROKEN)
+@pytest.mark.parametrize(("stage", "notebook", "old", "new", "models", "error"), BROKEN)
 def test_a_stage_that_fails_on_a_test_window_is_a_trial(twins: tuple[Path, Path], tmp_path: Path, new_project: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch,
-                                                       stage: str, notebook: str, old: str, new: str, rows: int) -> None:
+                                                       stage: str, notebook: str, old: str, new: str, models: tuple[str, ...], error: str) -> None:
     project = new_project(tmp_path / "project")
     shutil.copytree(twins[0].parents[2] / "build" / "smoke", project / "build" / "smoke")
     monkeypatch.setenv("MLTRADING_ROOT", str(project))
     ledger = project / "build" / "smoke" / "reports" / "trials" / f"{SYSTEM}.jsonl"
-    before = content_id(project / "build" / "smoke" / SYSTEM)
+    before = {name: content_id(project / "build" / "smoke" / SYSTEM / name) for name in STAGES}
     broken(project, notebook, old, new)
     for _ in range(2):  # the same failure is the same trial
-        with pytest.raises(StageError, match="ZeroDivisionError"):
+        with pytest.raises(StageError, match=error):
             run_stage(stage, SYSTEM, PROFILE)
-        failed = read_rows(ledger)[3:]
-        assert sorted((r["model"], r["status"], r["error"]) for r in failed) == [(m, "failed", "ZeroDivisionError: division by zero") for m in ("constant", "logistic", "xgboost")][:rows]
-        assert content_id(project / "build" / "smoke" / SYSTEM) == before
+        failed = read_rows(ledger)[len(LOOKS):]
+        assert sorted((r["model"], r["status"]) for r in failed) == [(m, "failed") for m in sorted(models)]
+        assert all(error in r["error"] for r in failed)
+        assert {name: content_id(project / "build" / "smoke" / SYSTEM / name) for name in STAGES} == before
     if stage == "backtest":
         broken(project, notebook, new, old)
         run_stage(stage, SYSTEM, PROFILE)
-        assert len(read_rows(ledger)) == 3 + rows  # what it found is on record already
+        assert len(read_rows(ledger)) == len(LOOKS) + len(models)  # what it found is on record already
 
 
 def test_rows_that_others_record_while_a_stage_runs_stay(twins: tuple[Path, Path], tmp_path: Path, new_project: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,4 +224,36 @@ def test_rows_that_others_record_while_a_stage_runs_stay(twins: tuple[Path, Path
 
     monkeypatch.setattr(runner, "execute", interrupted)
     run_stage("backtest", SYSTEM, PROFILE)
-    assert [r["model"] for r in read_rows(ledger)][3:] == ["by hand"]
+    assert [r["model"] for r in read_rows(ledger)][len(LOOKS):] == ["by hand"]
+
+
+ONE_STRATEGY = """from dataclasses import replace
+
+from mltrading.systems import multiasset
+
+multiasset.SYSTEM = replace(multiasset.SYSTEM, model="voladj", baselines=("constant",))
+"""
+
+
+def test_a_system_that_trades_one_strategy_needs_no_choice(tmp_path: Path, embedded_data: Path, new_project: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All stages and the report, with `choice: {}`; the sections about single assets are not there, and nothing else is missing."""
+    folder = new_project(tmp_path / "plain")
+    params = read_yaml(folder / "params.yaml")
+    own = params["systems"][SYSTEM]
+    own["choice"], own["strategies"] = {}, {"voladj": own["strategies"]["voladj"] | {"model": "logistic"}, "constant": own["strategies"]["constant"]}
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(ONE_STRATEGY)  # every kernel runs it before anything else
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), os.environ["PYTHONPATH"]]))
+    out = chain(folder, shuffled_after(embedded_data, None))
+    monkeypatch.setenv("MLTRADING_ROOT", str(folder))
+    run_stage("report", SYSTEM, PROFILE)
+    assert not {"choices.parquet", "alone.parquet"} & {p.name for p in (out / "backtest").iterdir()}
+    assert set(read_parquet(out / "backtest" / "forecasts.parquet")["model"]) == {"voladj", "constant"}
+    assert {r["model"] for r in read_rows(folder / "build" / "smoke" / "reports" / "trials" / f"{SYSTEM}.jsonl")} == {"voladj", "constant"}
+    numbers = json.loads((folder / "build" / "smoke" / "reports" / "metrics" / f"{SYSTEM}.json").read_text())
+    assert numbers["model"] == "voladj"
+    assert "profitable" not in numbers
+    page = (folder / "build" / "smoke" / "reports" / f"{SYSTEM}.html").read_text()
+    assert "Asset by asset" not in page
+    assert "How sure is any of this?" in page

@@ -212,6 +212,19 @@ def test_no_weight_or_interval_moves_when_the_future_does(seed):
     assert check_no_look_ahead(lambda o: adaptive_intervals(one, o, 0.8, 0.1, 10), outcomes, seed, cuts=2) > 0
 
 
+@pytest.mark.parametrize(("table", "column"), [("forecasts", "timestamp"), ("outcomes", "timestamp"), ("outcomes", "end")])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_instants_without_a_zone_are_refused(table, column, as_text):
+    at = pd.date_range("2024-01-01 21:00", periods=4, tz="UTC", unit="us")
+    given = {"forecasts": pd.DataFrame({"timestamp": at[:3], "symbol": "A", "horizon_bars": 1, "score": 0.0, "prob_up": 0.5, "sigma": 1.0, "fold": 0}),
+             "outcomes": pd.DataFrame({"timestamp": at[:3], "symbol": "A", "end": at[1:], "ret": 0.1})}
+    assert with_outcomes(**given)["ret"].notna().all()
+    bad = given[table][column]
+    given[table] = given[table].assign(**{column: bad.astype(str) if as_text else bad.dt.tz_localize(None)})
+    with pytest.raises(DataError, match=f"{table}, {column}: .* no instants with a time zone"):
+        with_outcomes(**given)
+
+
 def test_the_check_finds_who_uses_an_outcome_on_the_day_it_ends():
     forecasts, outcomes, _ = table(1, days=30)
     instants = np.unique(utc(forecasts["timestamp"]))

@@ -16,6 +16,7 @@ import yaml
 from mltrading.cli import main
 from mltrading.core.storage import write_parquet
 from mltrading.market.macro import empty_macro
+from mltrading.market.news import empty_news
 from mltrading.market.panel import to_frame
 from mltrading.market.simulate import random_walk
 
@@ -28,6 +29,8 @@ def shop(project: Path) -> Path:
     (project / "data").mkdir()
     save(project, to_frame(random_walk(3, 400, seed=1, ragged=False)))
     write_parquet(empty_macro(), project / "data" / "macro.parquet")
+    write_parquet(empty_news(), project / "data" / "news.parquet")
+    write_parquet(pd.DataFrame({"symbol": pd.Series(dtype=str)}), project / "data" / "removed.parquet")
     (project / "data" / "manifest.json").write_text(json.dumps({"source": "simulated", "sets": {"daily": {"frequency": "1d", "calendar": "24/5"}}, "symbols": {f"S{i:03d}": {"name": f"S{i:03d}", "class": "simulated", "role": "traded"} for i in range(3)}}))
     change(project, lambda p: p["systems"]["multiasset"]["panel"].update(benchmark=None))
     change(project, lambda p: p["profiles"].update(smoke={"multiasset": {}}))
@@ -76,7 +79,6 @@ CASES: dict[str, tuple[Callable[[Frame], Frame], tuple[str, ...]]] = {
     "unsorted times": (lambda f: f.iloc[::-1].reset_index(drop=True), ("daily.parquet", "column `timestamp`", "row 1 (", "not sorted")),
     "naive times": (lambda f: f.assign(timestamp=f["timestamp"].dt.tz_localize(None)), ("daily.parquet", "column `timestamp`", "without a zone")),
     "empty panel": (lambda f: f.iloc[:0], ("daily.parquet", "holds no bars")),
-    "constant price": (lambda f: f.assign(**{c: np.where(f["symbol"] == "S001", 10.0, f[c]) for c in ("open", "high", "low", "close")}), ("rule `dead`", "(S001 at", "the price never changes")),
 }
 
 
@@ -85,6 +87,14 @@ def test_bad_bars(shop: Path, capsys: pytest.CaptureFixture[str], case: str) -> 
     edit, says = CASES[case]
     save(shop, bars(edit))
     fails(shop, capsys, *says)
+
+
+def test_a_price_that_stands_still_stops_nothing(shop: Path) -> None:
+    save(shop, bars(lambda f: f.assign(**{c: np.where(f["symbol"] == "S001", 10.0, f[c]) for c in ("open", "high", "low", "close")})))
+    assert main(["stage", "panel", "multiasset", "--profile", "smoke"]) == 0
+    said = (shop / "build" / "smoke" / "multiasset" / "notebooks" / "panel.html").read_text()
+    assert "dead" in said
+    assert "the price never changes" in said
 
 
 def test_file_cut_short(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,6 +106,17 @@ def test_file_cut_short(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_unknown_parameter_in_a_block(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change(shop, lambda p: p["systems"]["multiasset"]["panel"].update(symbol="all"))
     fails(shop, capsys, "systems.multiasset.panel: unknown parameter `symbol`", "did you mean `symbols`?")
+
+
+@pytest.mark.parametrize(("name", "says"), [("smoke", "universes.smoke: is no name for a universe"), ("multiasset", "universes.multiasset: is no name"), ("../elsewhere", "is no name for a universe")])
+def test_a_universe_that_would_lie_in_the_way(shop: Path, capsys: pytest.CaptureFixture[str], name: str, says: str) -> None:
+    change(shop, lambda p: p.update(universes={name: {"tables": {"mine": {"symbols": "all"}}, "kind": "stock", "symbols": {}, "caution": ""}}))
+    fails(shop, capsys, says)
+
+
+def test_a_misspelt_role_in_a_universe(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change(shop, lambda p: p["universes"]["sp500"].update(symbols={"AAPL": {"rol": "benchmark"}}))
+    fails(shop, capsys, "universes.sp500.symbols.AAPL: unknown parameter `rol`", "did you mean `role`?")
 
 
 def test_unknown_block(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:

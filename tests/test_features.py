@@ -18,10 +18,11 @@ from mltrading.cli import main
 from mltrading.core.errors import DataError, LeakError, ParameterError
 from mltrading.features import audit as audit_module
 from mltrading.features import proof
-from mltrading.features.audit import audit, audit_function, check_causal, check_registry, other_future, other_releases
+from mltrading.features.audit import audit, audit_function, check_causal, check_registry
 from mltrading.features.engine import plain
 from mltrading.features.expressions import lag
 from mltrading.features.expressions import macro as macro_
+from mltrading.features.futures import other_future, other_releases
 from mltrading.features.machine import Context, FeatureBlock
 from mltrading.features.registry import SETS, catalogue, choose, compute, lookup, write_features
 from mltrading.features.stream import Stream

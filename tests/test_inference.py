@@ -251,6 +251,18 @@ def test_stepwise_seldom_names_a_worthless_one_and_the_set_seldom_loses_the_best
     assert lost <= binom.ppf(0.995, 100, 0.05)
 
 
+def test_sharpe_terms_are_what_a_bar_adds():
+    """Their mean is the ratio, their spread that of Ledoit and Wolf's delta method on the first two moments, and leverage changes nothing."""
+    r = 0.0005 + 0.01 * np.random.default_rng(13).standard_t(5, (1500, 2))
+    terms = np.column_stack([inference.sharpe_terms(r[:, i]) for i in (0, 1)])
+    assert terms.mean(axis=0) == pytest.approx([metrics.sharpe_annual(r[:, i]) for i in (0, 1)], rel=1e-12)
+    assert inference.sharpe_terms(3 * r[:, 0]).to_numpy() == pytest.approx(terms[:, 0], rel=1e-9)
+    (m1, m2), (s1, s2) = r.mean(axis=0), (r**2).mean(axis=0)
+    gradient = np.array([s1 / (s1 - m1**2) ** 1.5, -s2 / (s2 - m2**2) ** 1.5, -m1 / (2 * (s1 - m1**2) ** 1.5), m2 / (2 * (s2 - m2**2) ** 1.5)])
+    error = np.sqrt(252 * gradient @ np.cov(np.hstack([r, r**2]).T, ddof=0) @ gradient)
+    assert (terms[:, 0] - terms[:, 1]).std() == pytest.approx(error, rel=1e-9)
+
+
 def test_copies_of_one_strategy_count_as_one():
     rng = np.random.default_rng(10)
     one = autoregressive(rng, 1008, 0.0, 1.4)[:, None]

@@ -15,12 +15,8 @@ from mltrading.backtest.bars import bars_of
 from mltrading.backtest.costs import CostParams
 from mltrading.backtest.engine import BacktestParams
 from mltrading.backtest.events import run
-from mltrading.backtest.knockouts import (
-    Knockouts,
-    KnockoutTerms,
+from mltrading.backtest.knockout_values import (
     barrier_for_probability,
-    financing_levels,
-    knockout_bars,
     knockout_probability,
     knockout_value,
     leverage,
@@ -28,9 +24,10 @@ from mltrading.backtest.knockouts import (
     strike_for_leverage,
     watched_barrier,
 )
+from mltrading.backtest.knockouts import Knockouts, KnockoutTerms, financing_levels, knockout_bars
 from mltrading.backtest.orders import Orders
 from mltrading.core.errors import ParameterError
-from mltrading.features.audit import other_future
+from mltrading.features.futures import other_future
 from mltrading.market.panel import Panel, from_frame, to_frame, until
 from mltrading.market.simulate import random_walk
 

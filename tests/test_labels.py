@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from mltrading.core.errors import ParameterError
-from mltrading.features.audit import other_future
+from mltrading.features.futures import other_future
 from mltrading.labels.barriers import barrier_frame
 from mltrading.labels.horizons import LabelParams, horizon_sigma, label_frame
 from mltrading.labels.knockout import knockout_frame
@@ -347,9 +347,9 @@ def test_sequential_bootstrap_equals_its_definition(seed: int, draw_seed: int) -
 
 
 def test_parameters_are_checked() -> None:
-    good = {"horizon_bars": 5, "vol_bars": 20, "fill": "close", "target": "ret_voladj"}
-    assert LabelParams(**good).horizon_bars == 5
-    for bad in ({"horizon_bars": 0}, {"vol_bars": 1}, {"fill": "mid"}, {"target": "sign"}, {"horizon": 5}):
+    good = {"horizons": [1, 5], "vol_bars": 20, "fill": "close"}
+    assert LabelParams(**good).horizons == [1, 5]
+    for bad in ({"horizons": [0]}, {"horizons": []}, {"horizons": [5, 1]}, {"vol_bars": 1}, {"fill": "mid"}, {"horizon": 5}):
         with pytest.raises(ValidationError):
             LabelParams(**(good | bad))
 

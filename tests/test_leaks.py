@@ -43,20 +43,6 @@ def test_a_sample_of_the_pairs() -> None:
     assert all(" at " in found and "→" in found for found in table["found"])
 
 
-@pytest.mark.slow
-def test_the_whole_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["leaks"]) == 0
-    said = capsys.readouterr().out
-    detection, alarms = (re.search(rf"^{name}: (\d+) of (\d+) = ([\d.]+)% \(95 % interval [\d.]+% to [\d.]+%\)$", said, re.MULTILINE) for name in ("detection", "false alarms"))
-    assert detection
-    assert alarms
-    assert int(detection[2]) >= 25
-    assert int(alarms[2]) >= 25
-    assert float(detection[3]) >= 95
-    assert float(alarms[3]) <= 2
-    assert said.count("MISSED (known)") == said.count("MISSED") == sum(bool(p.beyond) for p in PAIRS.values())
-
-
 def only(monkeypatch: pytest.MonkeyPatch, *pairs: Pair) -> None:
     monkeypatch.setattr(leaks_accounts, "PAIRS", {p.name: p for p in pairs})
 

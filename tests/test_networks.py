@@ -15,12 +15,17 @@ import pytest
 
 from mltrading.core.errors import DataError, ParameterError
 from mltrading.models.conformance import planted
-from mltrading.models.zoo import KINDS, build, load_forecaster, model_class
-from mltrading.systems.walk import Rows, walk
+from mltrading.models.zoo import KINDS, build, load_forecaster, model_class, spec
+from mltrading.systems.lessons import Rows
+from mltrading.systems.strategies import Learner, Strategy
+from mltrading.systems.walk import walk
 from mltrading.validation.splits import WalkForward
 
 STEPS = 6
-QUICK = {"steps": STEPS, "units": 4, "backbone": [4], "train": {"epochs": 2, "batch_size": 128, "learning_rate": 0.01, "patience": 1}}
+QUICK = {"steps": STEPS, "units": 4, "backbone": [4], "train": {"epochs": 5, "batch_size": 128, "learning_rate": 0.01, "patience": 2}}
+
+
+CFC = Learner(Strategy(model="cfc", horizon_bars=2, target="ret_voladj", scope="pooled", row_step=1), spec("cfc", QUICK), 0, 1)
 
 
 def a_network(seed: int = 0):
@@ -49,14 +54,14 @@ def market(seed: int, changed_from: int | None = None) -> Rows:
         x[3 * changed_from :], y[3 * changed_from :] = 7, np.abs(y[3 * changed_from :])
     start = keys["timestamp"]
     labels = pd.DataFrame({"symbol": keys["symbol"], "start": start, "end": start + pd.Timedelta(days=2), "ret": 0.01 * y, "ret_voladj": y})
-    return Rows(keys, pd.DataFrame(x, columns=list("abcd")), labels, np.full(900, 0.01))
+    return Rows(keys, pd.DataFrame(x, columns=list("abcd")), {2: labels}, np.full(900, 0.01))
 
 
 def test_a_network_in_a_walk_does_not_look_ahead(tmp_path):
     one = market(0)
-    folds = WalkForward(100, 50, 2).folds(one.times, one.labels["end"])[:2]
+    folds = WalkForward(100, 50, 2).folds(one.times, one.end)[:2]
     other = market(0, int(np.flatnonzero(one.times >= folds[1].test_start).min()) // 3)  # all is different from the first test row on
-    made = [walk(d, folds, {"cfc": a_network}, 2, "ret_voladj", tmp_path / name) for name, d in (("one", one), ("other", other))]
+    made = [walk(d, folds, {"cfc": CFC}, tmp_path / name) for name, d in (("one", one), ("other", other))]
     first = [m.forecasts[m.forecasts["fold"] == 0] for m in made]
     pd.testing.assert_frame_equal(first[0], first[1])
     assert not made[0].forecasts.equals(made[1].forecasts)
@@ -66,11 +71,11 @@ def test_a_network_in_a_walk_does_not_look_ahead(tmp_path):
 
 def test_a_window_is_the_past_of_its_symbol_in_a_walk(tmp_path):
     one = market(0)
-    folds = WalkForward(100, 50, 2).folds(one.times, one.labels["end"])[:1]
+    folds = WalkForward(100, 50, 2).folds(one.times, one.end)[:1]
     last = one.features.copy()
     shown = folds[0].test
     last.iloc[shown.max()] += 3  # the very last row of the window that is forecast, of symbol C
-    made = [walk(d, folds, {"cfc": a_network}, 2, "ret_voladj", tmp_path / name).forecasts for name, d in (("one", one), ("two", Rows(one.keys, last, one.labels, one.sigma)))]
+    made = [walk(d, folds, {"cfc": CFC}, tmp_path / name).forecasts for name, d in (("one", one), ("two", Rows(one.keys, last, one.labels, one.sigma)))]
     differs = (made[0]["prob_up"] != made[1]["prob_up"]).to_numpy()
     assert differs.sum() == 1
     assert made[0].loc[differs, ["timestamp", "symbol"]].to_numpy().tolist() == [one.keys.iloc[shown.max()].tolist()]
@@ -102,11 +107,11 @@ sys.path.insert(0, {tests!r})
 from test_networks import a_network, data_for_kill
 d = data_for_kill()
 model = a_network().resumable(sys.argv[1])
-if sys.argv[2] == "slowly":
-    def wait(epoch):
-        print("epoch", epoch.number, flush=True)
+def tell(epoch):
+    print("epoch", epoch.number, flush=True)
+    if sys.argv[2] == "slowly" and epoch.number == 2:
         time.sleep(60)
-    model.on_epoch = wait
+model.on_epoch = tell
 model.fit(d.X, d.y, d.weight, d.times).save(sys.argv[3])
 """
 
@@ -124,12 +129,13 @@ def test_a_training_that_is_killed_ends_with_the_same_bits(tmp_path):
 
     process = subprocess.Popen(run("slowly", str(tmp_path / "never")), stdout=subprocess.PIPE, text=True, env=os.environ)
     assert process.stdout is not None
-    assert process.stdout.readline().strip() == "epoch 1"
+    assert [process.stdout.readline().strip() for _ in range(2)] == ["epoch 1", "epoch 2"]
     time.sleep(0.2)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "never").exists()
-    subprocess.run(run("at once", str(tmp_path / "resumed")), check=True)
+    resumed = subprocess.run(run("at once", str(tmp_path / "resumed")), check=True, stdout=subprocess.PIPE, text=True).stdout.split()
+    assert resumed[:2] == ["epoch", "3"]
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "other"), "at once", str(tmp_path / "whole")], check=True)
     files = sorted(p.name for p in (tmp_path / "whole").iterdir())
     assert all((tmp_path / "resumed" / f).read_bytes() == (tmp_path / "whole" / f).read_bytes() for f in files)

@@ -7,21 +7,26 @@ from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from scipy.special import expit
+from sklearn.metrics import log_loss
 from stable_baselines3 import DQN as PeerDQN
 from stable_baselines3.common.env_checker import check_env as peer_check
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.utils import LinearSchedule
 from torch import nn
 
-from mltrading.core.errors import DataError
+from mltrading.core.errors import DataError, ParameterError
+from mltrading.core.params import block
 from mltrading.market.panel import to_frame
 from mltrading.market.simulate import random_walk
 from mltrading.models.agent import MLP, Agent, AgentParams, Batch, QNetwork, annealed, train_agent
+from mltrading.models.calibration import fit_sigmoid
 from mltrading.models.conformance import planted
-from mltrading.models.dqn import DQN, DQNParams, council
+from mltrading.models.dqn import DQN, DQNParams, action_values, council
 from mltrading.models.environment import Knockout, Steps, TradingEnv, TradingVector, Underlying, market_steps
 from mltrading.models.training import torch_state
 
@@ -137,6 +142,37 @@ def test_what_ended_is_worth_its_reward_alone(steps):
     np.testing.assert_allclose(agent.values(seen).ravel(), np.arange(9) / 9, atol=0.02)
 
 
+@pytest.mark.parametrize(("values", "says"), [
+    ({"policy": "epsilon", "explore_first": 1.5}, r"explore_first: 1.5 is no share"),
+    ({"policy": "epsilon", "explore_last": 2.0}, r"explore_last: 2 is no share"),
+    ({"decisions": 500}, r"warmup: .* of 500 decisions nothing would be learned"),
+    ({"decisions": 600, "warmup": 100, "train_every": 501}, r"warmup: .* nothing would be learned"),
+    ({"hidden": [0]}, r"hidden.0: 0 is not allowed"),
+])
+def test_an_exploration_or_a_warm_up_that_cannot_be_is_refused(values, says):
+    with pytest.raises(ParameterError, match=says):
+        block(DQNParams, values, "dqn")
+    block(DQNParams, {"policy": "boltzmann", "explore_first": 1.5, "decisions": 532}, "dqn")
+
+
+@pytest.mark.parametrize("row", [-1, 100, 2.5, True, "first", float("nan")])
+def test_an_episode_cannot_begin_where_no_row_is(steps, row):
+    few = steps.take(np.arange(len(steps.after)) < 100)
+    env, vector = TradingEnv(few, Underlying(0.0), bars=5), TradingVector(few, Underlying(0.0), 5, num_envs=2)
+    with pytest.raises(ParameterError, match=f"reset, options, row: {row} is not a whole number from 0 to 99"):
+        env.reset(options={"row": row})
+    for rows in ([row, row], [3, 4, 5], 3, [[3, 4]]):
+        with pytest.raises(ParameterError, match="is not 2 whole numbers from 0 to 99"):
+            vector.reset(options={"row": rows})
+    for play in (env, vector):
+        with pytest.raises(ParameterError, match="unknown option `rows`"):
+            play.reset(options={"rows": 3})
+        assert play.reset(options={}) is not None
+    assert env.reset(options={"row": np.int64(99)})[1]["row"] == 99
+    vector.reset(options={"row": [0, 99]})
+    assert vector.row.tolist() == [0, 99]
+
+
 # ------------------------------------------------------------------ killed and resumed
 
 
@@ -170,6 +206,11 @@ def test_an_agent_is_killed_after_every_round(steps, product, tmp_path: Path):
     assert bits(resumed) == bits(whole)
     with pytest.raises(DataError, match="another training"):
         train_agent(make(), file, "b")
+    data = file.read_bytes()
+    for damaged, told in ((data[:-1], "damaged one"), *((data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :], "its bytes were changed") for at in np.linspace(len(data) // 2, len(data) - 1, 5).astype(int))):
+        file.write_bytes(damaged)
+        with pytest.raises(DataError, match=told):
+            train_agent(make(), file, "a")
 
 
 # ------------------------------------------------------------------ the forecaster
@@ -180,13 +221,83 @@ def test_weights_decide_how_often_rows_are_played():
     first = np.arange(400) < 200
     weight = np.where(first, 1e-6, 1.0)  # the first half says the opposite, and hardly counts
     y = np.where(first, -1, 1) * (d.X["x0"].to_numpy(np.float64) + 0.01)
-    model = DQN(DQNParams(decisions=4000), seed=0).fit(d.X, y, weight, d.times)
+    model = DQN(DQNParams(decisions=4000), seed=0, purge_bars=1).fit(d.X, y, weight, d.times)
     assert np.corrcoef(model.predict(d.X)["score"], d.X["x0"])[0, 1] > 0.9
+
+
+QUICK = DQNParams(decisions=1000, warmup=100)
+
+
+def fitted(d, y=None, params: DQNParams = QUICK, **more) -> DQN:
+    return DQN(params, seed=0, purge_bars=2, **more).fit(d.X, d.y if y is None else y, d.weight, d.times)
+
+
+def test_what_is_learned_does_not_depend_on_the_rows_of_the_map():
+    """And not on the rows between, whose labels reach into them; the map does, and on nothing but them."""
+    d = planted(1000, seed=4)
+    at = np.unique(d.times, return_inverse=True)[1]
+    one, gap, other = fitted(d), fitted(d, np.where((at >= 78) & (at < 80), -9.0, d.y)), fitted(d, np.where(at >= 80, -d.y, d.y))
+    for model in (gap, other):
+        np.testing.assert_array_equal(action_values(model, d.X), action_values(one, d.X))
+    pd.testing.assert_frame_equal(gap.predict(d.X), one.predict(d.X), check_exact=True)
+    assert one.summary["slope"] > 0
+    assert one.summary["odds_slope"] > 0
+    assert other.summary["slope"] == other.summary["odds_slope"] == 0  # a signal that turned is none, and not its opposite
+    assert np.ptp(other.predict(d.X)["prob_up"]) == 0
+
+
+def test_rows_known_by_heart_do_not_make_a_forecast_sure():
+    d = planted(4000, seed=6, rho=0.0)
+    learn, test = d.cut(0, 1500), d.cut(1500, 4000)
+    model = fitted(learn, params=DQNParams(hidden=(64, 64), train_every=8, decisions=20_000))
+    edge, fresh = ((np.diff(action_values(model, part.X)[:, [0, 2]])[:, 0] - model.summary["mean"]) / model.summary["spread"] for part in (learn.cut(0, 1000), test))
+    assert np.corrcoef(edge, learn.y[:1000])[0, 1] > 0.4  # it knows them by heart
+    slope, intercept = fit_sigmoid(edge, learn.y[:1000] > 0, learn.weight[:1000])
+    assert slope > 3 * model.summary["odds_slope"]
+    steep, honest = (log_loss(test.y > 0, p) - np.log(2) for p in (expit(slope * fresh + intercept), model.predict(test.X)["prob_up"]))
+    assert steep > 0.1
+    assert honest < 0.02
+
+
+def test_a_later_part_of_one_direction_is_refused():
+    d = planted(400, seed=1)
+    late = np.unique(d.times, return_inverse=True)[1] >= 32
+    with pytest.raises(DataError, match="the 80 rows of the later part have one direction"):
+        fitted(d, np.where(late, np.abs(d.y), d.y))
+    with pytest.raises(ParameterError, match="would reach into the later one"):
+        DQN(QUICK, seed=0).fit(d.X, d.y, d.weight, d.times)
+
+
+def test_values_that_say_nothing_still_make_a_forecast():
+    d = planted(400, seed=1)
+    out = fitted(d.__class__(0 * d.X, d.y, d.weight, d.times, d.truth)).predict(0 * d.X)
+    assert np.isfinite(out.to_numpy()).all()
+    assert np.ptp(out["prob_up"]) == 0
+
+
+def test_trainings_share_a_folder_and_leave_each_other_alone(tmp_path: Path):
+    d = planted(400, seed=1)
+    make = lambda seed: DQN(QUICK, seed=seed, purge_bars=1)  # noqa: E731
+    for seed in (0, 1):
+        make(seed).resumable(tmp_path).fit(d.X, d.y, d.weight, d.times)
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    assert len(before) == 2
+    again = make(0).resumable(tmp_path).fit(d.X, d.y, d.weight, d.times)
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
+    pd.testing.assert_frame_equal(again.predict(d.X), make(0).fit(d.X, d.y, d.weight, d.times).predict(d.X), check_exact=True)
+
+
+def test_windows_of_another_length_have_no_values():
+    d = planted(400, seed=1, steps=3)
+    model = fitted(d, params=DQNParams(steps=3, decisions=1000, warmup=100))
+    assert action_values(model, d.X).shape == (400, 3)
+    with pytest.raises(DataError, match="windows of 2 steps, where 3 were fitted"):
+        action_values(model, planted(20, seed=1, steps=2).X)
 
 
 def test_a_council_of_one_seed_agrees_with_itself():
     d = planted(600, seed=2)
-    found = council(lambda seed: DQN(DQNParams(decisions=1000, warmup=100), 0), (0, 0, 0), d.X, d.y, d.weight, d.times, d.X)
+    found = council(lambda seed: DQN(DQNParams(decisions=1000, warmup=100), 0, purge_bars=1), (0, 0, 0), d.X, d.y, d.weight, d.times, d.X)
     assert found.q.shape == (3, 600, 3)
     np.testing.assert_allclose(found.correlation, 1.0)
 

@@ -150,6 +150,25 @@ def test_novelty_and_place_of_a_row_do_not_depend_on_company(model, params, tmp_
         model(own, seed=0).latent(d.X)
 
 
+@pytest.mark.parametrize("patience", [0, 3])
+def test_novelty_is_a_rank_among_rows_not_learned_from(patience):
+    """Where there are some: those that patience looks at."""
+    d = planted(600, seed=0)
+    own = AutoencoderParams(hidden=(8,), latent=4, train=TrainParams(epochs=3, batch_size=32, patience=patience))
+    said = Autoencoder(own, seed=0, purge_bars=1).fit(d.X, d.y, d.weight, d.times).novelty(d.X)
+    among = said[np.unique(d.times, return_inverse=True)[1] >= (48 if patience else 0)].sort_values("error")
+    assert among["rank"].iloc[[0, -1]].tolist() == [0, 1]
+    np.testing.assert_allclose(among["rank"], np.linspace(0, 1, len(among)), atol=0.01)
+
+
+def test_a_middle_has_to_be_narrow():
+    d = planted(100, seed=0, steps=3)
+    for latent in (24, 30):
+        for model, params in ((Autoencoder, AutoencoderParams), (VariationalAutoencoder, VariationalParams)):
+            with pytest.raises(ParameterError, match=rf"params.latent: {latent} numbers in the middle of 24, which are 8 features × 3 steps"):
+                model(params(steps=3, latent=latent, train=QUICK), seed=0).fit(d.X, d.y, d.weight, d.times)
+
+
 def test_curves_learn_what_bends():
     d, test = planted(3000, seed=1), planted(3000, seed=2)
     truth, noise = (lambda p: np.abs(p.X["x0"].to_numpy(np.float64)) - 0.8), np.random.default_rng(0).standard_normal(3000)

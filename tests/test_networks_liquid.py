@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import ncps.torch as peers
 import ncps.wirings as peer_wirings
@@ -11,10 +14,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mltrading.models.liquid import CfCLayer, LTCLayer
-from mltrading.models.network import Encoder
+from mltrading.core.errors import ParameterError
+from mltrading.models.conformance import planted
+from mltrading.models.dual import LiquidDual, LiquidDualParams
+from mltrading.models.liquid import LTC, CfC, CfCLayer, CfCParams, Clock, LTCLayer
+from mltrading.models.network import Encoder, Network
 from mltrading.models.synapses import solve, solve_plain, wires
-from mltrading.models.wiring import CfCCircuit, NCPParams, Wiring, auto_wiring, circuit, ncp_wiring
+from mltrading.models.training import TrainParams
+from mltrading.models.wiring import NCP, CfCCircuit, NCPParams, Wiring, auto_wiring, circuit, ncp_wiring
 
 ROWS, STEPS, INPUTS, UNITS = 5, 4, 6, 12
 
@@ -226,14 +233,40 @@ def test_extreme_synapses_stay_finite() -> None:
 
 @pytest.mark.parametrize("cell", ["ltc", "cfc"])
 def test_a_feature_tells_the_time(cell: str) -> None:
-    """Its standardized value is the logarithm of how long a step lasts."""
+    """It is the logarithm of how long a step lasts, less its mean, over its standard deviation."""
     names = [f"f{k}" for k in range(INPUTS)]
-    plain, timed = (circuit(NCPParams(units=UNITS, motor=3, cell=cell, elapsed=e), names) for e in ("", "f2"))
+    plain, timed = (circuit(NCPParams(units=UNITS, motor=3, cell=cell), names, clock) for clock in (None, Clock(2, 0.5, 2.0)))
     timed.load_state_dict(plain.state_dict())
-    x = torch.randn(ROWS, STEPS, INPUTS)
-    x[..., 2] = 0
-    close(timed(x), plain(x))
-    x[..., 2] = 1
-    close(timed(x), plain.layer(x, torch.full((ROWS, STEPS), np.e))[:, -1, :3])
+    x, days = torch.randn(ROWS, STEPS, INPUTS), 0.1 + 3 * torch.rand(ROWS, STEPS)
+    x[..., 2] = (days.log() - 0.5) / 2
+    close(timed(x), plain.layer(x, days)[:, -1, :3])
     assert not torch.allclose(timed(x), plain(x))
     assert isinstance(timed, Encoder)
+
+
+@pytest.mark.parametrize(("model", "more"), [(LTC, {"units": 6, "unfolds": 2}), (CfC, {"units": 6, "backbone": (8,)}), (NCP, {"units": 8, "motor": 2, "cell": "cfc"}), (LiquidDual, {"units": 8, "motor": 2, "static": ("x0", "x3")})])
+def test_a_network_is_told_the_time_that_it_was_given(model: type[Network], more: dict[str, Any], tmp_path: Path) -> None:
+    """Whatever the scaling: the steps of a window last as many days as the feature says, in training, after it and from a folder."""
+    torch.set_default_dtype(torch.float32)
+    d = planted(400, seed=1, steps=STEPS)
+    days = np.random.default_rng(0).choice([1.0, 3.0, 4.0], len(d.X.block), p=[0.8, 0.15, 0.05])
+    block = d.X.block.copy()
+    block[:, 5] = np.log(days)
+    x, heard = replace(d.X, block=block), []
+    own = model(model.Params(steps=STEPS, elapsed="x5", train=TrainParams(epochs=1, patience=0), **more), seed=0).fit(x, d.y, d.weight, d.times)
+    own.save(tmp_path / "m")
+    for fitted in (own, model.load(tmp_path / "m")):
+        liquid = fitted.heads.encoder.liquid if model is LiquidDual else fitted.heads.encoder
+        liquid.layer.register_forward_pre_hook(lambda layer, given: heard.append(given[1]))
+        fitted.predict(x)
+        at = x.last[:, None] - np.arange(STEPS)[::-1]
+        np.testing.assert_allclose(heard.pop().numpy(), days[at], rtol=1e-5)
+    assert not heard
+
+
+def test_a_clock_that_is_no_feature_is_refused() -> None:
+    torch.set_default_dtype(torch.float32)
+    d = planted(100, seed=1, steps=STEPS)
+    for model, params in ((CfC, CfCParams(steps=STEPS, elapsed="x55")), (LiquidDual, LiquidDualParams(steps=STEPS, static=("x5",), elapsed="x5"))):
+        with pytest.raises(ParameterError, match=r"params.elapsed: unknown feature `x55?`"):
+            model(params, seed=0, purge_bars=1).fit(d.X, d.y, d.weight, d.times)

@@ -193,10 +193,15 @@ def test_what_a_kill_may_leave_in_a_journal(tmp_path: Path) -> None:
         assert path.read_bytes() == data
     lines = data.splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:2], b"{\n", *lines[3:]]))
-    with pytest.raises(DataError, match="a line that is no trial"):
+    with pytest.raises(DataError, match=r"fold_000.jsonl, line 3: is no trial: it is not JSON"):
         found(ParameterSearch(params, BASE, 3, tmp_path), folds=fold)
+    for number, line in ((1, b"[]\n"), (3, b"7\n"), (3, b"{}\n"), (3, lines[2].replace(b'"fresh"', b'"stale"')), (4, lines[3].replace(b'"status": "ok"', b'"status": "good"'))):
+        path.write_bytes(b"".join([*lines[: number - 1], line, *lines[number:]]))
+        for by in (ParameterSearch(params, BASE, 3, tmp_path), Evolution(evolution(), BASE, 3, 252, tmp_path)):
+            with pytest.raises(DataError, match=rf"fold_000.jsonl, line {number}: is no trial, or was changed"):
+                found(by, folds=fold)
     path.write_bytes(b"".join([*lines[:2], *lines[3:]]))
-    with pytest.raises(DataError, match="trial 1 is missing"):
+    with pytest.raises(DataError, match="line 3: trial 1 is missing"):
         found(ParameterSearch(params, BASE, 3, tmp_path), folds=fold)
     path.write_bytes(data)
     with path.open("rb") as held:
@@ -266,6 +271,23 @@ def test_a_search_is_one_trial_whose_fits_are_all_of_them(tmp_path: Path) -> Non
     assert [r["status"] for r in read_rows(tmp_path / "l.jsonl")] == ["ok", "ok"]
 
 
+def test_a_search_that_fails_keeps_the_fits_of_the_folds_it_came_through(tmp_path: Path) -> None:
+    """Otherwise a failure would say that next to nothing was tried."""
+    asked: list[np.ndarray] = []
+
+    def score(p: Params, train: np.ndarray, test: np.ndarray) -> pd.Series:
+        asked.append(test)
+        if test is OUTER[1].test:
+            raise DataError("test rows", "cannot be judged", "")
+        return earned(p, train, test)
+
+    with pytest.raises(DataError, match="cannot be judged"), looking(tmp_path / "l.jsonl", "demo", "searched", {}, "d") as look:
+        nested_search(OUTER, INNER, T, END, ParameterSearch(search(6), BASE, 3), score, look=look)
+    (row,) = read_rows(tmp_path / "l.jsonl")
+    assert row["status"] == "failed"
+    assert row["fits"] == len(asked) > 2
+
+
 def test_a_setting_that_is_good_only_on_outer_test_rows_is_not_preferred() -> None:
     """And without the trap the same trials are proposed."""
     def tempting(p: Params, train: np.ndarray, test: np.ndarray) -> pd.Series:
@@ -281,6 +303,12 @@ def test_a_setting_that_is_good_only_on_outer_test_rows_is_not_preferred() -> No
             pd.testing.assert_frame_equal(caught.drop(columns="outer"), free.drop(columns="outer"), check_exact=True)
             chosen = caught[caught["chosen"]].iloc[0]
             assert chosen["candidate"] == "good" if "x" not in caught else chosen["x"] <= 0.6
+
+
+def test_a_search_without_folds_is_refused() -> None:
+    for none in ([], iter(())):
+        with pytest.raises(ParameterError, match=r"nested_search.folds: there are none"):
+            found(every({"good": Params(x=0.3, n=4)}), earned, none)
 
 
 def test_failures_do_not_end_a_search_and_mistakes_do() -> None:

@@ -21,18 +21,20 @@ from mltrading.core.storage import content_id
 from mltrading.features.redundancy import (
     LEAST_ROWS,
     SelectionParams,
+    candidates,
     clusters,
     ic,
     ic_summary,
     luck,
     pooled_ic,
     rank_correlation,
-    select_features,
     selection_stability,
 )
 from mltrading.features.registry import FeatureBlock
-from mltrading.models.zoo import build
-from mltrading.systems.walk import Rows, Walked, walk
+from mltrading.models.zoo import spec
+from mltrading.systems.lessons import Rows
+from mltrading.systems.strategies import Learner, Strategy
+from mltrading.systems.walk import Walked, walk
 from mltrading.validation.metrics import auc
 from mltrading.validation.splits import Fold, WalkForward
 
@@ -50,11 +52,11 @@ def market(seed: int, instants: int = 300, symbols: int = 6, features: int = 40,
     stamps = pd.date_range("2020-01-01", periods=instants + 2, freq="D", tz="UTC", unit="us")
     keys = pd.DataFrame({"timestamp": np.repeat(stamps[:instants], symbols), "symbol": pd.array([f"S{i}" for i in range(symbols)] * instants, dtype="str")})
     labels = pd.DataFrame({"symbol": keys["symbol"], "start": np.repeat(stamps[1:-1], symbols), "end": np.repeat(stamps[2:], symbols), "ret": ret, "ret_voladj": ret / 0.01})
-    return Rows(keys, pd.DataFrame(x, columns=[f"x{i:03d}" for i in range(x.shape[1])]), labels, np.full(n, 0.01))
+    return Rows(keys, pd.DataFrame(x, columns=[f"x{i:03d}" for i in range(x.shape[1])]), {1: labels}, np.full(n, 0.01))
 
 
 def chosen(data: Rows, params: SelectionParams = PARAMS) -> pd.DataFrame:
-    return select_features(data.features, data.labels["ret"].to_numpy(), data.times, np.ones(len(data.keys)), params)
+    return candidates(data.features, data.times, params).choose(data.labels[1]["ret"].to_numpy(), np.ones(len(data.keys)))
 
 
 # ------------------------------------------------------------------ exact
@@ -129,9 +131,9 @@ def test_order_makes_no_difference(seed: int) -> None:
     data, rng = market(seed, 120, 5, 20, signal=0.2), np.random.default_rng(seed)
     rows, columns = rng.permutation(len(data.keys)), rng.permutation(data.features.shape[1])
     weight = rng.uniform(0.2, 1, len(rows))
-    y = data.labels["ret"].to_numpy()
-    here = select_features(data.features, y, data.times, weight, PARAMS)
-    pd.testing.assert_frame_equal(here, select_features(data.features.iloc[rows, columns], y[rows], data.times[rows], weight[rows], PARAMS), check_exact=True)
+    y = data.labels[1]["ret"].to_numpy()
+    here = candidates(data.features, data.times, PARAMS).choose(y, weight)
+    pd.testing.assert_frame_equal(here, candidates(data.features.iloc[rows, columns], data.times[rows], PARAMS).choose(y[rows], weight[rows]), check_exact=True)
     pd.testing.assert_series_equal(clusters(data.features, 0.7), clusters(data.features.iloc[rows, columns], 0.7))
 
 
@@ -163,7 +165,7 @@ def test_a_feature_that_was_right_once_is_put_behind_one_that_is_always_right() 
     once[:1000] += 2 * y[:1000]
     once[1000:] -= 0.05 * y[1000:]
     X = pd.DataFrame({"once": once, "steady": steady})
-    table = select_features(X, y, times, np.ones(4000), PARAMS).set_index("feature")
+    table = candidates(X, times, PARAMS).choose(y, np.ones(4000)).set_index("feature")
     assert table.loc["once", "ic"] > table.loc["steady", "ic"]
     assert table.loc["steady", "rank"] == 1
     assert table["same_sign"].to_dict() == {"steady": 1.0, "once": 0.25}
@@ -182,26 +184,27 @@ def test_what_says_nothing_is_left_out() -> None:
 
 def test_inputs_are_left_alone() -> None:
     data = market(6)
-    before = data.features.copy(), data.labels.copy()
+    before = data.features.copy(), data.labels[1].copy()
     chosen(data)
     pd.testing.assert_frame_equal(data.features, before[0])
-    pd.testing.assert_frame_equal(data.labels, before[1])
+    pd.testing.assert_frame_equal(data.labels[1], before[1])
 
 
 # ------------------------------------------------------------------ the walk
 
 
-def factories() -> dict[str, object]:
+def factories() -> dict[str, Learner]:
     boosted = {"n_estimators": 5, "max_depth": 2, "learning_rate": 0.3, "subsample": 0.8, "colsample_bytree": 0.8, "min_child_weight": 1, "reg_lambda": 1, "max_bin": 32,
                "early_stopping_rounds": 0, "inner_valid_fraction": 0.2}
-    return {"logistic": lambda: build("logistic", {"l2": 0.01, "winsor": 0.005, "missing_indicators": False, "max_iter": 100}, seed=1, threads=1, purge_bars=1),
-            "xgboost": lambda: build("xgboost", boosted, seed=1, threads=1, purge_bars=1)}
+    strategy = Strategy(model="any", horizon_bars=1, target="ret_voladj", scope="pooled", row_step=1)
+    line = {"l2": 0.01, "winsor": 0.005, "missing_indicators": False, "max_iter": 100}
+    return {name: Learner(strategy, spec(name, params), 1, 1) for name, params in {"logistic": line, "xgboost": boosted}.items()}
 
 
 def walked(data: Rows, folder: Path, selection: SelectionParams | None = PARAMS, only: tuple[str, ...] = ("logistic", "xgboost")) -> tuple[list[Fold], Walked]:
-    folds = WalkForward(120, 60, 2).folds(data.times, data.labels["end"])
+    folds = WalkForward(120, 60, 2).folds(data.times, data.end)
     makers = {k: f for k, f in factories().items() if k in only}
-    return folds, walk(data, folds, makers, 1, "ret_voladj", folder, selection)
+    return folds, walk(data, folds, makers, folder, selection)
 
 
 def test_what_is_judged_has_no_say(tmp_path: Path) -> None:
@@ -210,10 +213,10 @@ def test_what_is_judged_has_no_say(tmp_path: Path) -> None:
     folds, real = walked(data, tmp_path / "real")
     for k, fold in enumerate(folds[:-1]):
         late, rng = np.arange(len(data.keys)) >= fold.test[0], np.random.default_rng(k)
-        features, labels = data.features.copy(), data.labels.copy()
+        features, labels = data.features.copy(), data.labels[1].copy()
         features.loc[late] = (3 * rng.standard_normal((late.sum(), features.shape[1]))).astype(np.float32)
         labels.loc[late, ["ret", "ret_voladj"]] = 0.05 * features.loc[late, ["x005", "x006"]].to_numpy()
-        _, other = walked(Rows(data.keys, features, labels, data.sigma), tmp_path / f"other_{k}")
+        _, other = walked(Rows(data.keys, features, {1: labels}, data.sigma), tmp_path / f"other_{k}")
         early = real.selection["fold"] <= fold.number
         pd.testing.assert_frame_equal(real.selection[early], other.selection[other.selection["fold"] <= fold.number], check_exact=True)
         for model in factories():
@@ -250,7 +253,7 @@ def test_noise_has_no_skill_unless_it_was_chosen_by_what_judges_it(tmp_path: Pat
         best = list(chosen(data)["feature"])
         _, peeked = walked(Rows(data.keys, data.features[best], data.labels, data.sigma), tmp_path / f"out_{seed}", None, only=("logistic",))
         for done, into in ((honest, inside), (peeked, outside)):
-            judged = done.forecasts.merge(pd.concat([data.keys["timestamp"], data.labels[["symbol", "ret"]]], axis=1), on=["timestamp", "symbol"])
+            judged = done.forecasts.merge(pd.concat([data.keys["timestamp"], data.labels[1][["symbol", "ret"]]], axis=1), on=["timestamp", "symbol"])
             into.append(auc(judged["prob_up"], judged["ret"] > 0))
         rows += len(judged)
     error = np.sqrt(1 / (3 * rows))  # of the mean area without skill, classes of equal size
@@ -295,10 +298,10 @@ def test_luck_is_calibrated() -> None:
     p = []
     for seed in range(40):
         data = market(200 + seed, 80, 4, 10)
-        p.append(luck(data.features, data.labels["ret"].to_numpy(), data.times, 5, seed=seed, draws=49)["p_value"])
+        p.append(luck(data.features, data.labels[1]["ret"].to_numpy(), data.times, 5, seed=seed, draws=49)["p_value"])
     assert 1 <= sum(v <= 0.2 for v in p) <= 17  # binomial(40, 0.2): 99.9 %
     with pytest.raises(DataError, match="ascending"):
-        luck(data.features, data.labels["ret"].to_numpy(), data.times[::-1], 5, seed=0)
+        luck(data.features, data.labels[1]["ret"].to_numpy(), data.times[::-1], 5, seed=0)
 
 
 def test_stability_of_choices() -> None:

@@ -251,7 +251,7 @@ def test_a_nested_search_is_one_trial(tmp_path: Path) -> None:
         with suppress(ArithmeticError), looking(path, "demo", "sides", {"width": width}, "d") as look:
             nested_search(outer[::-1], PurgedKFold(3), t, end, every({"long": width, "short": -width}), score, look=look)
     rows = read_rows(path)
-    assert [(r["status"], r["fits"], r["n_bars"]) for r in rows] == [("ok", 7 * len(outer), 150), ("ok", 7 * len(outer), 150), ("failed", 1, 0)]
+    assert [(r["status"], r["fits"], r["n_bars"]) for r in rows] == [("ok", 7 * len(outer), 150), ("ok", 7 * len(outer), 150), ("failed", 7, 0)]
     assert len({r["params_id"] for r in rows}) == 2
     assert (pd.Timestamp(rows[0]["start"]), pd.Timestamp(rows[0]["end"])) == (t[150], t[-1])
     assert rows[-1]["error"] == "ArithmeticError: the last window"

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 import mltrading
-from mltrading.core.notebooks import exported, notebooks, readme, stale_modules, stored_form
+from mltrading.core.notebooks import FLOORS, exported, notebooks, readme, stale_modules, stored_form
 
-FLOORS = ("core", "market", "features", "labels", "models", "validation", "portfolio", "backtest", "systems", "reports", "live", "cli")
-BESIDE = {("features", "labels"), ("labels", "features"), ("reports", "live"), ("live", "reports")}
+ORDER = (*FLOORS, "cli")
+BESIDE = {("features", "labels"), ("labels", "features")}
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -64,7 +64,7 @@ def test_imports_go_down(root: Path) -> None:
                 target = node.module.split(".")[1]
             else:
                 continue
-            if target in FLOORS and target != parts[0] and (parts[0], target) not in BESIDE and FLOORS.index(target) > FLOORS.index(parts[0]):
+            if target in ORDER and target != parts[0] and (parts[0], target) not in BESIDE and ORDER.index(target) > ORDER.index(parts[0]):
                 wrong.append(f"{path.relative_to(root)}:{node.lineno} imports {target}")
     assert wrong == []
 

@@ -302,5 +302,5 @@ def test_a_library_that_is_not_there(kind, data, tmp_path, monkeypatch):
     model.save(tmp_path / "model")
     monkeypatch.setitem(sys.modules, kind, None)
     for call in (lambda: fitted(kind, data), lambda: type(model).load(tmp_path / "model")):
-        with pytest.raises(ParameterError, match=rf"the library `{kind}` is not installed\n  → pip install 'mltrading\[trees\]'"):
+        with pytest.raises(ParameterError, match=rf"the library `{kind}` is not installed\n  → pip install {kind}"):
             call()

@@ -16,62 +16,24 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from . import ledger as led
+from . import orders as od
 from .actions import DIVIDEND, SPLIT
 from .bars import Bar, micros
 from .costs import MULTIPLIER, CostParams
 from .engine import CLOSED_OUT, BacktestParams, account_charges, place
 from .exchange import Exchange
 from .instruments import FINANCING, FUTURES, MARGIN, Instrument, lay_terms
-from mltrading.backtest.ledger import (
-    BORROW,
-    CARRY,
-    CASH,
-    COSTS,
-    DIVIDENDS,
-    EQUITY,
-    F_COLUMN,
-    F_COMMISSION,
-    F_IMPACT,
-    F_KIND,
-    F_NUMBER,
-    F_PRICE,
-    F_QUANTITY,
-    F_REFERENCE,
-    F_SLIPPAGE,
-    F_SPREAD,
-    F_TIME,
-    GROSS,
-    INTEREST,
-    LOST,
-    NET,
-    O_COLUMN,
-    O_DECIDED,
-    O_FILLED,
-    O_KIND,
-    O_NUMBER,
-    O_QUANTITY,
-    O_STATUS,
-    O_WEIGHT,
-    REJECTED,
-    REQUIRED,
-    TABLES,
-    TRADED,
-    VALUE,
-    Grid,
-    Ledger,
-    equity_table,
-    fill_table,
-    order_table,
-    position_table,
-)
-from .orders import MARKET, PARENT, Orders, blank, split_batch
+from .ledger import Grid, Ledger, equity_table, fill_table, order_table, position_table
+from .orders import Orders, blank, split_batch
 from ..core.errors import DataError
 from ..core.jit import njit
 from ..core.storage import write_parquet
 from ..portfolio.record import advance, book_fill, halt, mark_positions, open_record
 
 # %% auto #0
-__all__ = ['ENTRY', 'BOOKED', 'AGE', 'BEST', 'Books', 'Weights', 'Moment', 'Strategy', 'check_weights', 'Desk', 'run']
+__all__ = ['ENTRY', 'BOOKED', 'AGE', 'BEST', 'Books', 'Weights', 'Moment', 'Strategy', 'check_weights', 'check_answer', 'Desk',
+           'run']
 
 # %% ../../nbs/backtest/15_events.ipynb #a0ade1fe
 ENTRY, BOOKED, AGE, BEST = range(4)
@@ -108,13 +70,13 @@ def _trade(n: int, quantity: float, price: float, shares: Grid, memory: Grid, re
 def _book_fills(n: int, fills: Grid, k: int, terms: Grid, shares: Grid, memory: Grid, results: Grid, closed: int, mark: float, row: Grid) -> tuple[int, int]:
     "Book the fills of one symbol; the number of the next fill, and of trades closed. Futures are paid against the old mark."
     multiplier, future = terms[n, MULTIPLIER], terms[n, FUTURES] != 0.0
-    while k < len(fills) and fills[k, F_COLUMN] == n:
+    while k < len(fills) and fills[k, led.F_COLUMN] == n:
         f = fills[k]
-        price = f[F_PRICE] - mark if future else f[F_PRICE]
-        row[CASH] -= f[F_QUANTITY] * price * multiplier + f[F_COMMISSION]
-        row[TRADED] += abs(f[F_QUANTITY]) * f[F_REFERENCE] * multiplier
-        row[COSTS] += f[F_COMMISSION] + f[F_SPREAD] + f[F_IMPACT] + f[F_SLIPPAGE]
-        closed = _trade(n, f[F_QUANTITY], f[F_PRICE], shares, memory, results, closed)
+        price = f[led.F_PRICE] - mark if future else f[led.F_PRICE]
+        row[led.CASH] -= f[led.F_QUANTITY] * price * multiplier + f[led.F_COMMISSION]
+        row[led.TRADED] += abs(f[led.F_QUANTITY]) * f[led.F_REFERENCE] * multiplier
+        row[led.COSTS] += f[led.F_COMMISSION] + f[led.F_SPREAD] + f[led.F_IMPACT] + f[led.F_SLIPPAGE]
+        closed = _trade(n, f[led.F_QUANTITY], f[led.F_PRICE], shares, memory, results, closed)
         k += 1
     return k, closed
 
@@ -127,11 +89,11 @@ def _end_position(n: int, time: float, haircut: float, terms: Grid, shares: Grid
     reference = ending[n] if settled else last[n]
     price = reference * (1.0 - cut) if shares[n] > 0.0 else reference * (1.0 + cut)
     worth = price - last[n] if terms[n, FUTURES] != 0.0 else price
-    row[CASH] += shares[n] * worth * terms[n, MULTIPLIER]
-    row[LOST] += abs(shares[n]) * reference * cut * terms[n, MULTIPLIER]
+    row[led.CASH] += shares[n] * worth * terms[n, MULTIPLIER]
+    row[led.LOST] += abs(shares[n]) * reference * cut * terms[n, MULTIPLIER]
     close[:] = 0.0
-    close[F_TIME], close[F_COLUMN], close[F_KIND], close[F_NUMBER] = time, n, 2.0 if settled else 1.0, -1.0
-    close[F_QUANTITY], close[F_REFERENCE], close[F_PRICE] = -shares[n], reference, price
+    close[led.F_TIME], close[led.F_COLUMN], close[led.F_KIND], close[led.F_NUMBER] = time, n, 2.0 if settled else 1.0, -1.0
+    close[led.F_QUANTITY], close[led.F_REFERENCE], close[led.F_PRICE] = -shares[n], reference, price
     return _trade(n, -shares[n], price, shares, memory, results, closed)
 
 # %% ../../nbs/backtest/15_events.ipynb #0edf1108
@@ -144,9 +106,9 @@ def _book_bar(
     short = carry = 0.0
     k = ended = closed = 0
     row[:] = 0.0
-    row[INTEREST] = max(-cash, 0.0) * charges[1] * years
-    row[CASH] = cash
-    row[DIVIDENDS] = _open(column, kind, value, terms, shares, last, memory, ending)
+    row[led.INTEREST] = max(-cash, 0.0) * charges[1] * years
+    row[led.CASH] = cash
+    row[led.DIVIDENDS] = _open(column, kind, value, terms, shares, last, memory, ending)
     for n in range(len(shares)):
         before, future = last[n], terms[n, FUTURES] != 0.0
         if shares[n] != 0.0:
@@ -159,7 +121,7 @@ def _book_bar(
         else:
             last[n], missing[n] = close[n], 0
             if future and shares[n] != 0.0:
-                row[CASH] += shares[n] * (close[n] - before) * terms[n, MULTIPLIER]
+                row[led.CASH] += shares[n] * (close[n] - before) * terms[n, MULTIPLIER]
         if shares[n] != 0.0 and (missing[n] >= patience or not math.isnan(ending[n])):
             closed = _end_position(n, time, charges[2], terms, shares, last, memory, results, closed, ending, row, ends[ended])
             ended += 1
@@ -167,14 +129,14 @@ def _book_bar(
             last[n] = ending[n]
         if shares[n] != 0.0:
             worth = shares[n] * last[n] * terms[n, MULTIPLIER]
-            row[VALUE] += 0.0 if future else worth
-            row[NET] += worth
-            row[GROSS] += abs(worth)
-            row[REQUIRED] += abs(worth) * terms[n, MARGIN]
-    row[BORROW], row[CARRY] = short * charges[0] * years, carry * years
-    row[CASH] -= row[BORROW]
-    row[CASH] += row[DIVIDENDS] - row[INTEREST] - row[CARRY]
-    row[EQUITY] = row[CASH] + row[VALUE]
+            row[led.VALUE] += 0.0 if future else worth
+            row[led.NET] += worth
+            row[led.GROSS] += abs(worth)
+            row[led.REQUIRED] += abs(worth) * terms[n, MARGIN]
+    row[led.BORROW], row[led.CARRY] = short * charges[0] * years, carry * years
+    row[led.CASH] -= row[led.BORROW]
+    row[led.CASH] += row[led.DIVIDENDS] - row[led.INTEREST] - row[led.CARRY]
+    row[led.EQUITY] = row[led.CASH] + row[led.VALUE]
     memory[AGE], memory[BEST] = mark_positions(shares, close, memory[AGE], memory[BEST])
     return ended, closed
 
@@ -184,27 +146,27 @@ def _screen(rows: Grid, book: Grid, shares: Grid, last: Grid, terms: Grid, limit
     "Reject what the account cannot carry, and the exits behind it."
     up, down = shares.copy(), shares.copy()
     for i in range(len(book)):
-        left = book[i, O_QUANTITY] - book[i, O_FILLED]
-        if book[i, PARENT] < 0.0:
-            up[int(book[i, O_COLUMN])] += max(left, 0.0)
-            down[int(book[i, O_COLUMN])] += min(left, 0.0)
+        left = book[i, led.O_QUANTITY] - book[i, led.O_FILLED]
+        if book[i, od.PARENT] < 0.0:
+            up[int(book[i, led.O_COLUMN])] += max(left, 0.0)
+            down[int(book[i, led.O_COLUMN])] += min(left, 0.0)
     price = last * terms[:, MULTIPLIER] * terms[:, MARGIN]
     total = 0.0
     for n in range(len(shares)):
         total += max(abs(up[n]), abs(down[n])) * price[n] if up[n] != 0.0 or down[n] != 0.0 else 0.0
     refused = -1.0
     for i in range(len(rows)):
-        if not math.isnan(rows[i, O_STATUS]):
+        if not math.isnan(rows[i, led.O_STATUS]):
             continue
-        if rows[i, PARENT] >= 0.0:
-            if rows[i, PARENT] == refused:
-                rows[i, O_STATUS] = REJECTED
+        if rows[i, od.PARENT] >= 0.0:
+            if rows[i, od.PARENT] == refused:
+                rows[i, led.O_STATUS] = led.REJECTED
             continue
-        n, quantity = int(rows[i, O_COLUMN]), rows[i, O_QUANTITY]
+        n, quantity = int(rows[i, led.O_COLUMN]), rows[i, led.O_QUANTITY]
         above, below = up[n] + max(quantity, 0.0), down[n] + min(quantity, 0.0)
         more = (max(abs(above), abs(below)) - max(abs(up[n]), abs(down[n]))) * price[n]
         if more > 0.0 and total + more > limit * (1.0 + 1e-9):
-            rows[i, O_STATUS], refused = REJECTED, rows[i, O_NUMBER]
+            rows[i, led.O_STATUS], refused = led.REJECTED, rows[i, led.O_NUMBER]
         else:
             up[n], down[n], total = above, below, total + more
 
@@ -235,7 +197,7 @@ class Books:
         results = np.empty(len(fills) + len(self.shares))
         ended, closed = _book_bar(micros(bar.time), years, bar.prices[3], bar.column, bar.kind, bar.value, fills, self.terms, self.charges, self.patience,
                                   self.shares, self.last, self.memory, self.ending, self.missing, self.cash, self.row, self.ends, results)
-        self.cash, self.equity = float(self.row[CASH]), float(self.row[EQUITY])
+        self.cash, self.equity = float(self.row[led.CASH]), float(self.row[led.EQUITY])
         if not first:
             self.record = advance(self.record, self.time, bar.time, before, self.equity, results[:closed].tolist(), self.release_after)
         self.time = bar.time
@@ -244,7 +206,7 @@ class Books:
     @property
     def broken(self) -> bool:
         "Whether the account has to be closed out."
-        return bool(self.equity <= self.charges[3] * self.row[REQUIRED])
+        return bool(self.equity <= self.charges[3] * self.row[led.REQUIRED])
 
     def screen(
         self,
@@ -313,14 +275,14 @@ class _Recorder:
         out, shares, last = np.array(self.rows), *(np.array(part) for part in zip(*self.held, strict=True))
         fills = np.concatenate([np.empty((0, 11)), *self.fills])
         orders, reasons = np.concatenate([np.empty((0, 11)), *(rows[:, :11] for rows, _ in self.orders)]), [r for _, said in self.orders for r in said]
-        part = (order_table(orders, reasons, self.symbols), fill_table(fills[np.lexsort((fills[:, F_KIND], fills[:, F_COLUMN], fills[:, F_TIME]))], self.symbols),
-                position_table(index, shares, last, self.multiplier, out[:, EQUITY], self.symbols), equity_table(index, out, self.equity))
+        part = (order_table(orders, reasons, self.symbols), fill_table(fills[np.lexsort((fills[:, led.F_KIND], fills[:, led.F_COLUMN], fills[:, led.F_TIME]))], self.symbols),
+                position_table(index, shares, last, self.multiplier, out[:, led.EQUITY], self.symbols), equity_table(index, out, self.equity))
         if self.folder is None:
             self.parts.append(part)
         else:
-            for name, table in zip(TABLES, part, strict=True):
+            for name, table in zip(led.TABLES, part, strict=True):
                 write_parquet(table, self.folder / f"{name}.parquet" / f"{self.written:06d}.parquet")
-        self.equity, self.written = float(out[-1, EQUITY]), self.written + 1
+        self.equity, self.written = float(out[-1, led.EQUITY]), self.written + 1
         self.times, self.rows, self.fills, self.held, self.orders = [], [], [], [], []
 
     def ledger(self) -> Ledger:
@@ -330,16 +292,17 @@ class _Recorder:
         orders, *others = (pd.concat(tables, ignore_index=True) for tables in zip(*self.parts, strict=True))
         return Ledger(orders.sort_values("order", ignore_index=True), *others)
 
-# %% ../../nbs/backtest/15_events.ipynb #4ce7a310
-def _target_orders(wanted: Grid, equity: float, books: Books, exchange: Exchange, now: float) -> tuple[Grid, NDArray[np.intp]]:
-    "Market orders for one bar that lead to target weights; for which symbols."
+# %% ../../nbs/backtest/15_events.ipynb #1f33600e
+def _aim(wanted: Grid, equity: float, books: Books, exchange: Exchange, now: float, reasons: Sequence[str]) -> None:
+    "Withdraw what works, and order what leads to target weights: market orders for one bar."
+    exchange.cancel()
     quantity = np.empty(len(wanted))
     place(wanted, equity, books.shares, books.last, books.terms, quantity)
     which = np.flatnonzero(quantity)
     rows = blank(len(which))
-    rows[:, O_NUMBER], rows[:, O_DECIDED], rows[:, O_COLUMN], rows[:, O_KIND] = exchange.number + np.arange(len(which)), now, which, MARKET
-    rows[:, O_WEIGHT], rows[:, O_QUANTITY] = wanted[which] if equity > 0 else 0.0, quantity[which]
-    return rows, which
+    rows[:, led.O_NUMBER], rows[:, led.O_DECIDED], rows[:, led.O_COLUMN], rows[:, led.O_KIND] = exchange.number + np.arange(len(which)), now, which, od.MARKET
+    rows[:, led.O_WEIGHT], rows[:, led.O_QUANTITY] = wanted[which] if equity > 0 else 0.0, quantity[which]
+    exchange.add(rows, [reasons[n] for n in which.tolist()])
 
 def check_weights(
     weights: Grid,             # (N,)
@@ -359,6 +322,24 @@ def check_weights(
     gross = float((np.abs(weights) * terms[:, MARGIN]).sum())
     if gross > max_gross * (1 + 1e-9):
         raise DataError(where, f"|weights| times margins sum to {gross:.6g}, the account accepts {max_gross:g}", "cap the weights in the policy or raise `max_gross`")
+
+# %% ../../nbs/backtest/15_events.ipynb #cb2455e1
+def check_answer(
+    wanted: object,       # what a strategy answered with
+    books: Books,
+    exchange: Exchange,
+    max_gross: float,
+    symbols: Sequence[str],
+) -> None:
+    """Raises `DataError` on an answer of another kind, and on weights or orders that the account or the exchange cannot take."""
+    if isinstance(wanted, Weights):
+        check_weights(wanted.weights, books.last, books.terms, max_gross, symbols, f"weights at {books.time}")
+        if len(wanted.reasons) not in (0, len(symbols)):
+            raise DataError(f"weights at {books.time}", f"have {len(wanted.reasons)} reasons", f"one per symbol, {len(symbols)}, or none")
+    elif isinstance(wanted, Orders):
+        exchange.check_open(wanted.symbol, micros(books.time))
+    elif wanted is not None:
+        raise DataError(f"strategy at {books.time}", f"answered with a {type(wanted).__name__}", "answer with `Weights`, `Orders`, or `None` for no decision")
 
 # %% ../../nbs/backtest/15_events.ipynb #b7f5fb84
 class Desk:
@@ -390,8 +371,8 @@ class Desk:
         ended = self.books.settle(bar, fills)
         if len(ended):
             gone = np.zeros(len(self.symbols), bool)
-            gone[ended[:, F_COLUMN].astype(np.int64)] = True
-            self.exchange.cancel(gone=gone)
+            gone[ended[:, led.F_COLUMN].astype(np.int64)] = True
+            self.exchange.sweep(gone)
         return fills, ended
 
     def act(
@@ -401,34 +382,24 @@ class Desk:
         """Do what was decided `delay_bars` ago, or close out.
 
         Raises `DataError` on what the account or the exchange cannot take."""
-        books, exchange, now = self.books, self.exchange, micros(self.books.time)
+        books, exchange, now, n = self.books, self.exchange, micros(self.books.time), len(self.symbols)
+        check_answer(wanted, books, exchange, self.params.max_gross, self.symbols)
         if isinstance(wanted, Weights):
-            check_weights(wanted.weights, books.last, books.terms, self.params.max_gross, self.symbols, f"weights at {books.time}")
             books.record, books.barred = halt(books.record, wanted.halt), books.barred if wanted.barred is None else wanted.barred
-            if len(wanted.reasons) not in (0, len(self.symbols)):
-                raise DataError(f"weights at {books.time}", f"have {len(wanted.reasons)} reasons", f"one per symbol, {len(self.symbols)}, or none")
-        elif isinstance(wanted, Orders):
-            exchange.check_open(wanted.symbol, now)
-        elif wanted is not None:
-            raise DataError(f"strategy at {books.time}", f"answered with a {type(wanted).__name__}", "answer with `Weights`, `Orders`, or `None` for no decision")
         self.queue.append(wanted)
         due = self.queue.popleft()
         if books.broken:
-            exchange.cancel()
-            rows, which = _target_orders(books.shares, 0.0, books, exchange, now)
-            exchange.add(rows, [CLOSED_OUT[int(books.equity > 0)]] * len(which))
+            _aim(books.shares, 0.0, books, exchange, now, [CLOSED_OUT[int(books.equity > 0)]] * n)
         elif isinstance(due, Weights) and books.equity > 0:
-            exchange.cancel()
-            rows, which = _target_orders(due.weights, books.equity, books, exchange, now)
-            exchange.add(rows, [due.reasons[n] for n in which.tolist()] if len(due.reasons) else ["target"] * len(which))
+            _aim(due.weights, books.equity, books, exchange, now, due.reasons if len(due.reasons) else ["target"] * n)
         elif isinstance(due, Orders):
             if len(due.cancel):
                 exchange.cancel(due.cancel)
             if len(due.symbol):
                 rows, reasons = exchange.draft(due, now, self.params.delay_bars > 0)
-                fine = np.isnan(rows[:, O_STATUS])
+                fine = np.isnan(rows[:, led.O_STATUS])
                 books.screen(rows, exchange.working, self.params.max_gross)
-                refused = fine & ~np.isnan(rows[:, O_STATUS])
+                refused = fine & ~np.isnan(rows[:, led.O_STATUS])
                 exchange.add(rows, ["rejected: more than the account can carry" if no else reason for no, reason in zip(refused, reasons, strict=True)])
 
 # %% ../../nbs/backtest/15_events.ipynb #d532d6f9

@@ -11,64 +11,14 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from . import ledger as led
+from . import orders as od
 from .actions import SETTLEMENT, SPLIT
 from .bars import Bar, Liquidity, micros
 from .costs import MINIMUM, MULTIPLIER, CostParams, fill_order, passive
 from .instruments import LOT, whole_lots
-from mltrading.backtest.ledger import (
-    CANCELLED,
-    F_COLUMN,
-    F_COMMISSION,
-    F_IMPACT,
-    F_KIND,
-    F_NUMBER,
-    F_PRICE,
-    F_QUANTITY,
-    F_REFERENCE,
-    F_SLIPPAGE,
-    F_SPREAD,
-    F_TIME,
-    FILLED,
-    LAPSED,
-    O_COLUMN,
-    O_FILLED,
-    O_FILLED_AT,
-    O_KIND,
-    O_LIMIT,
-    O_NUMBER,
-    O_QUANTITY,
-    O_STATUS,
-    O_STOP,
-    PARTIAL,
-    PENDING,
-    REJECTED,
-    WORKING,
-    Grid,
-)
-from mltrading.backtest.orders import (
-    AGE,
-    BEST,
-    CLOSE,
-    INSIDE,
-    LEVEL,
-    LIFE,
-    LIMIT,
-    MARKET,
-    NOWHERE,
-    OPEN,
-    PAIR,
-    PARENT,
-    READY,
-    STOP,
-    STOP_LIMIT,
-    TRAIL,
-    TRAILING,
-    UNCUT,
-    WIDTH,
-    Orders,
-    in_bar,
-    lay_orders,
-)
+from .ledger import Grid
+from .orders import Orders, in_bar, lay_orders
 from ..core.errors import DataError
 from ..core.jit import njit
 
@@ -84,61 +34,61 @@ def _row_of(book: Grid, count: int, number: float) -> int:
     low, high = 0, count
     while low < high:
         middle = (low + high) // 2
-        if book[middle, O_NUMBER] < number:
+        if book[middle, led.O_NUMBER] < number:
             low = middle + 1
         else:
             high = middle
-    return low if low < count and book[low, O_NUMBER] == number else -1
+    return low if low < count and book[low, led.O_NUMBER] == number else -1
 
 @njit(nogil=True)
 def _left(book: Grid, count: int, i: int) -> float:
     "What is still to be filled of an order, signed; what the other one of its pair filled counts as done."
-    left = book[i, O_QUANTITY] - book[i, O_FILLED]
-    if book[i, PAIR] >= 0.0:
-        k = _row_of(book, count, book[i, PAIR])
-        left -= book[k, O_FILLED] if k >= 0 else 0.0
-    return left if abs(left) > 1e-12 * abs(book[i, O_QUANTITY]) else 0.0
+    left = book[i, led.O_QUANTITY] - book[i, led.O_FILLED]
+    if book[i, od.PAIR] >= 0.0:
+        k = _row_of(book, count, book[i, od.PAIR])
+        left -= book[k, led.O_FILLED] if k >= 0 else 0.0
+    return left if abs(left) > 1e-12 * abs(book[i, led.O_QUANTITY]) else 0.0
 
 @njit(nogil=True)
 def _wake(book: Grid, count: int, i: int, quantity: float, where: int) -> None:
     "The exits behind an entry grow with what it filled, and have this bar before them from there on."
     for k in range(i + 1, min(i + 3, count)):
-        if book[k, PARENT] == book[i, O_NUMBER]:
-            book[k, O_QUANTITY] -= quantity
-            book[k, READY] = 1.0 + where
+        if book[k, od.PARENT] == book[i, led.O_NUMBER]:
+            book[k, led.O_QUANTITY] -= quantity
+            book[k, od.READY] = 1.0 + where
 
 @njit(nogil=True)
 def _end_entry(book: Grid, count: int, i: int) -> None:
     "An exit that has fired ends what is left of its entry."
-    k = _row_of(book, count, book[i, PARENT]) if book[i, PARENT] >= 0.0 else -1
-    if k >= 0 and book[k, O_FILLED] != book[k, O_QUANTITY]:
-        book[k, O_STATUS] = PARTIAL
+    k = _row_of(book, count, book[i, od.PARENT]) if book[i, od.PARENT] >= 0.0 else -1
+    if k >= 0 and book[k, led.O_FILLED] != book[k, led.O_QUANTITY]:
+        book[k, led.O_STATUS] = led.PARTIAL
 
 @njit(nogil=True)
 def _follows(book: Grid, count: int, i: int, at_close: bool) -> bool:
     "Whether an exit comes after the other orders of its symbol: its entry has filled in this bar, or may still do so before the close."
-    if 1.0 + OPEN <= book[i, READY] <= 1.0 + CLOSE:
+    if 1.0 + od.OPEN <= book[i, od.READY] <= 1.0 + od.CLOSE:
         return True
-    k = _row_of(book, count, book[i, PARENT]) if book[i, PARENT] >= 0.0 else -1
-    return k >= 0 and not (at_close and book[k, O_KIND] == MARKET)
+    k = _row_of(book, count, book[i, od.PARENT]) if book[i, od.PARENT] >= 0.0 else -1
+    return k >= 0 and not (at_close and book[k, led.O_KIND] == od.MARKET)
 
 # %% ../../nbs/backtest/09_exchange.ipynb #e29cc27f
 @njit(nogil=True)
 def _take(i: int, quantity: float, price: float, takes: bool, micros: float, vol: Grid, adv: Grid, terms: Grid, patient: Grid, least: float, book: Grid, fill: Grid) -> None:
     "Write one fill: what it costs, and what it leaves of the order."
-    n, limit, side = int(book[i, O_COLUMN]), book[i, O_LIMIT], math.copysign(1.0, quantity)
+    n, limit, side = int(book[i, led.O_COLUMN]), book[i, led.O_LIMIT], math.copysign(1.0, quantity)
     got, uncut, spread, slip, impact = fill_order(quantity, price, vol[n], adv[n], terms[n] if takes else patient[n])
     if side * got > side * limit:
         part = side * (limit - price) * abs(quantity) * terms[n, MULTIPLIER] / (spread + slip + impact)
         spread, slip, impact = part * spread, part * slip, part * impact
         got, uncut, _, _, _ = fill_order(quantity, limit, vol[n], adv[n], patient[n])
-    before = book[i, UNCUT]
-    commission = max(before + uncut, least) - (max(before, least) if book[i, O_FILLED] != 0.0 else 0.0)
-    book[i, UNCUT] = before + uncut
-    fill[F_TIME], fill[F_COLUMN], fill[F_KIND], fill[F_NUMBER] = micros, n, 0.0, book[i, O_NUMBER]
-    fill[F_QUANTITY], fill[F_REFERENCE], fill[F_PRICE], fill[F_COMMISSION] = quantity, price, got, commission
-    fill[F_SPREAD], fill[F_SLIPPAGE], fill[F_IMPACT] = spread, slip, impact
-    book[i, O_FILLED_AT] = micros
+    before = book[i, od.UNCUT]
+    commission = max(before + uncut, least) - (max(before, least) if book[i, led.O_FILLED] != 0.0 else 0.0)
+    book[i, od.UNCUT] = before + uncut
+    fill[led.F_TIME], fill[led.F_COLUMN], fill[led.F_KIND], fill[led.F_NUMBER] = micros, n, 0.0, book[i, led.O_NUMBER]
+    fill[led.F_QUANTITY], fill[led.F_REFERENCE], fill[led.F_PRICE], fill[led.F_COMMISSION] = quantity, price, got, commission
+    fill[led.F_SPREAD], fill[led.F_SLIPPAGE], fill[led.F_IMPACT] = spread, slip, impact
+    book[i, led.O_FILLED_AT] = micros
 
 # %% ../../nbs/backtest/09_exchange.ipynb #0edf1108
 @njit(nogil=True)
@@ -147,37 +97,37 @@ def _visit(
     book: Grid, count: int, fills: Grid, done: int,
 ) -> int:                          # fills so far
     "Show the bar to one order. `late`: it comes after its entry."
-    n, kind = int(book[i, O_COLUMN]), int(book[i, O_KIND])
-    if late and (book[i, READY] == 1.0 + CLOSE or (book[i, READY] == 1.0 + INSIDE and kind != STOP)):
+    n, kind = int(book[i, led.O_COLUMN]), int(book[i, led.O_KIND])
+    if late and (book[i, od.READY] == 1.0 + od.CLOSE or (book[i, od.READY] == 1.0 + od.INSIDE and kind != od.STOP)):
         return done
     left = _left(book, count, i)
     if left == 0.0:
         return done
     c, o = prices[3, n], prices[3, n] if math.isnan(prices[0, n]) else prices[0, n]
     high, low = np.fmax(prices[1, n], max(o, c)), np.fmin(prices[2, n], min(o, c))
-    side, level = math.copysign(1.0, left), book[i, LEVEL]
-    shown = LIMIT if kind == STOP_LIMIT and book[i, READY] == TRIGGERED else kind
-    if late and book[i, READY] == 1.0 + INSIDE:  # the open was before its entry
+    side, level = math.copysign(1.0, left), book[i, od.LEVEL]
+    shown = od.LIMIT if kind == od.STOP_LIMIT and book[i, od.READY] == TRIGGERED else kind
+    if late and book[i, od.READY] == 1.0 + od.INSIDE:  # the open was before its entry
         reached = low <= level if side < 0.0 else high >= level
-        where, price, hit, best = (INSIDE, level, True, 0.0) if reached else (NOWHERE, math.nan, False, 0.0)
+        where, price, hit, best = (od.INSIDE, level, True, 0.0) if reached else (od.NOWHERE, math.nan, False, 0.0)
     else:
-        where, price, hit, best = in_bar(shown, side, o, high, low, c, book[i, O_LIMIT], level, book[i, BEST], book[i, TRAIL], at_close)
-    if kind == TRAILING and where == NOWHERE:
-        book[i, BEST], book[i, LEVEL] = best, best * (1.0 + side * book[i, TRAIL])
-    if kind == STOP_LIMIT and hit:
-        book[i, READY] = TRIGGERED
-    if where == NOWHERE:
+        where, price, hit, best = in_bar(shown, side, o, high, low, c, book[i, led.O_LIMIT], level, book[i, od.BEST], book[i, od.TRAIL], at_close)
+    if kind == od.TRAILING and where == od.NOWHERE:
+        book[i, od.BEST], book[i, od.LEVEL] = best, best * (1.0 + side * book[i, od.TRAIL])
+    if kind == od.STOP_LIMIT and hit:
+        book[i, od.READY] = TRIGGERED
+    if where == od.NOWHERE:
         return done
     quantity = left if abs(left) <= room[n] else whole_lots(math.copysign(room[n], left), terms[n, LOT])
-    if kind in (STOP, TRAILING):
-        book[i, LEVEL] = -math.inf if side > 0.0 else math.inf  # triggered: what is left fills wherever the market is
+    if kind in (od.STOP, od.TRAILING):
+        book[i, od.LEVEL] = -math.inf if side > 0.0 else math.inf  # triggered: what is left fills wherever the market is
         _end_entry(book, count, i)
     if quantity == 0.0:
         return done
-    takes = kind not in (LIMIT, STOP_LIMIT) or where == OPEN or (shown == STOP_LIMIT and side * book[i, O_LIMIT] > side * level)
+    takes = kind not in (od.LIMIT, od.STOP_LIMIT) or where == od.OPEN or (shown == od.STOP_LIMIT and side * book[i, led.O_LIMIT] > side * level)
     _take(i, quantity, price, takes, micros, vol, adv, terms, patient, least, book, fills[done])
     room[n] -= abs(quantity)
-    book[i, O_FILLED] = book[i, O_QUANTITY] if quantity == left and book[i, PAIR] < 0.0 else book[i, O_FILLED] + quantity
+    book[i, led.O_FILLED] = book[i, led.O_QUANTITY] if quantity == left and book[i, od.PAIR] < 0.0 else book[i, led.O_FILLED] + quantity
     _wake(book, count, i, quantity, where)
     _end_entry(book, count, i)
     return done + 1
@@ -199,9 +149,9 @@ def _room(prices: Grid, participation: float, traded: NDArray[np.bool_], room: G
 @njit(nogil=True)
 def _rank(kind: float, at_close: bool) -> float:
     "Which of a symbol's orders comes first in a bar."
-    if kind == MARKET:
+    if kind == od.MARKET:
         return 4.0 if at_close else 0.0
-    return 3.0 if kind == LIMIT else 2.0 if kind == STOP_LIMIT else 1.0
+    return 3.0 if kind == od.LIMIT else 2.0 if kind == od.STOP_LIMIT else 1.0
 
 # %% ../../nbs/backtest/09_exchange.ipynb #983730cd
 @njit(nogil=True)
@@ -222,21 +172,21 @@ def _match(
     _room(prices, participation, traded, room)
     key = np.empty(count)
     for i in range(count):
-        key[i] = book[i, O_COLUMN] * 8.0 + _rank(book[i, O_KIND], at_close)
+        key[i] = book[i, led.O_COLUMN] * 8.0 + _rank(book[i, led.O_KIND], at_close)
     sequence, done, first = np.argsort(key, kind="mergesort"), 0, 0
     while first < count:
-        n, stop = book[sequence[first], O_COLUMN], first
-        while stop < count and book[sequence[stop], O_COLUMN] == n:
+        n, stop = book[sequence[first], led.O_COLUMN], first
+        while stop < count and book[sequence[stop], led.O_COLUMN] == n:
             stop += 1
         if room[int(n)] > 0.0:
             for late in (False, True):
                 for k in range(first, stop):
                     i = sequence[k]
-                    ended = book[i, O_STATUS] == book[i, O_STATUS]
-                    if book[i, READY] != ASLEEP and not ended and _follows(book, count, i, at_close) == late:
+                    ended = book[i, led.O_STATUS] == book[i, led.O_STATUS]
+                    if book[i, od.READY] != ASLEEP and not ended and _follows(book, count, i, at_close) == late:
                         done = _visit(i, late, micros, prices, room, at_close, vol, adv, terms, patient, least, book, count, fills, done)
                         if late:
-                            book[i, READY] = WORKS
+                            book[i, od.READY] = WORKS
         first = stop
     return done
 
@@ -244,15 +194,15 @@ def _match(
 @njit(nogil=True)
 def _state(book: Grid, count: int, i: int, gone: NDArray[np.bool_]) -> float:
     "The final state of an order, -1 where it stays in the book."
-    parent = _row_of(book, count, book[i, PARENT]) if book[i, PARENT] >= 0.0 else -1
-    waits = parent >= 0 and book[parent, O_STATUS] != book[parent, O_STATUS]  # its entry goes on
-    filled, left = book[i, O_FILLED], _left(book, count, i)
+    parent = _row_of(book, count, book[i, od.PARENT]) if book[i, od.PARENT] >= 0.0 else -1
+    waits = parent >= 0 and book[parent, led.O_STATUS] != book[parent, led.O_STATUS]  # its entry goes on
+    filled, left = book[i, led.O_FILLED], _left(book, count, i)
     if left == 0.0 and not waits:
-        return FILLED if filled == book[i, O_QUANTITY] and filled != 0.0 else PARTIAL if filled != 0.0 else CANCELLED
-    if book[i, LIFE] <= 0.0:
-        return PARTIAL if filled != 0.0 else LAPSED
-    if gone[int(book[i, O_COLUMN])]:
-        return CANCELLED
+        return led.FILLED if filled == book[i, led.O_QUANTITY] and filled != 0.0 else led.PARTIAL if filled != 0.0 else led.CANCELLED
+    if book[i, od.LIFE] <= 0.0:
+        return led.PARTIAL if filled != 0.0 else led.LAPSED
+    if gone[int(book[i, led.O_COLUMN])]:
+        return led.CANCELLED
     return -1.0
 
 @njit(nogil=True)
@@ -265,20 +215,20 @@ def _sweep_book(
     """Take what is done out of a book. Entries stand before their exits, so one pass is enough."""
     kept = left = 0
     for i in range(count):
-        if ages and book[i, READY] != ASLEEP:
-            book[i, LIFE] -= 1.0
-            book[i, AGE] += 1.0
-        state = _state(book, count, i, gone) if book[i, O_STATUS] != book[i, O_STATUS] else -1.0
+        if ages and book[i, od.READY] != ASLEEP:
+            book[i, od.LIFE] -= 1.0
+            book[i, od.AGE] += 1.0
+        state = _state(book, count, i, gone) if book[i, led.O_STATUS] != book[i, led.O_STATUS] else -1.0
         if state >= 0.0:
-            book[i, O_STATUS] = state
+            book[i, led.O_STATUS] = state
     for i in range(count):
-        if book[i, O_STATUS] == book[i, O_STATUS]:
-            k = _row_of(book, count, book[i, PAIR]) if book[i, PAIR] >= 0.0 else -1
-            if k >= 0 and book[k, O_STATUS] != book[k, O_STATUS]:  # the other one goes on alone
-                book[k, O_QUANTITY] -= book[i, O_FILLED]
-                book[k, PAIR] = -1.0
+        if book[i, led.O_STATUS] == book[i, led.O_STATUS]:
+            k = _row_of(book, count, book[i, od.PAIR]) if book[i, od.PAIR] >= 0.0 else -1
+            if k >= 0 and book[k, led.O_STATUS] != book[k, led.O_STATUS]:  # the other one goes on alone
+                book[k, led.O_QUANTITY] -= book[i, led.O_FILLED]
+                book[k, od.PAIR] = -1.0
     for i in range(count):
-        if book[i, O_STATUS] == book[i, O_STATUS]:
+        if book[i, led.O_STATUS] == book[i, led.O_STATUS]:
             ended[left] = book[i]
             left += 1
         else:
@@ -291,11 +241,10 @@ class Book:
     """Orders that have not ended, and those that have since they were last collected."""
 
     def __init__(self, n: int) -> None:
-        self.book, self.count, self.number = np.empty((64, WIDTH)), 0, 0
-        self.fills, self.ended = np.empty((64, 11)), np.empty((64, WIDTH))
+        self.book, self.count, self.number, self.nobody = np.empty((64, od.WIDTH)), 0, 0, np.zeros(n, bool)
+        self.fills, self.ended = np.empty((64, 11)), np.empty((64, od.WIDTH))
         self.reasons: dict[int, str] = {}
         self.out: list[Grid] = []
-        self.nobody = np.zeros(n, bool)
 
     @property
     def working(self) -> Grid:
@@ -309,48 +258,44 @@ class Book:
     ) -> None:
         """Take orders into the book."""
         self.number += len(rows)
-        self.reasons.update(zip(rows[:, O_NUMBER].astype(np.int64).tolist(), reasons, strict=True))
-        refused = ~np.isnan(rows[:, O_STATUS])
-        if refused.any():
-            self.out.append(rows[refused])
-            rows = rows[~refused]
+        self.reasons.update(zip(rows[:, led.O_NUMBER].astype(np.int64).tolist(), reasons, strict=True))
+        if not (taken := np.isnan(rows[:, led.O_STATUS])).all():
+            self.out.append(rows[~taken])
+            rows = rows[taken]
         while self.count + len(rows) > len(self.book):
             self.book = np.concatenate([self.book, np.empty_like(self.book)])
             self.fills, self.ended = np.empty((len(self.book), 11)), np.empty_like(self.book)
         self.book[self.count:self.count + len(rows)] = rows
         self.count += len(rows)
 
-    def _sweep(self, gone: NDArray[np.bool_], ages: bool) -> None:
+    def sweep(self, gone: NDArray[np.bool_], ages: bool = False) -> None:
+        "Take out what is done, and what is left of symbols that are `gone`; `ages`: a bar has passed."
         self.count, left = _sweep_book(self.book, self.count, gone, ages, self.ended)
         if left:
             self.out.append(self.ended[:left].copy())
 
     def cancel(
         self,
-        numbers: Sequence[int] | None = None,         # of orders; those that have ended already are passed over; None: all
-        gone: NDArray[np.bool_] | None = None,        # (N,) cancel what there is for these symbols, instead
+        numbers: Sequence[int] | None = None,  # of orders; those that have ended already are passed over; None: all
     ) -> None:
         """Withdraw orders, and what waits behind them. Raises `DataError` on a number that no order has had."""
-        if gone is None:
-            rows = self.working
-            if numbers is not None and any(k >= self.number or k < 0 for k in numbers):
-                raise DataError("orders to cancel", f"no order has the number {next(k for k in numbers if k >= self.number or k < 0)}", "take numbers from the working orders")
-            rows[np.isin(rows[:, O_NUMBER], list(numbers)) if numbers is not None else slice(None), O_STATUS] = CANCELLED
-        self._sweep(self.nobody if gone is None else gone, False)
+        if numbers is not None and any(k >= self.number or k < 0 for k in numbers):
+            raise DataError("orders to cancel", f"no order has the number {next(k for k in numbers if k >= self.number or k < 0)}", "take numbers from the working orders")
+        rows = self.working
+        rows[np.isin(rows[:, led.O_NUMBER], list(numbers)) if numbers is not None else slice(None), led.O_STATUS] = led.CANCELLED
+        self.sweep(self.nobody)
 
     def collect(
         self,
     ) -> tuple[Grid, list[str]]:  # (K, 20) and one reason each
         """The orders that ended since the last time."""
-        rows = np.concatenate(self.out) if self.out else np.empty((0, WIDTH))
-        self.out = []
-        return rows, [self.reasons.pop(int(k)) for k in rows[:, O_NUMBER]]
+        rows, self.out = np.concatenate(self.out) if self.out else np.empty((0, od.WIDTH)), []
+        return rows, [self.reasons.pop(int(k)) for k in rows[:, led.O_NUMBER]]
 
     def close(self) -> None:
         """The data has ended: what is left is pending or working."""
-        rows = self.working
-        rows[:, O_STATUS] = np.where(rows[:, AGE] == 0, PENDING, WORKING)
-        self._sweep(self.nobody, False)
+        self.working[:, led.O_STATUS] = np.where(self.working[:, od.AGE] == 0, led.PENDING, led.WORKING)
+        self.sweep(self.nobody)
 
 # %% ../../nbs/backtest/09_exchange.ipynb #34510785
 def _passed(
@@ -359,14 +304,43 @@ def _passed(
 ) -> NDArray[np.bool_]:       # (K,) market orders with an exit on the wrong side, and their exits
     "Whose exits would fire at once."
     bad = np.zeros(len(rows), bool)
-    exits = np.flatnonzero(rows[:, PARENT] >= 0.0)
+    exits = np.flatnonzero(rows[:, od.PARENT] >= 0.0)
     if len(exits):
-        entry = np.searchsorted(rows[:, O_NUMBER], rows[exits, PARENT])
-        stops, side, price = rows[exits, O_KIND] == STOP, np.sign(rows[entry, O_QUANTITY]), last[rows[exits, O_COLUMN].astype(np.int64)]
-        over = np.where(stops, side * rows[exits, O_STOP] >= side * price, side * rows[exits, O_LIMIT] <= side * price)
-        bad[entry[over & (rows[entry, O_KIND] == MARKET)]] = True
+        entry = np.searchsorted(rows[:, led.O_NUMBER], rows[exits, od.PARENT])
+        stops, side, price = rows[exits, led.O_KIND] == od.STOP, np.sign(rows[entry, led.O_QUANTITY]), last[rows[exits, led.O_COLUMN].astype(np.int64)]
+        over = np.where(stops, side * rows[exits, led.O_STOP] >= side * price, side * rows[exits, led.O_LIMIT] <= side * price)
+        bad[entry[over & (rows[entry, led.O_KIND] == od.MARKET)]] = True
         bad[exits] = bad[entry]
     return bad
+
+def _refused(
+    rows: Grid,               # (K, 20) a batch; those that are refused get their status
+    reasons: Sequence[str],
+    closed: NDArray[np.bool_],  # (K,) orders for symbols without a bar
+    passed: NDArray[np.bool_],  # (K,) late orders whose exits the market has come to
+) -> list[str]:               # reasons, with why an order was refused
+    "Reject orders that cannot be taken any more."
+    rows[closed | passed, led.O_STATUS] = led.REJECTED
+    why = np.where(closed, "rejected: its session is closed", "rejected: the market has come to its exits")
+    return [str(said) if no else reason for no, said, reason in zip(closed | passed, why, reasons, strict=True)]
+
+# %% ../../nbs/backtest/09_exchange.ipynb #33ae31e1
+def _adjust(
+    rows: Grid,               # (K, 20) working orders, changed by splits
+    bar: Bar,
+    nobody: NDArray[np.bool_],  # (N,) false
+) -> NDArray[np.bool_]:       # (N,) symbols that are settled in this bar
+    "Corporate actions, as far as orders are concerned."
+    ended = nobody
+    for n, kind, value in zip(bar.column, bar.kind, bar.value, strict=True):
+        if kind == SPLIT:
+            mine = rows[:, led.O_COLUMN] == n
+            rows[np.ix_(mine, [led.O_QUANTITY, led.O_FILLED])] *= value
+            rows[np.ix_(mine, [led.O_LIMIT, led.O_STOP, od.LEVEL, od.BEST])] /= value
+        elif kind == SETTLEMENT:
+            ended = ended.copy()
+            ended[n] = True
+    return ended
 
 # %% ../../nbs/backtest/09_exchange.ipynb #49b13297
 class Exchange(Book):
@@ -397,15 +371,12 @@ class Exchange(Book):
 
         Raises `DataError` as `lay_orders` does, and on a market order that is not late with an exit on the wrong side of the last price."""
         rows, reasons = lay_orders(orders, self.place, now, self.number, self.last)
-        closed, passed = ~self.alive[rows[:, O_COLUMN].astype(np.int64)], _passed(rows, self.last)
+        closed, passed = ~self.alive[rows[:, led.O_COLUMN].astype(np.int64)], _passed(rows, self.last)
         if passed.any() and not late:
-            i = int(np.argmax(passed))
-            n = int(rows[i, O_COLUMN])
+            n = int(rows[np.argmax(passed), led.O_COLUMN])
             raise DataError(f"orders at {np.datetime64(int(now), 'us')}, market order for {list(self.place)[n]}", f"has exits on the wrong sides of the last price, {self.last[n]:g}",
                             "a purchase takes profit above and stops below, a sale the other way round")
-        rows[closed | passed, O_STATUS] = REJECTED
-        why = np.where(closed, "rejected: its session is closed", "rejected: the market has come to its exits")
-        return rows, [str(said) if no else reason for no, said, reason in zip(closed | passed, why, reasons, strict=True)]
+        return rows, _refused(rows, reasons, closed, passed)
 
     def check_open(
         self,
@@ -422,19 +393,11 @@ class Exchange(Book):
         bar: Bar,
     ) -> Grid:                    # (K, 11) fills, valid until the next bar; columns F_…
         """Show the book a bar."""
-        ended = self.nobody
-        for n, kind, value in zip(bar.column, bar.kind, bar.value, strict=True):
-            if kind == SPLIT:
-                rows = self.working[:, O_COLUMN] == n
-                self.working[np.ix_(rows, [O_QUANTITY, O_FILLED])] *= value
-                self.working[np.ix_(rows, [O_LIMIT, O_STOP, LEVEL, BEST])] /= value
-            elif kind == SETTLEMENT:
-                ended = ended.copy()
-                ended[n] = True
+        ended = _adjust(self.working, bar, self.nobody)
         share = math.inf if self.costs.participation is None else self.costs.participation
         found = _match(micros(bar.time), bar.prices, share, self.costs.fill == "close", self.flow.vol, self.flow.adv, self.terms, self.patient, self.costs.commission_minimum,
                           self.traded, self.room, self.book, self.count, self.fills)
-        self._sweep(ended, True)
+        self.sweep(ended, ages=True)
         self.flow.observe(bar)
         self.alive = ~np.isnan(bar.prices[3])
         self.last = np.where(self.alive, bar.prices[3], self.last)

@@ -6,16 +6,20 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
+from numbers import Integral
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
 from .errors import DataError, MLTradingError, ParameterError, unknown
 
 # %% auto #0
-__all__ = ['M', 'SMOKE', 'PARTS', 'root', 'read_yaml', 'merge', 'block', 'RunParams', 'ComputeParams', 'system_blocks',
+__all__ = ['M', 'E', 'SMOKE', 'RESULT', 'PARTS', 'root', 'read_yaml', 'merge', 'block', 'whole', 'Named', 'folder_name',
+           'RunParams', 'ComputeParams', 'TableParams', 'SymbolParams', 'UniverseParams', 'beside', 'system_blocks',
            'check_params', 'read_params', 'load_params']
 
 # %% ../../nbs/core/20_params.ipynb #6eb8d49e
@@ -65,16 +69,35 @@ def merge(
     change: dict[str, Any],  # values to replace in it, at any depth
     where: str,              # names the change, for messages
 ) -> dict[str, Any]:         # a new block
-    """A block with some of its values replaced. Raises `ParameterError` on a key that the block does not have."""
+    """A block with some of its values replaced, and without the blocks for which the change says null. Raises `ParameterError` on a key that the block does not have."""
     out = dict(base)
     for key, value in change.items():
         if key not in base:
             raise unknown("parameter", key, list(base), where)
-        out[key] = merge(base[key], value, f"{where}.{key}") if isinstance(base[key], dict) and isinstance(value, dict) else value
+        if isinstance(base[key], dict) and value is None:
+            del out[key]
+        else:
+            out[key] = merge(base[key], value, f"{where}.{key}") if isinstance(base[key], dict) and isinstance(value, dict) else value
     return out
 
 # %% ../../nbs/core/20_params.ipynb #a5485f16
 M = TypeVar("M", bound=BaseModel)
+
+def _blocks(kind: Any) -> list[type[BaseModel]]:
+    "The blocks that a type is made of."
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return [kind]
+    return [inner for part in get_args(kind) for inner in _blocks(part)]
+
+def _names(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
+    "The names that there are at a place in a block. Steps that lead there are parameters, kinds of a block where there are several, and numbers or keys of a collection, which lead nowhere else."
+    here = [model]
+    for step in place:
+        if kinds := [b.model_fields[step].annotation for b in here if step in b.model_fields]:
+            here = [inner for kind in kinds for inner in _blocks(kind)]
+        else:
+            here = [b for b in here if any(step in get_args(f.annotation) for f in b.model_fields.values())] or here
+    return list(dict.fromkeys(name for b in here for name in b.model_fields))
 
 def block(
     model: type[M],           # a pydantic model that forbids extra fields
@@ -90,20 +113,52 @@ def block(
     except ValidationError as error:
         found = error.errors()
         first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])  # a misspelt name says more than the missing one
-        if isinstance(own := first.get("ctx", {}).get("error"), MLTradingError):  # a validator's own words
+        loc, told = first["loc"], first.get("ctx", {})
+        if isinstance(own := told.get("error"), MLTradingError):  # a validator's own words
             raise type(own)(f"{where}.{own.where}", own.what, own.fix) from None
-        path = ".".join(str(p) for p in first["loc"])
-        name = str(first["loc"][-1]) if first["loc"] else ""
+        path = ".".join(map(str, loc))
         if first["type"] == "extra_forbidden":
-            fields = model.model_fields
-            for step in first["loc"][:-1]:
-                inner = fields[str(step)].annotation if str(step) in fields else None
-                fields = next((a.model_fields for a in (inner, *get_args(inner)) if hasattr(a, "model_fields")), {})  # a block, or one that may be left out
-            parent = ".".join(str(p) for p in (where, *first["loc"][:-1]))
-            raise unknown("parameter", name, list(fields), parent) from None
+            raise unknown("parameter", str(loc[-1]), _names(model, loc[:-1]), ".".join(map(str, (where, *loc[:-1])))) from None
+        if first["type"] == "union_tag_invalid":
+            raise unknown(told["discriminator"].strip("'"), told["tag"], [tag.strip("'") for tag in told["expected_tags"].split(", ")], f"{where}.{path}") from None
         if first["type"] == "missing":
             raise ParameterError(f"{where}.{path}", "is missing", "every number stands in params.yaml; there are no silent defaults") from None
         raise ParameterError(f"{where}.{path}", f"{first['input']!r} is not allowed: {first['msg'][:1].lower() + first['msg'][1:]}", fix) from None
+
+# %% ../../nbs/core/20_params.ipynb #3459744a
+def whole(
+    value: Any,
+    where: str,                # names it, for messages
+    least: int = 0,
+    below: int | None = None,  # None: no bound
+) -> int:
+    """A whole number. Raises `ParameterError` on anything else, a truth value among them, and on one out of bounds."""
+    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not is_whole or value < least or (below is not None and value >= below):
+        raise ParameterError(where, f"{value!r} is not a whole number of at least {least}" + ("" if below is None else f" and below {below}"), "counts and seeds are whole: give an int")
+    return int(value)
+
+# %% ../../nbs/core/20_params.ipynb #114d6176
+E = TypeVar("E")
+
+class Named(RootModel[dict[str, E]], Generic[E]):
+    """A block of entries of one kind under names of the user's own."""
+
+    entry: ClassVar[str]  # what one of them is called, for messages
+    at: ClassVar[str]     # the block, for messages
+
+    def __iter__(self) -> Iterator[str]:  # type: ignore[override]
+        return iter(self.root)
+
+    def __getitem__(self, name: str) -> E:
+        "One of them. Raises `ParameterError` on a name that is not in the block."
+        if name not in self.root:
+            raise unknown(self.entry, name, list(self.root), self.at)
+        return self.root[name]
+
+def folder_name(name: str) -> bool:
+    """Whether a name can be that of a folder: letters, digits, _ and -, the first one a letter or a digit."""
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) is not None
 
 # %% ../../nbs/core/20_params.ipynb #d1fd129d
 SMOKE = "smoke"  # the profile of small runs, which keep their hands off the pipeline's outputs
@@ -116,13 +171,49 @@ class RunParams(BaseModel):
     profile: str = Field(description="a block under `profiles`")
 
 class ComputeParams(BaseModel):
-    """What equal bytes depend on besides data and code."""
+    """How is computed: what equal bytes depend on besides data and code, and what they must not depend on."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     seed: int = Field(ge=0, lt=2**32, description="of everything random")
     threads: int = Field(ge=1, le=64, description="part of the result: sums are taken in this many parts")
+    workers: int = Field(ge=1, le=512, description="processes that share independent tasks, each with `threads`; never part of the result")
+    cluster: str | None = Field(pattern=r"^tcp://\S+:\d{1,5}$", description="address of a Dask scheduler whose workers do the tasks instead; never part of the result")
 
-PARTS = {"run": RunParams, "compute": ComputeParams, "systems": None, "profiles": None}
+RESULT = ("seed", "threads")  # of `compute`: what a result depends on
+
+PARTS = {"run": RunParams, "compute": ComputeParams, "systems": None, "profiles": None, "universes": None}
+
+# %% ../../nbs/core/20_params.ipynb #41fd9c46
+class TableParams(BaseModel):
+    """A file of bars."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    symbols: Literal["all"] | list[str] = Field(description="those that are taken from it")
+    prices: Literal["raw", "splits", "total"] | None = Field(default=None, description="what they are adjusted for, where the file cannot tell")
+
+class SymbolParams(BaseModel):
+    """What is said about a symbol."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    name: str | None = None
+    kind: str | None = Field(default=None, alias="class", description="stock, commodity, …; that of the universe unless told")
+    role: Literal["traded", "benchmark"] | None = None
+
+class UniverseParams(BaseModel):
+    """Bars of a folder, under a name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    tables: dict[str, TableParams] = Field(min_length=1, description="name of a file of bars, without its ending -> what is taken from it")
+    kind: str = Field(description="class of the symbols that are not named below")
+    symbols: dict[str, SymbolParams] = Field(description="symbol -> name, class or role")
+    caution: str = Field(description="what a reader has to keep in mind")
+
+def beside(
+    profile: str,
+    params: dict[str, Any],  # the whole file
+) -> str:                    # a folder below build/, or "" where the outputs are those of the pipeline
+    """Where a run under a profile keeps its hands off the pipeline's outputs."""
+    return profile if profile == SMOKE or profile in params.get("universes", {}) else ""
 
 # %% ../../nbs/core/20_params.ipynb #24e03eee
 def system_blocks(
@@ -148,7 +239,7 @@ def check_params(
         if part not in PARTS:
             raise unknown("part", part, list(PARTS), where)
     for part, model in PARTS.items():
-        _is_block(params.get(part), f"{where}: {part}")
+        _is_block(params.get(part, {} if part == "universes" else None), f"{where}: {part}")
         if model is not None:
             block(model, params[part], f"{where}: {part}")
     blocks = system_blocks(stages)
@@ -168,11 +259,19 @@ def check_params(
             if name not in params["systems"]:
                 raise unknown("system", name, list(params["systems"]), f"{where}: profiles.{profile}")
             _is_block(change, f"{where}: profiles.{profile}.{name}")
-            merge(params["systems"][name], change, f"{where}: profiles.{profile}.{name}")
+            merged = merge(params["systems"][name], change, f"{where}: profiles.{profile}.{name}")
+            for key in blocks:
+                _is_block(merged.get(key), f"{where}: profiles.{profile}.{name}.{key}")
+    for name, universe in params.get("universes", {}).items():
+        block(UniverseParams, universe, f"{where}: universes.{name}")
+        if name == SMOKE or name in params["systems"] or not folder_name(name):
+            raise ParameterError(f"{where}: universes.{name}", "is no name for a universe: its files are kept in build/ under that name, beside those of the systems and of smoke runs", "use another name, of letters, digits, _ and -")
+        if name not in params["profiles"]:
+            raise ParameterError(f"{where}: universes.{name}", "has no profile of that name", "add one under `profiles`: what is different on these symbols")
     if (profile := params["run"]["profile"]) not in params["profiles"]:
         raise unknown("profile", profile, list(params["profiles"]), f"{where}: run.profile")
-    if profile == SMOKE:
-        raise ParameterError(f"{where}: run.profile", f"`{SMOKE}` runs beside the pipeline, not in it", "use `make smoke`, and leave run.profile at `default`")
+    if beside(profile, params):
+        raise ParameterError(f"{where}: run.profile", f"`{profile}` runs beside the pipeline, not in it", "use `make smoke` or `make universe`, and leave run.profile at `default`")
 
 # %% ../../nbs/core/20_params.ipynb #8d44b52f
 def read_params(
@@ -188,7 +287,7 @@ def load_params(
     system: str,                # a block under `systems`, or "" for none
     profile: str = "default",   # a block under `profiles`
     folder: Path | None = None, # where params.yaml and dvc.yaml are; the project's root unless told
-) -> dict[str, Any]:            # the system's blocks, and `compute`
+) -> dict[str, Any]:            # the system's blocks, and of `compute` what results depend on
     """A system's parameters under a profile, names checked.
 
     Raises `ParameterError` on an unknown system, profile or block."""
@@ -197,7 +296,8 @@ def load_params(
         raise unknown("system", system, list(params["systems"]), "params.yaml: systems")
     if profile not in params["profiles"]:
         raise unknown("profile", profile, list(params["profiles"]), "params.yaml: profiles")
+    compute = {name: params["compute"][name] for name in RESULT}
     if not system:
-        return {"run": params["run"], "compute": params["compute"]}
+        return {"run": params["run"], "compute": compute}
     change = params["profiles"][profile].get(system, {})
-    return merge(params["systems"][system], change, f"profiles.{profile}.{system}") | {"compute": params["compute"]}
+    return merge(params["systems"][system], change, f"profiles.{profile}.{system}") | {"compute": compute}

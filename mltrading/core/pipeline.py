@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 from .errors import StageError
-from .params import SMOKE, read_params, read_yaml, root
+from .memory import measured
+from .params import SMOKE, beside, read_params, read_yaml, root
 from .runner import run_stage
 from .stage import rebase
 
@@ -37,8 +38,10 @@ def run_all(
     for stage, system in stages():
         if not only or system in ("", only):
             print(f"{stage} {system} [{profile}]", file=sys.stderr, flush=True)
-            run_stage(stage, system, profile)
-    return root() / rebase("reports/index.html", profile)
+            with measured() as used:
+                run_stage(stage, system, profile)
+            print(f"  {used}", file=sys.stderr, flush=True)
+    return root() / rebase("reports/index.html", beside(profile, read_params()))
 
 # %% ../../nbs/core/70_pipeline.ipynb #cf0c0be8
 def dvc(

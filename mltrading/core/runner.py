@@ -98,8 +98,8 @@ def provenance(
     profile: str,
 ) -> dict[str, Any]:
     """What a report's foot shows: profile, declared parameters, inputs with their content ids, versions."""
-    names = [p.removeprefix(f"systems.{system}.") for p in entry.params if not p.startswith(("run", "profiles"))]
-    shown = {n: params[n] for n in names}
+    names = [p.removeprefix(f"systems.{system}.").split(".")[0] for p in entry.params if not p.startswith(("run", "profiles"))]
+    shown = {n: params[n] for n in names}  # of `compute` a stage is given the seed and the threads alone
     return {"system": system, "profile": profile, "parameters": shown, "inputs": inputs, "versions": {n: metadata.version(n) for n in LIBRARIES}}
 
 # %% ../../nbs/core/60_runner.ipynb #8f0e1d2d
@@ -152,7 +152,7 @@ def _notebook(entry: Declared, stage: str) -> str:
 
 def _page(out: str) -> dict[str, str]:
     "A report is read for what it says: no code, and a way back to the comparison. Other pages fold their code away."
-    if not out.startswith("reports/"):
+    if Path(out).parent.name != "reports":
         return {"code": "folded"}
     return {"code": "hidden", "nav": "" if Path(out).name == "index.html" else '<a href="index.html">All systems</a>'}
 
@@ -177,11 +177,11 @@ def run_stage(
     passed = {"profile": profile} | ({"system": system} if system else {})
     nb = nbformat.read(folder / path, as_version=4)
     check_parameters(nb.cells, passed, path)
-    deps = tuple(rebase(d, profile) for d in entry.deps)
+    deps = tuple(rebase(d, opened.aside) for d in entry.deps)
     inputs = {d: content_id(folder / d) for d in deps}
-    outs, in_place = (tuple(rebase(o, profile) for o in paths) for paths in (entry.staged, [o for o in entry.outs if o not in entry.staged]))
+    outs, in_place = (tuple(rebase(o, opened.aside) for o in paths) for paths in (entry.staged, [o for o in entry.outs if o not in entry.staged]))
     label = f"{stage}@{system}" if system else stage
-    with _staging(folder, label) as staging:
+    with _staging(folder, " ".join(filter(None, (opened.aside, label)))) as staging:
         env = fixed_environment(int(params["compute"]["threads"]), int(params["compute"]["seed"])) | {"MLTRADING_ROOT": str(folder), "MLTRADING_STAGING": str(staging)}
         done = normalise(execute(folder / path, passed, env, folder / "build" / "failed" / f"{label}.ipynb"))
         for d in deps:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from .errors import StageError, unknown
-from .params import SMOKE, block, load_params, read_yaml, root
+from .params import SMOKE, ComputeParams, beside, block, load_params, read_params, read_yaml, root
 
 # %% auto #0
 __all__ = ['M', 'Declared', 'declared', 'ledger', 'rebase', 'Stage', 'open_stage']
@@ -61,14 +61,13 @@ def ledger(
 
 def rebase(
     path: str,     # a declared path
-    profile: str,
-) -> str:          # where it is under that profile
-    """A smoke run keeps its hands off the real outputs: what is under build/ or reports/ moves to build/smoke/."""
-    if profile != SMOKE:
+    aside: str,    # from `beside`
+) -> str:          # where it is in that run
+    """A run beside the pipeline keeps its hands off the real outputs: what is under build/ or reports/ moves to a folder in build/. That of a universe reads its own snapshot, from there."""
+    own = path.startswith("reports/") or (path == "data" and aside != SMOKE)
+    if not aside or not (own or path.startswith("build/")):
         return path
-    if path.startswith("build/"):
-        return f"build/{SMOKE}/{path.removeprefix('build/')}"
-    return f"build/{SMOKE}/{path}" if path.startswith("reports/") else path
+    return f"build/{aside}/{path.removeprefix('build/')}"
 
 # %% ../../nbs/core/30_stage.ipynb #a5485f16
 M = TypeVar("M", bound=BaseModel)
@@ -86,41 +85,47 @@ class Stage:
     name: str
     system: str
     profile: str
-    params: dict[str, Any]    # the system's blocks under the profile, and `compute`
+    params: dict[str, Any]    # the system's blocks under the profile, and of `compute` what results depend on
     declared: Declared
     folder: Path              # the project's root
+    aside: str                # the folder below build/ of a run beside the pipeline, or ""
 
     def block(self, name: str, model: type[M]) -> M:
         """A parameter block as an object. Raises `StageError` where the stage does not declare that it reads the block."""
         path = f"systems.{self.system}.{name}"
         if path not in self.declared.params and name not in self.declared.params:
             raise StageError(f"dvc.yaml: stage {self.name}", f"reads the parameter block `{name}` without declaring it", f"add \"{path}\" to the stage's params")
-        return block(model, self.params[name], path if name in self.params and name != "compute" else name)
+        return block(model, self.params[name], path if path in self.declared.params else name)
 
     def input(self, name: str) -> Path:
         """The path of a declared dependency. Raises `StageError` where it is not declared or not there."""
-        path = self.folder / rebase(_pick("input", name, self.declared.deps, self.name), self.profile)
+        path = self.folder / rebase(_pick("input", name, self.declared.deps, self.name), self.aside)
         if not path.exists():
-            make = "run the stages before it with the same profile: `make smoke`" if self.profile == SMOKE else "run `make repro`"
+            make = f"run the stages before it with the same profile: `{'make smoke' if self.aside == SMOKE else f'make universe NAME={self.aside}'}`" if self.aside else "run `make repro`"
             raise StageError(str(path.relative_to(self.folder)), f"input of stage {self.name} is not there", make)
         return path
 
     def output(self, name: str) -> Path:
         """Where to write a declared output; folders are made. Raises `StageError` where it is not declared."""
-        path = rebase(_pick("output", name, self.declared.staged, self.name), self.profile)
+        path = rebase(_pick("output", name, self.declared.staged, self.name), self.aside)
         out = Path(os.environ.get("MLTRADING_STAGING", self.folder)) / path
         (out if not out.suffix else out.parent).mkdir(parents=True, exist_ok=True)
         return out
 
     @property
+    def compute(self) -> ComputeParams:
+        "How the stage's tasks are computed: by how many workers, or on which cluster. DVC is not told of these two, for no result depends on them."
+        return block(ComputeParams, read_params(self.folder)["compute"], "compute")
+
+    @property
     def trials(self) -> Path:
         "The system's ledger of trials, in its place: what a stage adds to it stays there if the stage fails."
-        return self.folder / rebase(ledger(self.system, self.folder), self.profile)
+        return self.folder / rebase(ledger(self.system, self.folder), self.aside)
 
     @property
     def unfinished(self) -> Path:
         "A folder in which a run that is ended half-way leaves what the next one goes on from. Never an output."
-        return self.folder / rebase(f"build/{self.system}/unfinished/{self.name}", self.profile)
+        return self.folder / rebase(f"build/{self.system}/unfinished/{self.name}", self.aside)
 
 # %% ../../nbs/core/30_stage.ipynb #90453992
 def open_stage(
@@ -131,4 +136,4 @@ def open_stage(
     """Open a stage for its notebook. Raises `ParameterError` on an unknown stage, system, profile or parameter block."""
     folder = root()
     params = load_params(system, profile, folder)
-    return Stage(name, system, profile, params, declared(name, system, folder), folder)
+    return Stage(name, system, profile, params, declared(name, system, folder), folder, beside(profile, read_yaml(folder / "params.yaml")))

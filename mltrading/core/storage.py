@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ import pyarrow.parquet as pq
 from .errors import DataError
 
 # %% auto #0
-__all__ = ['atomic', 'restore', 'put', 'replacing', 'write_parquet', 'write_parts', 'read_parquet', 'plain', 'write_json',
-           'read_json', 'content_id']
+__all__ = ['atomic', 'restore', 'put', 'replacing', 'write_parquet', 'read_parquet', 'plain', 'write_json', 'read_json',
+           'content_id']
 
 # %% ../../nbs/core/10_storage.ipynb #d41cda11
 @contextmanager
@@ -103,7 +103,7 @@ def replacing(
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
-# %% ../../nbs/core/10_storage.ipynb #8b8e71d9
+# %% ../../nbs/core/10_storage.ipynb #3afa8172
 def _arrow(frame: pd.DataFrame) -> pa.Table:
     "A table without an index, and without notes of who made it."
     table = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(None)
@@ -117,24 +117,6 @@ def write_parquet(
     with atomic(path) as part:
         pq.write_table(_arrow(frame), part, compression="zstd", compression_level=3, row_group_size=1 << 17,
                        use_dictionary=True, write_statistics=True, version="2.6", data_page_version="1.0", coerce_timestamps="us")
-
-def write_parts(
-    frames: Iterable[pd.DataFrame],  # parts of one table, in order, with the same columns
-    path: str | Path,                # where to; an existing file is replaced in one step
-) -> None:
-    """Write a table that is larger than memory, part by part. Made for many columns of numbers that hardly repeat: only text is kept as a dictionary.
-
-    Raises `DataError` where there is no part."""
-    writer = None
-    with atomic(path) as part:
-        for table in map(_arrow, frames):
-            if writer is None:
-                words = [f.name for f in table.schema if pa.types.is_string(f.type)]
-                writer = pq.ParquetWriter(part, table.schema, compression="zstd", compression_level=1, use_dictionary=words, write_statistics=words, version="2.6", data_page_version="1.0", coerce_timestamps="us")
-            writer.write_table(table)
-        if writer is None:
-            raise DataError(str(path), "nothing to write", "give at least one part")
-        writer.close()
 
 def read_parquet(
     path: str | Path,
@@ -192,6 +174,14 @@ def read_json(path: str | Path) -> Any:
 def _oid(kind: str, body: bytes) -> str:
     return hashlib.sha1(f"{kind} {len(body)}\0".encode() + body, usedforsecurity=False).hexdigest()
 
+def _blob(path: Path) -> str:
+    "The git id of a file, in little memory however large it is."
+    digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
 _PASSED_OVER = {"__pycache__", ".ipynb_checkpoints", ".gitignore"}
 
 def content_id(
@@ -202,7 +192,7 @@ def content_id(
     Raises `DataError` where there is nothing."""
     path = Path(path)
     if path.is_file():
-        return _oid("blob", path.read_bytes())
+        return _blob(path)
     if not path.is_dir():
         raise DataError(str(path), "no such file or folder", "run `make repro`")
     entries = []

@@ -14,81 +14,14 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ..core.errors import DataError, LeakError, ParameterError
+from .futures import other_bar, other_future, other_releases
 from .machine import FeatureBlock
 from .registry import Names, choose, compute, lookup
-from ..market.panel import PRICES, Panel, expect_panel, until
+from ..market.panel import Panel, expect_panel, until
 
 # %% auto #0
-__all__ = ['Blocks', 'Run', 'ROUNDING', 'PART_BYTES', 'other_future', 'other_releases', 'Block', 'as_blocks', 'cut_columns',
-           'check_repeats', 'audit_at', 'audit_function', 'refuse', 'check_causal', 'audit', 'check_registry']
-
-# %% ../../nbs/features/80_audit.ipynb #beba8943
-def _level(
-    known: NDArray[np.float64],   # (n, m) closes up to the cut
-    later: NDArray[np.float64],   # (n, k) closes that are to follow
-) -> NDArray[np.float64]:         # (n, 1) what to multiply these with, so that their mean is the last close
-    "How two stretches of prices are joined; 1 where one of them is empty."
-    here = np.concatenate([np.full((len(known), 1), np.nan), known], axis=1)
-    last = here[np.arange(len(here)), here.shape[1] - 1 - np.argmax(~np.isnan(here[:, ::-1]), axis=1)]
-    count = (~np.isnan(later)).sum(axis=1)
-    mean = np.nansum(later, axis=1) / np.maximum(count, 1)
-    return np.where((count > 0) & ~np.isnan(last), last / np.where(mean > 0, mean, 1.0), 1.0)[:, None]
-
-def other_future(
-    panel: Panel,
-    t: np.datetime64,          # last instant that stays as it is, UTC
-    rng: np.random.Generator,
-) -> Panel:                    # same instants and symbols
-    """The panel with every bar after `t` replaced, symbols listed and symbols delisted."""
-    n, first = len(panel.symbols), int(np.searchsorted(panel.times, t, side="right"))
-    later = len(panel) - first
-    symbol, order = rng.permutation(n)[:, None], first + rng.permutation(later)
-    price, size = np.exp(0.5 * rng.standard_normal((2, n, later)))
-    price *= _level(panel["close"][:, :first], panel["close"][symbol, order])
-    gone = rng.random(n) < 0.25
-    gone[rng.integers(n)] = False
-    price[(rng.random((n, later)) < 0.1) | gone[:, None]] = np.nan
-    size, flag = np.where(np.isnan(price), np.nan, size), np.where(np.isnan(price), np.nan, 1.0)
-    factor = {"volume": size, "trade_count": size, "member": flag}
-    return Panel(panel.times, panel.symbols, {k: np.concatenate([b[:, :first], b[symbol, order] * factor.get(k, price)], axis=1) for k, b in panel.fields.items()})
-
-# %% ../../nbs/features/80_audit.ipynb #a983fc6b
-def other_releases(
-    macro: pd.DataFrame,       # long: timestamp (release instant, UTC), series, value, reference
-    t: np.datetime64,          # last instant that stays as it is, UTC
-    rng: np.random.Generator,
-) -> pd.DataFrame:             # in the order of release, if `macro` was
-    """The macro releases with all after `t` replaced, some removed, and old periods revised."""
-    def moved(rows: pd.DataFrame, value: NDArray[np.float64]) -> pd.DataFrame:
-        return rows.assign(value=value * np.exp(0.5 * rng.standard_normal(len(rows))))
-    is_known = (macro["timestamp"] <= pd.Timestamp(t, tz="UTC")).to_numpy()
-    known, later = macro[is_known], macro[~is_known]
-    stamp = later["timestamp"].min() if len(later) else pd.Timestamp(t, tz="UTC") + pd.Timedelta(days=7)
-    revised = known[rng.random(len(known)) < 0.5].drop_duplicates(["series", "reference"], keep="last")
-    revised = revised.assign(timestamp=stamp + pd.to_timedelta(1 + np.arange(len(revised)), unit="s"))
-    later = moved(later, later["value"].to_numpy(np.float64)[rng.permutation(len(later))])[rng.random(len(later)) >= 0.1]
-    parts = [known, later, moved(revised, revised["value"].to_numpy(np.float64))]
-    out = pd.concat([p for p in parts if len(p)] or [macro], ignore_index=True).drop_duplicates(["series", "reference", "timestamp"], ignore_index=True)
-    out["timestamp"] = out["timestamp"].astype(macro["timestamp"].dtype)
-    return out.sort_values("timestamp", kind="stable", ignore_index=True) if macro["timestamp"].is_monotonic_increasing else out
-
-# %% ../../nbs/features/80_audit.ipynb #ccc79be4
-def _other_bar(
-    panel: Panel,
-    column: int,  # of the bar
-    rng: np.random.Generator,
-) -> Panel:
-    "The panel in which one instant's bars have other numbers, but for their opens."
-    fields = {k: b.copy() for k, b in panel.fields.items()}
-    now = {k: b[:, column] for k, b in fields.items() if k not in ("open", "member", "adj_factor")}
-    for block in now.values():
-        block *= np.exp(0.2 * rng.standard_normal(len(panel.symbols)))
-    ends = [now["close"], *([fields["open"][:, column]] if "open" in fields else [])]
-    for field, edge, sign in (("high", np.fmax, 1), ("low", np.fmin, -1)):
-        if field in now:
-            outside = edge.reduce(ends) * np.exp(sign * 0.05 * rng.random(len(panel.symbols)))
-            now[field][:] = np.where(np.isnan(now[field]), np.nan, outside)
-    return Panel(panel.times, panel.symbols, fields)
+__all__ = ['Blocks', 'Run', 'ROUNDING', 'PART_BYTES', 'Block', 'as_blocks', 'cut_columns', 'check_repeats', 'audit_at',
+           'audit_function', 'refuse', 'check_causal', 'audit', 'check_registry']
 
 # %% ../../nbs/features/80_audit.ipynb #fd72dff1
 @dataclass(frozen=True, eq=False)
@@ -312,7 +245,7 @@ def _worlds(panel: Panel, macro: pd.DataFrame | None, cut: _Cut, known: str, rng
     "The experiments at a cut: name, panel and releases."
     bar = panel.times[cut.column]
     if known == "open":
-        panel = _other_bar(panel, cut.column, rng)
+        panel = other_bar(panel, cut.column, rng)
     if cut.column > 0:
         yield "cut", until(panel, bar), None if macro is None else macro[macro["timestamp"] <= pd.Timestamp(cut.t, tz="UTC")].reset_index(drop=True)
     yield "changed", other_future(panel, bar, rng), None if macro is None else other_releases(macro, cut.t, rng)

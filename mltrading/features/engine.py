@@ -19,25 +19,16 @@ from mltrading.features.instructions import (
     ADD_NUMBER,
     AVG,
     HUGE,
-    LAG,
-    MEMORY,
     NUMBER,
-    PAST,
     POINT,
-    STOP,
     WHERE,
-    WINDOW,
     arithmetic,
     function,
     kernel,
-    lag_known,
-    lay_past,
     merge,
-    push,
-    remember,
-    start_state,
     with_number,
 )
+from .memory import LAG, MEMORY, PAST, STOP, WINDOW, lag_known, lay_past, push, remember, start_state
 
 # %% auto #0
 __all__ = ['INOUT', 'FIELD', 'ROW', 'BLOCK', 'KEEP', 'OUT', 'OPCODE', 'run', 'Program', 'plain', 'assemble']

@@ -164,7 +164,7 @@ def market(
 
 # %% ../../nbs/features/00_expressions.ipynb #3a4e126a
 def log(x: Expr) -> Expr:
-    """The natural logarithm, unknown where `x` <= 0. Arithmetic alone, so that its bits are the same on every processor: see [instructions](05_instructions.ipynb)."""
+    """The natural logarithm, unknown where `x` <= 0. Arithmetic alone, so that its bits are the same on every processor: see [instructions](04_instructions.ipynb)."""
     return node("log", x)
 
 def exp(x: Expr) -> Expr:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from typing import Any
 
@@ -25,7 +27,7 @@ from .machine import FeatureBlock
 # %% auto #0
 __all__ = ['LEVELS', 'MISSING', 'LEAST_ROWS', 'rank_correlation', 'pooled_ic', 'clusters', 'return_grid', 'ic_by_instant', 'ic',
            'ic_summary', 'ic_decay', 'persistence', 'stability', 'selection_stability', 'luck', 'SelectionParams',
-           'eligible', 'select_features']
+           'eligible', 'Candidates', 'candidates']
 
 # %% ../../nbs/features/90_redundancy.ipynb #d5dcf4ee
 LEVELS, MISSING = 16, -128  # steps on each side of the middle; the mark of a value that is not there
@@ -64,13 +66,15 @@ def _in_parts(job: Callable[[slice], None], size: int, most: int) -> None:
 
 def _steps(
     table: NDArray[Any],   # (n, F), NaN where absent
-) -> NDArray[np.int8]:     # (F, n) -16 to 16, or MISSING
-    "Ranks over the rows in steps."
-    out = np.empty(table.shape[::-1], np.int8)
+    columns: Any = None,   # (G,) positions of the columns that are asked for, all unless told
+) -> NDArray[np.int8]:     # (G, n) -16 to 16, or MISSING
+    "Ranks over the rows in steps. A few columns are copied at a time."
+    columns = np.arange(table.shape[1]) if columns is None else columns
+    out = np.empty((len(columns), len(table)), np.int8)
 
     def some(part: slice) -> None:
         with np.errstate(over="ignore"):
-            x = np.ascontiguousarray(table[:, part].T, dtype=np.float32)
+            x = np.ascontiguousarray(table[:, columns[part]].T, dtype=np.float32)
         _place(x, np.sort(x, axis=1), out[part])
     _in_parts(some, len(out), 32)
     return out
@@ -138,13 +142,17 @@ def pooled_ic(
     whole = None if weight is None else _whole_weights(weight)
     return pd.Series(_correlate(_steps(X.to_numpy()), _steps(y[:, None]), whole)[:, 0], index=X.columns, name="ic")
 
-# %% ../../nbs/features/90_redundancy.ipynb #604d54da
-def _groups(steps: NDArray[np.int8], max_correlation: float) -> NDArray[np.int64]:
-    "A group for each feature, numbered in the order of the features."
-    if len(steps) < 2:
-        return np.zeros(len(steps), np.int64)
+# %% ../../nbs/features/90_redundancy.ipynb #c149b8d2
+def _apart(steps: NDArray[np.int8]) -> NDArray[np.float64]:
+    "(F, F) distance of features: one less their absolute rank correlation."
     apart = 1.0 - np.abs(np.nan_to_num(_correlate(steps, steps)))
     np.fill_diagonal(apart, 0.0)
+    return apart
+
+def _groups(apart: NDArray[np.float64], max_correlation: float) -> NDArray[np.int64]:
+    "A group for each feature, numbered in the order of the features."
+    if len(apart) < 2:
+        return np.zeros(len(apart), np.int64)
     found = fcluster(linkage(squareform(apart, checks=False), "average"), 1.0 - max_correlation, "distance")
     return pd.factorize(found)[0]
 
@@ -160,7 +168,7 @@ def clusters(
     if not 0 < max_correlation <= 1:
         raise ParameterError("max_correlation", f"{max_correlation:g} is not between 0 and 1", "use 0.8 to join features that are nearly the same")
     names = sorted(X.columns)
-    return pd.Series(_groups(_steps(X[names].to_numpy()), max_correlation), index=names, name="cluster")
+    return pd.Series(_groups(_apart(_steps(X[names].to_numpy())), max_correlation), index=names, name="cluster")
 
 # %% ../../nbs/features/90_redundancy.ipynb #6947f76a
 def return_grid(
@@ -209,7 +217,7 @@ def _ic_by_instant(values: Any, other: Any, least: int, out: Any) -> None:
                 if pp > 0 and qq > 0:
                     out[f, t] = (p * q).sum() / np.sqrt(pp * qq)
 
-# %% ../../nbs/features/90_redundancy.ipynb #189bfffd
+# %% ../../nbs/features/90_redundancy.ipynb #c08649d3
 def ic_by_instant(
     values: NDArray[Any],      # (F, N, T), NaN where absent
     other: NDArray[Any],       # (F, N, T), or (1, N, T) for all of them
@@ -377,34 +385,62 @@ def eligible(
     """The features that can be chosen at all: there often enough, and with more than one value.
 
     Known at: the last row."""
-    with np.errstate(over="ignore"):
-        low, high = X.min().astype(np.float32), X.max().astype(np.float32)
-    return list(X.columns[(X.notna().mean() >= min_presence) & (low < high)])
+    found: list[str] = []
+    for some in (X.iloc[:, lo:lo + 32] for lo in range(0, X.shape[1], 32)):  # few at a time: they are looked at in copies
+        with np.errstate(over="ignore"):
+            low, high = some.min().astype(np.float32), some.max().astype(np.float32)
+        found += list(some.columns[(some.notna().mean() >= min_presence) & (low < high)])
+    return found
 
-# %% ../../nbs/features/90_redundancy.ipynb #b27ff2b8
-def select_features(
+# %% ../../nbs/features/90_redundancy.ipynb #fd72dff1
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """The features that there are to choose from in some training rows."""
+
+    names: list[str]                # (F,) sorted
+    steps: NDArray[np.int8]         # (F, n) their ranks, in steps
+    where: NDArray[np.int64]        # (n,) number of each row's instant
+    params: SelectionParams
+
+    @cached_property
+    def _apart(self) -> NDArray[np.float64]:
+        return _apart(self.steps[:, self.where % self.params.row_step == 0])
+
+    def choose(
+        self,
+        y: NDArray[np.float64],       # (n,) targets
+        weight: NDArray[np.float64],  # (n,) weights of the rows, positive
+    ) -> pd.DataFrame:                # the chosen, best first: rank (from 1), feature, members (size of its group), ic, same_sign, score
+        """The features that a model may learn from, when it is asked for a target.
+
+        Raises `DataError` on unequal lengths, and where no feature can be kept.
+
+        Known at: the end of the last training label."""
+        if not len(self.where) == len(y) == len(weight):
+            raise DataError("training rows", f"{len(self.where)} rows of features, {len(y)} targets, {len(weight)} weights", "give one of each per row")
+        table = _scores(self.steps, _steps(y[:, None]), self.where, weight, self.params.slices).assign(feature=self.names)
+        keep = np.flatnonzero(table["score"].notna())
+        if not len(keep):
+            raise DataError("training rows", f"no feature has spread and a value in {self.params.min_presence:.0%} of the rows", "lower `selection.min_presence`, or look at the features")
+        table = table.iloc[keep].assign(cluster=_groups(self._apart[np.ix_(keep, keep)], self.params.max_correlation))
+        table["members"] = table.groupby("cluster")["feature"].transform("size")
+        best = table.sort_values(["score", "feature"], ascending=[False, True], kind="stable").drop_duplicates("cluster").head(self.params.max_features)
+        return best.assign(rank=np.arange(1, len(best) + 1))[["rank", "feature", "members", "ic", "same_sign", "score"]].reset_index(drop=True)
+
+# %% ../../nbs/features/90_redundancy.ipynb #b8b8d0ff
+def candidates(
     X: pd.DataFrame,                 # (n, F) training rows, NaN where absent
-    y: NDArray[np.float64],          # (n,) their targets
     times: NDArray[np.datetime64],   # (n,) their instants
-    weight: NDArray[np.float64],     # (n,) their weights, positive
     params: SelectionParams,
-) -> pd.DataFrame:                   # the chosen, best first: rank (from 1), feature, members (size of its group), ic, same_sign, score
-    """The features that a model may learn from, chosen by its training rows alone.
+) -> Candidates:
+    """What a model may choose its features from. The order of rows within an instant and the order of columns make no difference.
 
-    The order of rows within an instant and the order of columns make no difference.
+    Raises `DataError` on unequal lengths, and where no feature has spread.
 
-    Raises `DataError` on unequal lengths, and where no feature can be kept.
-
-    Known at: the end of the last training label."""
-    if not len(X) == len(y) == len(times) == len(weight):
-        raise DataError("training rows", f"{len(X)} rows of features, {len(y)} targets, {len(times)} times, {len(weight)} weights", "give one of each per row")
+    Known at: the last row."""
+    if len(X) != len(times):
+        raise DataError("training rows", f"{len(X)} rows of features, {len(times)} times", "give one of each per row")
     names = sorted(eligible(X, params.min_presence))
-    steps, where = _steps(X[names].to_numpy()), np.unique(times, return_inverse=True)[1]
-    table = _scores(steps, _steps(y[:, None]), where, weight, params.slices).assign(feature=names)
-    keep = np.flatnonzero(table["score"].notna())
-    if not len(keep):
+    if not names:
         raise DataError("training rows", f"none of {X.shape[1]} features has spread and a value in {params.min_presence:.0%} of the rows", "lower `selection.min_presence`, or look at the features")
-    table = table.iloc[keep].assign(cluster=_groups(steps[keep][:, where % params.row_step == 0], params.max_correlation))
-    table["members"] = table.groupby("cluster")["feature"].transform("size")
-    best = table.sort_values(["score", "feature"], ascending=[False, True], kind="stable").drop_duplicates("cluster").head(params.max_features)
-    return best.assign(rank=np.arange(1, len(best) + 1))[["rank", "feature", "members", "ic", "same_sign", "score"]].reset_index(drop=True)
+    return Candidates(names, _steps(X.to_numpy(), X.columns.get_indexer(pd.Index(names))), np.unique(times, return_inverse=True)[1], params)

@@ -10,8 +10,8 @@ import importlib
 import itertools
 import pkgutil
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..core.blocks import RowBlock, open_block, write_block
 from ..core.errors import DataError, ParameterError, unknown
-from ..core.storage import write_parts
 from .expressions import Expr, needs, steady, text, warmup
 from .machine import FeatureBlock, chunks, evaluate
 from ..market.panel import Panel, expect_panel
@@ -102,8 +102,8 @@ def feature(
         return function
     return register
 
-# %% ../../nbs/features/10_registry.ipynb #8d1a2203
-_NOT_FAMILIES = ("across", "audit", "clocks", "engine", "expressions", "machine", "proof", "redundancy", "registry", "stream", "windows")
+# %% ../../nbs/features/10_registry.ipynb #cc76c2bb
+_NOT_FAMILIES = ("across", "audit", "clocks", "engine", "expressions", "machine", "proof", "redundancy", "registry", "sentiment", "stream", "windows")
 SETS: dict[str, Callable[[], list[str]]] = {}
 
 @functools.cache
@@ -230,19 +230,26 @@ def compute(
     features = choose(panel, names, macro, benchmark, short)
     return evaluate(panel, {f.name: f.expr for f in features}, macro, benchmark, calendar, dtype=dtype, threads=threads)
 
+def _pieces(block: FeatureBlock) -> Iterator[FeatureBlock]:
+    "A block a few instants at a time: each makes a table of a few thousand rows."
+    step = max(1, 16384 // len(block.symbols))
+    for lo in range(0, len(block.times), step):
+        some = slice(lo, lo + step)
+        yield replace(block, times=block.times[some], values=block.values[:, :, some], alive=block.alive[:, some])
+
 def write_features(
     panel: Panel,
-    path: str | Path,                     # a Parquet file, replaced in one step
+    folder: str | Path,                   # of a block of rows, replaced in one step
     names: Names = "all",
     macro: pd.DataFrame | None = None,
     benchmark: str | None = None,
     calendar: str = "24/7",
-) -> tuple[str, ...]:                     # the features written
-    """Features of a panel as a long table, timestamp, symbol and float32 columns, in the memory of one chunk of instants. Parameters and errors as of `compute`."""
+) -> RowBlock:                            # the features written
+    """Features of a panel as a block of rows, in the memory of one chunk of instants. Parameters and errors as of `compute`."""
     features = choose(panel, names, macro, benchmark)
     parts = chunks(panel, {f.name: f.expr for f in features}, macro, benchmark, calendar, dtype=np.float32)
-    write_parts((block.to_frame() for block in parts), path)
-    return tuple(f.name for f in features)
+    write_block((piece.to_frame() for block in parts for piece in _pieces(block)), folder)
+    return open_block(folder)
 
 # %% ../../nbs/features/10_registry.ipynb #5f3b92e0
 class FeatureParams(BaseModel):
@@ -251,3 +258,4 @@ class FeatureParams(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     names: str | list[str] = Field(description="`all` that the panel can feed, or features, sets and families")
     benchmark: str | None = Field(description="the symbol that stands for the market, or null")
+    sentiment: str | None = Field(default=None, description="the scorer that reads the snapshot's news: vader, textblob, finbert or finbert:FOLDER; null leaves them out")

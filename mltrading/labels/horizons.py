@@ -5,12 +5,13 @@
 # %% ../../nbs/labels/00_horizons.ipynb #35e0d873
 from __future__ import annotations
 
-from typing import Any, Literal
+from itertools import pairwise
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ..core.errors import ParameterError
 from ..core.jit import njit
@@ -112,7 +113,13 @@ class LabelParams(BaseModel):
     """The block `labels` of a system in params.yaml."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    horizon_bars: int = Field(ge=1, le=252, description="own bars from entry to exit")
+    horizons: list[Annotated[int, Field(ge=1, le=252)]] = Field(min_length=1, description="own bars from entry to exit, one or several")
     vol_bars: int = Field(ge=2, le=252, description="daily returns in the volatility that a return is divided by")
     fill: Literal["open", "close"] = Field(description="price of entry and exit: `open` where known, or always `close`")
-    target: Literal["ret", "ret_voladj"] = Field(description="what the model learns: the return, or the return in units of its volatility")
+
+    @field_validator("horizons")
+    @classmethod
+    def _ascending(cls, horizons: list[int]) -> list[int]:
+        if any(b <= a for a, b in pairwise(horizons)):
+            raise ParameterError("horizons", f"{horizons} are not ascending", "name each horizon once, the shortest first")
+        return horizons

@@ -82,10 +82,15 @@ def published(
         out.append(pd.Timestamp(stamp) if stamp.tzinfo else pd.Timestamp(stamp).tz_localize(zone or "UTC", ambiguous=False, nonexistent="shift_forward"))
     return pd.DatetimeIndex([t.tz_convert("UTC") for t in out], dtype=TIME)
 
-# %% ../../nbs/market/52_news.ipynb #3a8ee532
+# %% ../../nbs/market/52_news.ipynb #df813c6e
+_EVEN = bytes(ord(chr(k).lower()) if k < 128 and re.match(r"\w", chr(k)) else 32 for k in range(256))  # small letters and digits of ASCII, else a space
+
 def normal_title(title: str) -> str:
     """A title without capitals, punctuation and repeated spaces, for comparison."""
-    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", html.unescape(title)).casefold()))
+    title = html.unescape(title)
+    if title.isascii():  # the same, sooner
+        return " ".join(title.encode().translate(_EVEN).decode().split())
+    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", title).casefold()))
 
 def first_seen(
     news: pd.DataFrame,         # items in any order; among equal stamps the earlier row counts as the earlier item
@@ -95,14 +100,14 @@ def first_seen(
 
     Known at: each item at its `timestamp`; the choice uses no later row."""
     rows = news.sort_values("timestamp", kind="stable").drop_duplicates(["source", "id"])
-    last: dict[str, pd.Timestamp] = {}
-    keep = []
-    for stamp, title in zip(rows["timestamp"], rows["title"].map(normal_title), strict=True):
-        fresh = not title or title not in last or stamp - last[title] > pd.Timedelta(days=within_days)
-        if fresh:
-            last[title] = stamp
-        keep.append(fresh)
-    return rows[np.array(keep, bool)].sort_values(["timestamp", "source", "id"], kind="stable", ignore_index=True)
+    titles = rows["title"].map(normal_title)
+    story, stamps = pd.factorize(titles)[0].tolist(), rows["timestamp"].to_numpy("datetime64[us]").astype(np.int64).tolist()
+    keep, last, horizon = np.ones(len(rows), bool), dict[int, int](), pd.Timedelta(days=within_days) // pd.Timedelta(microseconds=1)
+    for i in np.flatnonzero((titles.duplicated(keep=False) & (titles != "")).to_numpy()).tolist():
+        keep[i] = story[i] not in last or stamps[i] - last[story[i]] > horizon
+        if keep[i]:
+            last[story[i]] = stamps[i]
+    return rows[keep].sort_values(["timestamp", "source", "id"], kind="stable", ignore_index=True)
 
 # %% ../../nbs/market/52_news.ipynb #c47dcf53
 def news_table(

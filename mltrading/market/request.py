@@ -223,7 +223,7 @@ def story(
         by_rule = part.groupby("rule")["bars"].sum().sort_values(ascending=False)
         if len(by_rule):
             lines.append(f"quality, {label}: " + ", ".join(f"{rule} {n:,}" for rule, n in by_rule.head(6).items()) + (" …" if len(by_rule) > 6 else "") + f"; most in {part.groupby('symbol')['bars'].sum().idxmax()}")
-    return "\n".join([*lines, "reports/data.html shows all of it after `make repro`; removed rows stand in data/removed.parquet"])
+    return "\n".join(lines)
 
 def closing(
     report: pd.DataFrame,  # see `fetch.gather`

@@ -54,8 +54,9 @@ def _symbols(market: Market, sets: list[str], params: PanelParams) -> dict[str, 
     if params.benchmark and params.benchmark not in known:
         raise ParameterError("params.yaml: panel.benchmark", f"`{params.benchmark}` is not in the snapshot", "name one of its symbols, or null; the same for features.benchmark")
     asked += [params.benchmark] if params.benchmark else []
+    there = set(known) if set(asked) <= set(known) else {*known, *market.table("removed")["symbol"]}  # a symbol without a bar that the quality rules left is no misspelt one
     for s in asked:
-        if s not in known:
+        if s not in there:
             raise unknown("symbol", s, known, "params.yaml: panel")
     wanted = {name: [s for s in symbols if s in set(asked)] for name, symbols in holds.items()}
     chosen = [s for symbols in wanted.values() for s in symbols]

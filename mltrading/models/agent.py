@@ -5,32 +5,28 @@
 # %% ../../nbs/models/61_agent.ipynb #35e0d873
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import astuple, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as tensor_bytes
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..core.errors import DataError, ParameterError
-from ..core.storage import atomic
 from .network import Encoder
-from .training import seed_of
+from .training import moments, put_moments, read_checkpoint, seed_of, write_checkpoint
 
 # %% auto #0
 __all__ = ['Inputs', 'AgentParams', 'annealed', 'probabilities', 'draw_actions', 'QNetwork', 'MLP', 'Batch', 'Replay',
-           'plain_inputs', 'td_loss', 'Agent', 'Round', 'train_agent']
+           'plain_inputs', 'td_loss', 'follow', 'Agent', 'Round', 'train_agent']
 
 # %% ../../nbs/models/61_agent.ipynb #b4bd35ed
 class AgentParams(BaseModel):
@@ -45,11 +41,11 @@ class AgentParams(BaseModel):
     double: bool = Field(default=False, description="the network chooses the next action, the target network says what it is worth")
     duelling: bool = Field(default=False, description="value and advantage apart")
     policy: Literal["boltzmann", "epsilon"] = Field(default="boltzmann", description="how actions are tried")
-    explore_first: float = Field(default=1.0, gt=0, description="temperature, in the unit of rewards, or share of random actions, at the beginning")
+    explore_first: float = Field(default=1.0, gt=0, description="temperature, in the unit of rewards, or share of random actions, at most 1, at the beginning")
     explore_last: float = Field(default=0.1, gt=0, description="the same after annealing")
     explore_share: float = Field(default=0.5, gt=0, le=1, description="share of the training over which it is annealed, along a line")
     replay: int = Field(default=20_000, ge=1, description="decisions that are remembered, the last ones")
-    warmup: int = Field(default=500, ge=0, description="decisions before the first step of learning")
+    warmup: int = Field(default=500, ge=0, description="decisions before the first step of learning; so many are left after them that there is one")
     train_every: int = Field(default=32, ge=1, description="decisions to a step of learning")
     batch_size: int = Field(default=128, ge=1, description="remembered decisions in a step of learning")
     learning_rate: float = Field(default=1e-3, gt=0, le=1, description="of Adam")
@@ -57,6 +53,15 @@ class AgentParams(BaseModel):
     huber: float = Field(default=1.0, gt=0, description="errors up to this size count squared, larger ones by their size")
     target_every: int = Field(default=50, ge=1, description="steps of learning between updates of the target network")
     target_rate: float = Field(default=1.0, gt=0, le=1, description="how far it then moves towards the network: 1 is a hard update")
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        for name in ("explore_first", "explore_last"):
+            if self.policy == "epsilon" and (share := getattr(self, name)) > 1:
+                raise ParameterError(name, f"{share:g} is no share of actions", "with policy epsilon use at most 1")
+        if self.warmup + self.train_every > self.decisions:
+            raise ParameterError("warmup", f"with {self.warmup} decisions before learning, and {self.train_every} to a step of it, of {self.decisions} decisions nothing would be learned", "lower warmup or train_every, or raise decisions")
+        return self
 
 # %% ../../nbs/models/61_agent.ipynb #083f4241
 def annealed(
@@ -194,6 +199,16 @@ def td_loss(
     done = online(*inputs(batch.seen)).gather(1, torch.from_numpy(batch.action)[:, None])[:, 0]
     return nn.functional.huber_loss(done, aim, delta=params.huber)
 
+def follow(
+    target: nn.Module,
+    online: nn.Module,
+    rate: float,        # how far, above 0 to 1
+) -> None:
+    """Move the weights of a target network towards those of the network."""
+    with torch.no_grad():
+        for kept, now in zip(target.parameters(), online.parameters(), strict=True):
+            kept.mul_(1 - rate).add_(now, alpha=rate)
+
 # %% ../../nbs/models/61_agent.ipynb #f98deaf5
 class Agent:
     """A network that plays, remembers and learns."""
@@ -251,9 +266,7 @@ class Agent:
         self.optimizer.step()
         self.steps += 1
         if self.steps % self.params.target_every == 0:
-            with torch.no_grad():
-                for kept, now in zip(self.target.parameters(), self.online.parameters(), strict=True):
-                    kept.mul_(1 - self.params.target_rate).add_(now, alpha=self.params.target_rate)
+            follow(self.target, self.online, self.params.target_rate)
         return float(loss.detach())
 
 # %% ../../nbs/models/61_agent.ipynb #f2267b21
@@ -307,34 +320,20 @@ def _store(file: Path, key: str, agent: Agent, rounds: list[Round]) -> None:
     "Write everything that the next round depends on."
     env: Any = agent.env
     here, filled = env.state(), len(agent.replay)
-    tensors = {f"{part}.{k}": v for part, net in (("online", agent.online), ("target", agent.target)) for k, v in net.state_dict().items()}
-    tensors |= {f"moment.{i}.{name}": v for i, state in agent.optimizer.state_dict()["state"].items() for name, v in state.items()}
-    tensors |= {f"memory.{name}": torch.from_numpy(v[:filled]) for name, v in agent.replay.memory._asdict().items()}
-    tensors |= {f"env.{name}": torch.from_numpy(v) for name, v in here.items() if name != "random"}
+    parts = {"online": agent.online.state_dict(), "target": agent.target.state_dict(), "moment": moments(agent.optimizer),
+             "memory": {name: torch.from_numpy(v[:filled]) for name, v in agent.replay.memory._asdict().items()},
+             "env": {name: torch.from_numpy(v) for name, v in here.items() if name != "random"}}
     about = {"rounds": [astuple(r) for r in rounds], "count": agent.replay.count, "steps": agent.steps, "random": agent.random.bit_generator.state, "env": here["random"]}
-    with atomic(file) as part:
-        part.write_bytes(tensor_bytes({k: v.contiguous() for k, v in tensors.items()}, {"training": key, "about": json.dumps(about)}))
+    write_checkpoint(file, key, parts, about)
 
 def _resume(file: Path, key: str, agent: Agent) -> list[Round]:
     "Put everything back to where the training was left; none of its rounds where it has not begun."
-    if not file.is_file():
+    if (found := read_checkpoint(file, key)) is None:
         return []
-    try:
-        with safe_open(file, "pt") as opened:
-            head, tensors = opened.metadata() or {}, {k: opened.get_tensor(k) for k in opened.keys()}  # noqa: SIM118
-        about, training = json.loads(head["about"]), head["training"]
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise DataError(str(file), f"is no checkpoint, or a damaged one ({error})", "delete it; the training then starts over") from error
-    if training != key:
-        raise DataError(str(file), "is the checkpoint of another training: other rows, parameters, seed or number of threads", "name another folder for this one, or delete the file")
-    part = {name: {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")} for name in ("online", "target", "moment", "memory", "env")}
+    part, about = found
     agent.online.load_state_dict(part["online"])
     agent.target.load_state_dict(part["target"])
-    moments: dict[int, dict[str, Tensor]] = {}
-    for place, v in part["moment"].items():
-        number, name = place.split(".")
-        moments.setdefault(int(number), {})[name] = v
-    agent.optimizer.load_state_dict({"state": moments, "param_groups": agent.optimizer.state_dict()["param_groups"]})
+    put_moments(agent.optimizer, part["moment"])
     for name, kept in agent.replay.memory._asdict().items():
         kept[: len(part["memory"][name])] = part["memory"][name].numpy()
     rounds = [Round(*values) for values in about["rounds"]]

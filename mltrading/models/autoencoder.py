@@ -17,8 +17,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..core.errors import ParameterError
 from .forecaster import Learned
-from .network import Encoder, Network, NetworkParams, through
+from .network import Encoder, Network, NetworkParams, Widths, through
+from .rows import inner_split
 from .training import torch_state
 from .windows import Windows
 
@@ -92,21 +94,28 @@ class Variational(Autoencoding):
 class AutoencoderParams(NetworkParams):
     """What can be turned on the autoencoder."""
 
-    hidden: tuple[int, ...] = Field(default=(64, 32), min_length=1, description="units on the way in; on the way out in reverse")
+    hidden: Widths = Field(default=(64, 32), min_length=1, description="units on the way in; on the way out in reverse")
     latent: int = Field(default=8, ge=1, description="numbers in the middle, fewer than features × steps")
     reconstruction: float = Field(default=1.0, ge=0, description="weight of what got lost against the losses of the heads")
 
-_LEVELS = np.linspace(0, 1, 201)  # at which the training errors' quantiles are kept
+_LEVELS = np.linspace(0, 1, 201)  # at which the errors' quantiles are kept
 
 # %% ../../nbs/models/56_autoencoder.ipynb #24b1b632
 class Autoencoder(Network):
-    """Heads on the narrow middle of an autoencoder, and a score of novelty."""
+    """Heads on the narrow middle of an autoencoder, and a score of novelty. Raises `ParameterError` where the middle is not narrower than what goes in."""
 
     Params = AutoencoderParams
 
     def encoder(self, features: Sequence[str]) -> Autoencoding:
         p = self.params
-        return Autoencoding(p.steps * len(features), p.hidden, p.latent, p.reconstruction)
+        return Autoencoding(self._inputs(features), p.hidden, p.latent, p.reconstruction)
+
+    def _inputs(self, features: Sequence[str]) -> int:
+        "Numbers that go in, more than there are in the middle."
+        p, n = self.params, self.params.steps * len(features)
+        if p.latent >= n:
+            raise ParameterError("params.latent", f"{p.latent} numbers in the middle of {n}, which are {len(features)} features × {p.steps} steps", "use fewer: what need not get narrow can be copied, and nothing is new to it")
+        return n
 
     def latent(
         self,
@@ -119,10 +128,12 @@ class Autoencoder(Network):
     def novelty(
         self,
         X: pd.DataFrame | Windows,
-    ) -> pd.DataFrame:  # `error` in standard deviations, `rank` 0 to 1 among the training rows
+    ) -> pd.DataFrame:  # `error` in standard deviations, `rank` 0 to 1 among training rows
         """How unlike the training rows each row is. Raises `DataError` on other features than the fitted ones.
 
-        Known at: the instant of each row; the ranks are among the training rows."""
+        The ranks are among the later training rows, which were not learned from; with `train.patience` 0 all were, and new rows rank too high where these are known by heart.
+
+        Known at: the instant of each row."""
         error = self._error(self._readable(X))
         return pd.DataFrame({"error": error, "rank": np.interp(error, self.quantiles, _LEVELS)}, index=X.index)
 
@@ -138,7 +149,9 @@ class Autoencoder(Network):
 
     def _fit(self, x: Windows, y: NDArray[np.float64], weight: NDArray[np.float64], times: NDArray[np.datetime64]) -> None:
         super()._fit(x, y, weight, times)
-        self.quantiles = np.quantile(self._error(x), _LEVELS)
+        t = self.params.train
+        kept = x.take(inner_split(times, t.inner_valid_fraction, self.purge_bars)[1]) if t.patience else x
+        self.quantiles = np.quantile(self._error(kept), _LEVELS)
 
     def _state(self) -> Learned:
         state, files = super()._state()
@@ -161,4 +174,4 @@ class VariationalAutoencoder(Autoencoder):
 
     def encoder(self, features: Sequence[str]) -> Variational:
         p = self.params
-        return Variational(p.steps * len(features), p.hidden, p.latent, p.reconstruction, p.beta)
+        return Variational(self._inputs(features), p.hidden, p.latent, p.reconstruction, p.beta)

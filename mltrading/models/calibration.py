@@ -20,7 +20,7 @@ from ..core.jit import njit
 from .composite import Composite, WrapperParams, ask_inner, fit_inner
 from .conformal import conformal_margin, nonconformity
 from .rows import inner_split
-from .tasks import Direction, Floats
+from .tasks import Direction, Floats, quantile_column
 from .windows import Windows
 
 # %% auto #0
@@ -167,7 +167,7 @@ class Calibrated(Composite):
     def _fit(self, x: Windows, y: Floats, weight: Floats, times: NDArray[np.datetime64]) -> None:
         p = self.params
         early, late = inner_split(times, p.fraction, self.purge_bars)
-        self.inner = {"of": fit_inner(self._build(p.inside()[0], self.seed), x, y, weight, times, early)}
+        self.inner = {"of": fit_inner(self._build(p.inside()["of"], self.seed), x, y, weight, times, early)}
         said, target, w = ask_inner(self.inner["of"], x.take(late)), y[late], weight[late] / weight[late].mean()
         up = target > 0
         if up.all() or not up.any():
@@ -188,7 +188,7 @@ class Calibrated(Composite):
 
     def _base(self, said: pd.DataFrame) -> tuple[Floats, Floats, Floats]:
         "Base interval and unit of the nonconformity."
-        names = [f"q_{q:g}" for q in ((1 - self.params.level) / 2, (1 + self.params.level) / 2)]
+        names = [quantile_column(q) for q in ((1 - self.params.level) / 2, (1 + self.params.level) / 2)]
         own = names if set(names) <= set(said) else ["score", "score"]
         low, high = (said[c].to_numpy() for c in own)
         return low, high, np.ones(len(said)) if own == names else said["sigma"].to_numpy()

@@ -13,21 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from ..core.errors import DataError, ParameterError
+from ..core.errors import DataError
 from .tasks import Quantiles
-from .trees import Boosted, BoostedParams, Rows
+from .trees import Boosted, BoostedParams, Rows, library
 
 # %% auto #0
 __all__ = ['CatBoostParams', 'CatBoost']
-
-# %% ../../nbs/models/22_catboost.ipynb #c72d8252
-def _catboost() -> Any:
-    "The library."
-    try:
-        import catboost
-    except ImportError as error:
-        raise ParameterError("model catboost", "the library `catboost` is not installed", "pip install 'mltrading[trees]'") from error
-    return catboost
 
 # %% ../../nbs/models/22_catboost.ipynb #f912b5f3
 class CatBoostParams(BoostedParams):
@@ -36,12 +27,13 @@ class CatBoostParams(BoostedParams):
     max_depth: int = Field(ge=1, le=16, description="questions of a tree; it has two to the power of this many leaves")
     max_bin: int = Field(ge=1, le=65_535, description="thresholds of a feature that trees choose from")
 
-# %% ../../nbs/models/22_catboost.ipynb #b0c666e9
-_LOSSES = {"direction": "Logloss", "three_way": "MultiClass", "regression": "RMSE"}
-
+# %% ../../nbs/models/22_catboost.ipynb #f8ca1988
 def _filled(x: NDArray[np.float32]) -> NDArray[np.float32]:
     "Missing values as the smallest number there is."
     return np.where(np.isnan(x), np.finfo(np.float32).min, x)
+
+# %% ../../nbs/models/22_catboost.ipynb #b0c666e9
+_LOSSES = {"direction": "Logloss", "three_way": "MultiClass", "regression": "RMSE"}
 
 class CatBoost(Boosted):
     """Boosted oblivious trees by CatBoost."""
@@ -50,7 +42,7 @@ class CatBoost(Boosted):
     file: bytes  # the library's own format, without dates
 
     def _pool(self, rows: Rows) -> Any:
-        return _catboost().Pool(_filled(rows.x), rows.target.astype(np.int64) if self.task.kind == "direction" else rows.target, weight=rows.weight, thread_count=self.threads)
+        return library("catboost").Pool(_filled(rows.x), rows.target.astype(np.int64) if self.task.kind == "direction" else rows.target, weight=rows.weight, thread_count=self.threads)
 
     def _settings(self) -> dict[str, Any]:
         p, task = self.params, self.task
@@ -64,13 +56,13 @@ class CatBoost(Boosted):
                 "allow_writing_files": False, "logging_level": "Silent"}
 
     def _watch(self, rows: Rows, later: Rows) -> list[float]:
-        model = _catboost().CatBoost({**self._settings(), "iterations": self.params.n_estimators, "od_type": "Iter", "od_wait": self.params.early_stopping_rounds, "use_best_model": False})
+        model = library("catboost").CatBoost({**self._settings(), "iterations": self.params.n_estimators, "od_type": "Iter", "od_wait": self.params.early_stopping_rounds, "use_best_model": False})
         self._fitted(model, rows, self._pool(later))
         (values,) = model.get_evals_result()["validation"].values()
         return [float(v) for v in values]
 
     def _boost(self, rows: Rows) -> None:
-        model = _catboost().CatBoost({**self._settings(), "iterations": self.trees, "metric_period": self.trees})
+        model = library("catboost").CatBoost({**self._settings(), "iterations": self.trees, "metric_period": self.trees})
         self._fitted(model, rows, None)
         about = model.get_metadata()
         for name in list(about.keys()):  # the date, an identifier, and how it was trained
@@ -89,11 +81,11 @@ class CatBoost(Boosted):
         return np.asarray(self.model.predict(_filled(x), prediction_type="RawFormulaVal", thread_count=1))
 
     def _shap(self, x: NDArray[np.float32]) -> NDArray[np.float64]:
-        return np.asarray(self.model.get_feature_importance(_catboost().Pool(_filled(x)), type="ShapValues", thread_count=self.threads))
+        return np.asarray(self.model.get_feature_importance(library("catboost").Pool(_filled(x)), type="ShapValues", thread_count=self.threads))
 
     def _files(self) -> dict[str, bytes]:
         return {"trees.cbm": self.file}
 
     def _read(self, files: dict[str, bytes]) -> None:
-        self.file, self.model = files["trees.cbm"], _catboost().CatBoost()
+        self.file, self.model = files["trees.cbm"], library("catboost").CatBoost()
         self.model.load_model(blob=self.file)

@@ -5,8 +5,9 @@
 # %% ../../nbs/models/67_composite.ipynb #35e0d873
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
+from operator import getitem
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -20,7 +21,8 @@ from .windows import Windows
 from .zoo import Spec, restore_any, spec
 
 # %% auto #0
-__all__ = ['Inner', 'CompositeParams', 'WrapperParams', 'fit_inner', 'ask_inner', 'Composite', 'HorizonsParams', 'Horizons']
+__all__ = ['Inner', 'CompositeParams', 'WrapperParams', 'written_out', 'as_read', 'fit_inner', 'ask_inner', 'Composite',
+           'HorizonsParams', 'Horizons']
 
 # %% ../../nbs/models/67_composite.ipynb #568a5ab8
 def _checked(values: Any) -> Any:
@@ -37,25 +39,36 @@ class CompositeParams(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    def inside(self) -> Sequence[Spec]:
-        "The inner models."
+    def inside(self) -> dict[str, Spec]:
+        "The inner models by the place of their parameters; a dot leads into a block."
         raise NotImplementedError
 
     @property
     def steps(self) -> int:
         "Bars of the longest window that any of them reads."
-        return max(getattr(own.params, "steps", 1) for own in self.inside())
+        return max(getattr(own.params, "steps", 1) for own in self.inside().values())
 
 class WrapperParams(CompositeParams):
     """Parameters that hold those of one inner model."""
 
     of: Inner = Field(description="the model inside: its kind and parameters")
 
-    def inside(self) -> list[Spec]:
-        return [spec("of", self.of)]
+    def inside(self) -> dict[str, Spec]:
+        return {"of": spec("of", self.of)}
+
+def written_out(
+    params: BaseModel,   # of any model
+) -> dict[str, Any]:     # plain values
+    """Parameters as plain values, those of inner models complete: what they leave to a default stands there, too."""
+    out = params.model_dump()
+    if isinstance(params, CompositeParams):
+        for place, own in params.inside().items():
+            *blocks, name = place.split(".")
+            reduce(getitem, blocks, out)[name] = {"kind": own.kind, **written_out(own.params)}
+    return out
 
 # %% ../../nbs/models/67_composite.ipynb #7142208e
-def _as_read(
+def as_read(
     model: Model,
     x: Windows,              # (n, steps, F)
 ) -> Windows | pd.DataFrame: # what the model reads
@@ -73,14 +86,14 @@ def fit_inner(
     """Fit a model on some of the rows, as it reads them. Raises `DataError` on windows that are shorter than the model's."""
     if x.steps < (wanted := getattr(model.params, "steps", 1)):
         raise DataError(f"{type(model).__name__}, features X", f"windows of {x.steps} steps, where it reads {wanted}", "make them with windows(features, symbols, params.steps)")
-    return model.fit(_as_read(model, x.take(rows)), y[rows], weight[rows], times[rows])
+    return model.fit(as_read(model, x.take(rows)), y[rows], weight[rows], times[rows])
 
 def ask_inner(
     model: Model,        # fitted
     x: Windows,          # (n, steps, F)
 ) -> pd.DataFrame:       # (n,) forecasts
     """A model's forecasts of rows, as it reads them."""
-    return model.predict(_as_read(model, x))
+    return model.predict(as_read(model, x))
 
 class Composite(Model):
     """A model that fits other models and keeps them by name in `inner`. Subclasses write `_fit` and `_forecast`, and `_learned` and `_relearn` where they learn numbers of their own."""
@@ -123,7 +136,7 @@ class Horizons(Composite):
     joint = True
 
     def _fit(self, x: Windows, y: NDArray[np.float64], weight: NDArray[np.float64], times: NDArray[np.datetime64]) -> None:
-        inner, columns = self.params.inside()[0], y.reshape(len(y), -1).T
+        inner, columns = self.params.inside()["of"], y.reshape(len(y), -1).T
         self.inner = {f"h{k}": fit_inner(self._build(inner, self.seed), x, own, weight, times) for k, own in enumerate(columns)}
 
     def _forecast(self, x: Windows, index: pd.Index) -> pd.DataFrame:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from sklearn.metrics import roc_auc_score
 
 from ..core.errors import MLTradingError
 from .forecaster import Explainable, Forecaster, Resumable
-from .windows import Windows, windows
+from .windows import Windows, windows, with_numbers
 
 # %% auto #0
 __all__ = ['Factory', 'Answer', 'some', 'Planted', 'planted', 'check_forecaster']
@@ -115,18 +116,28 @@ def _generators() -> tuple[bytes, ...]:
     own = np.random.get_state()[1].tobytes()  # type: ignore[index,union-attr]  # noqa: NPY002
     return (own,) if torch is None else (own, torch.get_rng_state().numpy().tobytes(), bytes([torch.get_num_threads() % 256]))
 
+@contextmanager
+def _other_generators(seed: int) -> Iterator[None]:
+    "The global generators in another state, for the length of a block."
+    torch, kept = sys.modules.get("torch"), np.random.get_state()  # noqa: NPY002
+    dice = None if torch is None else torch.get_rng_state()
+    try:
+        np.random.seed(seed)  # noqa: NPY002
+        if torch is not None:
+            torch.random.default_generator.manual_seed(seed)
+        yield
+    finally:
+        np.random.set_state(kept)  # noqa: NPY002
+        if torch is not None:
+            torch.set_rng_state(dice)
+
 def _check_storage(factory: Factory, seed: int, first: Any, train: Planted, test: Planted, home: Path) -> Iterable[Answer]:
     "Same seed same bits, and the same after a trip to disk."
-    out, kept = first.predict(test.X), np.random.get_state()  # noqa: NPY002
-    try:
-        np.random.seed(seed + 1)  # noqa: NPY002
-        if (torch := sys.modules.get("torch")) is not None:
-            torch.manual_seed(seed + 1)
+    out = first.predict(test.X)
+    with _other_generators(seed + 1):
         before = _generators()
         second = _fitted(factory(seed), train)
         again, untouched = second.predict(test.X), _generators() == before
-    finally:
-        np.random.set_state(kept)  # noqa: NPY002
     reused = _fitted(_fitted(factory(seed), test), train)
     for name, model in (("a", first), ("b", first), ("c", second), ("d", reused)):
         model.save(home / name)
@@ -143,32 +154,30 @@ def _check_storage(factory: Factory, seed: int, first: Any, train: Planted, test
 class _Killed(Exception):
     "What ends a training in the middle."
 
-def _kill(epoch: Any) -> None:
-    raise _Killed
-
 def _check_resumption(factory: Factory, seed: int, first: Any, train: Planted, test: Planted, home: Path) -> Iterable[Answer]:
-    "What was killed ends as what was not."
+    "What was killed goes on where it was, and ends as what was not."
     fitted: Any = first
     if not isinstance(first, Resumable):
         return
+    seen: list[int] = []
+    def kill(epoch: Any) -> None:
+        seen.append(epoch.number)
+        if len(seen) == 2:
+            raise _Killed
     victim = factory(seed).resumable(home / "part")
-    victim.on_epoch = _kill
-    try:
+    victim.on_epoch = kill
+    with suppress(_Killed):
         _fitted(victim, train)
-        killed = False
-    except _Killed:
-        killed = True
-    resumed = _fitted(factory(seed).resumable(home / "part"), train)
-    yield _hold("killed and resumed, same bits", killed and _same(fitted.predict(test.X), resumed.predict(test.X)), "after the first epoch")
+    heir, rest = factory(seed).resumable(home / "part"), list[int]()
+    heir.on_epoch = lambda epoch: rest.append(epoch.number)
+    _fitted(heir, train)
+    yield _hold("a killed training goes on", seen == [1, 2] and rest[:1] == [3], f"killed after epoch {seen[-1]}, resumed in epoch {', '.join(map(str, rest[:1])) or '–'}")
+    yield _hold("killed and resumed, same bits", _same(fitted.predict(test.X), heir.predict(test.X)), f"after {len(seen) + len(rest)} epochs")
 
 # %% ../../nbs/models/09_conformance.ipynb #5a9f01f2
 def _numbers(X: Any) -> NDArray[np.float32]:
     "The numbers of a table, or of the block of windows; changing them changes X."
     return X.block if isinstance(X, Windows) else X.to_numpy()
-
-def _like(X: Any, numbers: NDArray[np.float32]) -> Any:
-    "The same rows with other numbers."
-    return replace(X, block=numbers) if isinstance(X, Windows) else pd.DataFrame(numbers, X.index, X.columns)
 
 def _beside(X: Any, factor: float) -> Any:
     "Rows followed by the same ones, multiplied."
@@ -178,7 +187,7 @@ def _beside(X: Any, factor: float) -> Any:
 
 def _check_isolation(factory: Factory, seed: int, train: Planted, test: Planted, home: Path) -> Iterable[Answer]:
     "Rows do not see each other, and the model does not see them."
-    X, y, w, t = _like(train.X, _numbers(train.X).copy()), train.y.copy(), train.weight.copy(), train.times.copy()
+    X, y, w, t = with_numbers(train.X, _numbers(train.X).copy()), train.y.copy(), train.weight.copy(), train.times.copy()
     model = factory(seed).fit(X, y, w, t)
     intact = np.array_equal(_numbers(X), _numbers(train.X), equal_nan=True) and all(np.array_equal(a, b) for a, b in ((y, train.y), (w, train.weight), (t, train.times)))
     model.save(home / "before")
@@ -188,7 +197,7 @@ def _check_isolation(factory: Factory, seed: int, train: Planted, test: Planted,
     backwards = model.predict(some(test.X, slice(None, None, -1))).iloc[::-1]
     strange = model.predict(_beside(test.X, 1e6))[:n]
     model.save(home / "after")
-    X = _like(X, np.zeros_like(_numbers(X)))
+    X = with_numbers(X, np.zeros_like(_numbers(X)))
     y[:], w[:] = 1, 9
     yield _hold("fit leaves its inputs alone", intact, "unchanged")
     yield _hold("a row alone", _same(out[:20], alone), "same bits")
@@ -222,7 +231,7 @@ def _holed(X: Any, seed: int) -> Any:
     numbers = _numbers(X).copy()
     numbers[np.random.default_rng(seed).random(numbers.shape) < 0.2] = np.nan
     numbers[:, 2], numbers[:, 3] = np.nan, 1
-    return _like(X, numbers)
+    return with_numbers(X, numbers)
 
 def _columns(X: Any, names: list[str]) -> Any:
     "Some columns, a new one being zero."

@@ -18,15 +18,15 @@ from pydantic import Field
 from safetensors.torch import load as read_tensors
 from safetensors.torch import save as tensor_bytes
 from scipy.special import expit
-from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from ..core.errors import DataError, ParameterError
 from .agent import MLP, Agent, AgentParams, Inputs, QNetwork, Round, probabilities, train_agent
+from .calibration import fit_sigmoid
 from .environment import Steps, TradingVector, Underlying
 from .forecaster import Learned, Model, digest
-from .network import Encoder
-from .rows import prediction_rows
+from .network import Encoder, Widths
+from .rows import inner_split
 from .scaling import Scaling, fit_scaling
 from .training import seed_of, torch_state
 from .windows import Gather, Windows
@@ -39,10 +39,12 @@ class DQNParams(AgentParams):
     """What can be turned on the forecaster."""
 
     steps: int = Field(default=1, ge=1, description="bars that it sees of each symbol, the current one among them")
-    hidden: tuple[int, ...] = Field(default=(32,), description="widths of the layers")
+    hidden: Widths = Field(default=(32,), description="widths of the layers")
     cost: float = Field(default=0.0, ge=0, description="of a unit of turnover, in the unit of the target")
     bars: int = Field(default=20, ge=1, description="decisions of an episode; with gamma 0 every row is one")
+    hold_bars: int = Field(default=1, ge=1, description="own bars from one decision to the next: the horizon of the target")
     winsor: float = Field(default=0.005, ge=0, le=0.25, description="share of the training values clipped at each end of a feature")
+    inner_valid_fraction: float = Field(default=0.2, gt=0, lt=1, description="share of the training instants, the last ones, that the map from values to a forecast is fitted on")
 
 def followers(
     x: Windows,
@@ -74,16 +76,18 @@ def _values(network: QNetwork, inputs: Inputs, n: int, held: float) -> NDArray[n
     return np.concatenate(parts).astype(np.float64)
 
 def _summary(q: NDArray[np.float64], y: NDArray[np.float64], weight: NDArray[np.float64]) -> dict[str, float]:
-    "How the edge of long over short maps to the mean of y and to the log-odds of a rise; plain numbers."
+    "How the edge of long over short maps to the mean of y and to the log-odds of a rise, on rows that were not learned from; plain numbers."
+    if (up := y > 0).all() or not up.any():
+        raise DataError("training rows", f"the {len(y)} rows of the later part have one direction: nothing to map to", "raise inner_valid_fraction, or train on a longer window")
     edge = q[:, 2] - q[:, 0]
     mean, middle = np.average(edge, weights=weight), np.average(y, weights=weight)
     spread = float(np.sqrt(np.average((edge - mean) ** 2, weights=weight))) or 1.0
     z = (edge - mean) / spread
-    slope = float(np.average(z * (y - middle), weights=weight))
+    slope = max(0.0, float(np.average(z * (y - middle), weights=weight)))
     with threadpool_limits(limits=1):
-        odds = LogisticRegression(C=1e3).fit(z[:, None], y > 0, sample_weight=weight)
+        odds_slope, odds_intercept = fit_sigmoid(z, up, weight)
     sigma = float(np.sqrt(np.average((y - middle - slope * z) ** 2, weights=weight)))
-    return {"mean": float(mean), "spread": spread, "intercept": float(middle), "slope": slope, "odds_intercept": float(odds.intercept_[0]), "odds_slope": float(odds.coef_[0, 0]), "sigma": sigma}
+    return {"mean": float(mean), "spread": spread, "intercept": float(middle), "slope": slope, "odds_intercept": odds_intercept, "odds_slope": odds_slope, "sigma": sigma}
 
 def _columns(q: NDArray[np.float64], s: dict[str, float]) -> dict[str, NDArray[np.float64]]:
     "Score, probability of a rise, and sigma."
@@ -98,33 +102,38 @@ class DQN(Model):
     sequences = True
     on_epoch: Callable[[Round], None] | None = None  # is told of each round of a training
     progress = False                                 # show a bar while training
-    _checkpoint: Path | None = None
+    _unfinished: Path | None = None
 
     def encoder(self, features: Sequence[str]) -> Encoder:
         """The body of the network, for these features."""
         return MLP(self.params.steps * len(features), self.params.hidden)
 
-    def resumable(self, folder: str | Path) -> Self:
+    def resumable(
+        self,
+        folder: str | Path,  # keeps checkpoints, one for each training: its rows, parameters, seed and threads are in its name
+    ) -> Self:
         """Train with a checkpoint after each round, and go on from the one that is there."""
-        self._checkpoint = Path(folder) / "training.safetensors"
+        self._unfinished = Path(folder)
         return self
 
     def _network(self, features: Any) -> QNetwork:
         return QNetwork(self.encoder(tuple(map(str, features))), 3, int(self.params.gamma > 0), self.params.duelling)
 
     def _fit(self, x: Windows, y: NDArray[np.float64], weight: NDArray[np.float64], times: NDArray[np.datetime64]) -> None:
-        p, w = self.params, weight / weight.mean()
+        p = self.params
         if x.steps != p.steps:
             raise DataError(f"{type(self).__name__}, features X", f"windows of {x.steps} steps, where params.steps is {p.steps}", "make them with windows(features, symbols, params.steps)")
-        self.scaling = fit_scaling(x.frame().to_numpy(), p.winsor, False)
-        after = followers(x, max(1, self.purge_bars)) if p.gamma else np.full(len(x), -1)
-        env = TradingVector(Steps(np.arange(len(x))[:, None] * 1.0, y, after, w), Underlying(p.cost), p.bars if p.gamma else 1, p.agents)
-        key = digest(x, y, weight, times, type(self).__name__, p.model_dump_json(), *map(str, x.columns), self.seed, self.threads, self.purge_bars, torch.__version__) if self._checkpoint else ""
+        early, late = inner_split(times, p.inner_valid_fraction, self.purge_bars)
+        own = x.take(early)
+        self.scaling = fit_scaling(own.frame().to_numpy(), p.winsor, False)
+        after = followers(own, p.hold_bars) if p.gamma else np.full(len(own), -1)
+        env = TradingVector(Steps(np.arange(len(own))[:, None] * 1.0, y[early], after, weight[early]), Underlying(p.cost), p.bars if p.gamma else 1, p.agents)
+        key = digest(x, y, weight, times, type(self).__name__, p.model_dump_json(), *map(str, x.columns), self.seed, self.threads, self.purge_bars, torch.__version__)
         with torch_state(seed_of(self.seed, 0), self.threads):
-            agent = Agent(self._network(x.columns), p, env, self.seed, _inputs(x, self.scaling.gather(), int(p.gamma > 0)))
-            self.rounds = train_agent(agent, self._checkpoint, key, self.on_epoch, type(self).__name__ if self.progress else None)
+            agent = Agent(self._network(x.columns), p, env, self.seed, _inputs(own, self.scaling.gather(), int(p.gamma > 0)))
+            self.rounds = train_agent(agent, self._unfinished and self._unfinished / f"{key[:16]}.safetensors", key, self.on_epoch, type(self).__name__ if self.progress else None)
         self.network = agent.online.double().eval()
-        self.summary = _summary(self._q(x, 0.0), y, w)
+        self.summary = _summary(self._q(x.take(late), 0.0), y[late], weight[late] / weight[late].mean())
 
     def _q(self, x: Windows, held: float) -> NDArray[np.float64]:
         with torch_state(self.seed, self.threads):
@@ -152,10 +161,10 @@ def action_values(
     X: pd.DataFrame | Windows,
     held: float = 0.0,             # the position before the decision; with gamma 0 it is not part of the state
 ) -> NDArray[np.float64]:          # (n, 3)
-    """What short, flat and long are thought to be worth. Raises `ParameterError` on a position where it is not part of the state."""
+    """What short, flat and long are thought to be worth. Raises `ParameterError` on a position where it is not part of the state, and `DataError` on other features, or windows of another length, than the fitted ones."""
     if held and not model.params.gamma:
         raise ParameterError("action_values, held", f"is {held}, and with gamma 0 the position is not part of the state", "leave it out, or train with gamma above 0")
-    return model._q(prediction_rows(X, model.features, type(model).__name__, model.sequences), held)
+    return model._q(model._readable(X), held)
 
 # %% ../../nbs/models/62_dqn.ipynb #fd72dff1
 @dataclass(frozen=True, eq=False)

@@ -13,8 +13,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..core.errors import ParameterError
-from .liquid import LiquidEncoder
-from .network import Encoder, Network
+from .liquid import Clock, Liquid, LiquidEncoder
+from .network import Encoder, Widths
 from .wiring import NCPParams, circuit
 
 # %% auto #0
@@ -40,7 +40,7 @@ class LiquidDualParams(NCPParams):
     """What can be turned on the network of two branches; the circuit's parameters are those of `ncp`."""
 
     static: tuple[str, ...] = Field(description="beginnings of the names of static features")
-    dense: tuple[int, ...] = Field(default=(64, 32), min_length=1, description="widths of the dense branch")
+    dense: Widths = Field(default=(64, 32), min_length=1, description="widths of the dense branch")
     merged: int = Field(default=32, ge=1, description="width of the merge layer")
     dropout: float = Field(default=0.1, ge=0, lt=1, description="after each dense layer and the merge layer")
     leak: float = Field(default=0.01, ge=0, lt=1, description="slope of the LeakyReLUs below zero")
@@ -55,12 +55,13 @@ class DualEncoder(Encoder):
         self,
         p: LiquidDualParams,
         features: Sequence[str],
+        clock: Clock | None = None,  # among the features of the liquid branch
     ) -> None:
         super().__init__()
         static, series = branches(features, p.static)
         self.register_buffer("static", torch.tensor(static))
         self.register_buffer("series", torch.tensor(series))
-        self.liquid: LiquidEncoder = circuit(p, [features[k] for k in series])
+        self.liquid: LiquidEncoder = circuit(p, [features[k] for k in series], clock)
         self.dense = nn.Sequential(*(self._layer(a, b, p) for a, b in pairwise([len(static), *p.dense])))
         self.merge, self.width = self._layer(p.dense[-1] + p.motor, p.merged, p), p.merged
 
@@ -73,10 +74,11 @@ class DualEncoder(Encoder):
         z: Tensor = self.merge(torch.cat([still, moving], dim=1))
         return z
 
-class LiquidDual(Network):
+class LiquidDual(Liquid):
     """Dense and liquid branch, merged."""
 
     Params = LiquidDualParams
 
     def encoder(self, features: Sequence[str]) -> Encoder:
-        return DualEncoder(self.params, features)
+        series = [features[k] for k in branches(features, self.params.static)[1]]
+        return DualEncoder(self.params, features, self.clock(features, series))

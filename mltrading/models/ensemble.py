@@ -16,15 +16,16 @@ from pydantic import Field, field_validator
 from scipy.special import expit
 
 from ..core.errors import DataError, ParameterError
+from ..core.params import folder_name
 from .calibration import log_odds, rising_line
-from .composite import Composite, CompositeParams, ask_inner, fit_inner
+from .composite import Composite, CompositeParams, as_read, ask_inner, fit_inner
 from .forecaster import Model
 from .tasks import Direction, Floats
 from .windows import Windows
 from .zoo import ModelsParams, Spec
 
 # %% auto #0
-__all__ = ['forward_splits', 'fit_stack', 'EnsembleParams', 'Ensemble']
+__all__ = ['forward_splits', 'fit_stack', 'EnsembleParams', 'copy_seed', 'in_log_odds', 'Ensemble']
 
 # %% ../../nbs/models/72_ensemble.ipynb #bfe7b300
 def forward_splits(
@@ -73,13 +74,71 @@ class EnsembleParams(CompositeParams):
     @field_validator("members")
     @classmethod
     def _several(cls, members: ModelsParams) -> ModelsParams:
-        if not members.root or any("/" in name or not name for name in members.root):
-            raise ValueError("at least one member, and names without a slash")
+        if not members.root or not all(map(folder_name, members)):
+            raise ValueError("at least one member, and names of letters, digits, _ and -, which are those of folders")
         return members
 
-    def inside(self) -> list[Spec]:
-        return list(self.members.specs().values())
+    def inside(self) -> dict[str, Spec]:
+        return {f"members.{name}": own for name, own in self.members.specs().items()}
 
+# %% ../../nbs/models/72_ensemble.ipynb #8129b79e
+def _mean(parts: list[Floats]) -> Floats:
+    "Mean of several columns, added in their order: the same bits for a row alone and among others."
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total / len(parts)
+
+def _averaged(said: list[pd.DataFrame]) -> dict[str, Floats]:
+    "Means of the columns that all forecasts have; sigma is that of the mixture."
+    shared = [str(c) for c in said[0] if all(c in f for f in said) and c not in ("disagreement", "agreement")]
+    columns = {c: _mean([f[c].to_numpy() for f in said]) for c in shared}
+    apart = _mean([(f["score"].to_numpy() - columns["score"]) ** 2 for f in said])
+    return columns | {"sigma": np.sqrt(_mean([f["sigma"].to_numpy() ** 2 for f in said]) + apart)}
+
+# %% ../../nbs/models/72_ensemble.ipynb #ad620ce6
+def copy_seed(
+    seed: int,  # of the ensemble, >= 0
+    copy: int,  # its number, from 0
+) -> int:       # below 2**31
+    """The seed of one copy of a member."""
+    return int(np.random.SeedSequence((seed, copy)).generate_state(1, np.uint32)[0] >> 1)
+
+# %% ../../nbs/models/72_ensemble.ipynb #f5f94005
+def in_log_odds(
+    model: Model,                 # fitted, with contributions to its log-odds or its probability
+    x: Any,                       # rows or windows, as it reads them
+) -> tuple[Floats, Floats]:       # (n, F) contributions and (n,) base, which sum to the log-odds
+    """A model's contributions to the log-odds of a rise."""
+    values, first = model.contributions(x)  # type: ignore[attr-defined]
+    own, base = values.to_numpy(np.float64), first.to_numpy(np.float64)
+    if model.unit == "log-odds":  # type: ignore[attr-defined]
+        return own, base
+    p = base + own.sum(1)
+    gap, flat = p - base, np.abs(p - base) < 1e-9
+    slope = np.where(flat, 1 / np.maximum(base * (1 - base), 1e-6), np.divide(log_odds(p) - log_odds(base), gap, out=np.zeros_like(gap), where=~flat))
+    return own * slope[:, None], log_odds(base)
+
+def _added_up(model: Ensemble, x: Windows) -> tuple[Floats, Floats]:
+    "What features add to an ensemble's log-odds by way of all members, (n, F), and the base, (n,)."
+    n = len(model.inner)
+    weights, start = (model.weights, model.intercept) if model.params.combine == "stack" else (np.full(n, 1 / n), 0.0)
+    parts, base = np.zeros((len(x), len(x.columns))), np.full(len(x), start)
+    for w, name in zip(weights, sorted(model.inner), strict=True):
+        own, first = in_log_odds(model.inner[name], as_read(model.inner[name], x))
+        parts, base = parts + w * own, base + w * first
+    return parts, base
+
+def _asked_forward(model: Ensemble, x: Windows, y: Floats, weight: Floats, times: NDArray[np.datetime64]) -> tuple[NDArray[np.int64], Floats]:
+    "Rows of the later parts, and what members that have not learned from them say about them: (n,) and log-odds (n, M)."
+    rows, answers = [], []
+    for learn, asked in forward_splits(times, model.params.parts, model.purge_bars):
+        part, own = x.take(asked), model._members()
+        answers.append(np.column_stack([log_odds(ask_inner(fit_inner(own[n], x, y, weight, times, learn), part)["prob_up"]) for n in sorted(own)]))
+        rows.append(np.flatnonzero(asked))
+    return np.concatenate(rows), np.vstack(answers)
+
+# %% ../../nbs/models/72_ensemble.ipynb #b119d6fd
 class Ensemble(Composite):
     """Several models as one."""
 
@@ -87,22 +146,17 @@ class Ensemble(Composite):
 
     def _members(self) -> dict[str, Model]:
         "Members and their copies, not fitted, by name."
-        p = self.params
-        return {f"{name}.{k}" if p.copies > 1 else name: self._build(own, self.seed + k) for name, own in p.members.specs().items() for k in range(p.copies)}
+        members, copies = self.params.members.specs(), self.params.copies
+        if copies == 1:
+            return {name: self._build(own, self.seed) for name, own in members.items()}
+        return {f"{name}.{k}": self._build(own, copy_seed(self.seed, k)) for name, own in members.items() for k in range(copies)}
 
     def _fit(self, x: Windows, y: Floats, weight: Floats, times: NDArray[np.datetime64]) -> None:
-        names = sorted(self._members())
         if self.params.combine == "stack":
-            rows, answers = [], []
-            for learn, asked in forward_splits(times, self.params.parts, self.purge_bars):
-                part, own = x.take(asked), self._members()
-                answers.append(np.column_stack([log_odds(ask_inner(fit_inner(own[n], x, y, weight, times, learn), part)["prob_up"]) for n in names]))
-                rows.append(np.flatnonzero(asked))
-            at, z = np.concatenate(rows), np.vstack(answers)
+            at, z = _asked_forward(self, x, y, weight, times)
             self.weights, self.intercept = fit_stack(z, y[at] > 0, weight[at], self.params.l2)
             self.summary = Direction().summarize(y[at], self._stacked(z), weight[at])
-        own = self._members()
-        self.inner = {name: fit_inner(own[name], x, y, weight, times) for name in names}
+        self.inner = {name: fit_inner(own, x, y, weight, times) for name, own in sorted(self._members().items())}
 
     def _stacked(self, z: Floats) -> Floats:
         "(n,) probability from log-odds (n, M), summed in the order of the members."
@@ -125,23 +179,22 @@ class Ensemble(Composite):
         same = _mean([((q > 0.5) == (p > 0.5)).astype(np.float64) for q in prob.T])
         return pd.DataFrame(columns | {"disagreement": spread, "agreement": same}, index=index)
 
+    @property
+    def unit(self) -> str:
+        "Of the contributions: log-odds where those of the members are added up; empty for an average of probabilities, and with a member that has no contributions."
+        told = [getattr(m, "unit", "") for m in getattr(self, "inner", {}).values()]
+        return "log-odds" if self.params.combine != "probability" and set(told) <= {"log-odds", "probability"} else ""
+
+    def contributions(self, X: pd.DataFrame | Windows) -> tuple[pd.DataFrame, pd.Series]:
+        """(n, F) what each feature adds to the log-odds by way of all members, and (n,) the base. Raises `ParameterError` where there are none."""
+        if not self.unit:
+            raise ParameterError(type(self).__name__, "has no contributions: its members' do not add up", "explain it by `sampled_contributions`")
+        parts, base = _added_up(self, self._readable(X))
+        return pd.DataFrame(parts, index=X.index, columns=X.columns), pd.Series(base, index=X.index, name="base")
+
     def _learned(self) -> dict[str, Any]:
         return {} if self.params.combine != "stack" else {"weights": self.weights.tolist(), "intercept": self.intercept, "summary": self.summary}
 
     def _relearn(self, state: dict[str, Any]) -> None:
         if self.params.combine == "stack":
             self.weights, self.intercept, self.summary = np.array(state["weights"], np.float64), state["intercept"], state["summary"]
-
-def _mean(parts: list[Floats]) -> Floats:
-    "Mean of several columns, added in their order: the same bits for a row alone and among others."
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total / len(parts)
-
-def _averaged(said: list[pd.DataFrame]) -> dict[str, Floats]:
-    "Means of the columns that all forecasts have; sigma is that of the mixture."
-    shared = [str(c) for c in said[0] if all(c in f for f in said) and c not in ("disagreement", "agreement")]
-    columns = {c: _mean([f[c].to_numpy() for f in said]) for c in shared}
-    apart = _mean([(f["score"].to_numpy() - columns["score"]) ** 2 for f in said])
-    return columns | {"sigma": np.sqrt(_mean([f["sigma"].to_numpy() ** 2 for f in said]) + apart)}

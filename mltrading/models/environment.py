@@ -16,7 +16,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from ..core.errors import DataError, ParameterError
+from ..core.errors import DataError, ParameterError, unknown
 from ..core.jit import njit
 from ..labels.barriers import Price, bar_paths
 from ..labels.horizons import legs
@@ -204,6 +204,17 @@ class _Episodes:
         at = np.searchsorted(self.bounds, random.random(k) * self.bounds[-1], side="right")
         return self.starts[np.minimum(at, len(self.starts) - 1)]
 
+    def first(self, options: dict[str, Any] | None, random: np.random.Generator, k: int | None = None) -> NDArray[np.int64]:
+        "First rows: those of `reset`'s options, or drawn ones; k of them, or one that stands alone."
+        if strange := [name for name in options or {} if name != "row"]:
+            raise unknown("option", str(strange[0]), ["row"], "reset, options")
+        if (told := (options or {}).get("row")) is None:
+            return self.draw(random, k or 1)
+        row, n = np.asarray(told), len(self.steps.after)
+        if row.dtype.kind not in "iu" or row.shape != (() if k is None else (k,)) or not ((row >= 0) & (row < n)).all():
+            raise ParameterError("reset, options, row", f"{told} is not {'a whole number' if k is None else f'{k} whole numbers'} from 0 to {n - 1}", "name rows of the steps by their places")
+        return np.array(row, np.int64, ndmin=1)
+
     def observe(self, row: NDArray[np.int64], held: NDArray[np.float64]) -> NDArray[Any]:
         "(k, width) features of the rows, then what is held."
         seen = np.empty((len(row), *self.space.shape), self.space.dtype)
@@ -230,7 +241,7 @@ def _run_length(after: Any) -> Any:
 class TradingEnv(gymnasium.Env[NDArray[Any], np.int64]):
     """One agent, one decision per row.
 
-    Raises `ParameterError` on an action that there is not, and `DataError` where no episode fits into the rows.
+    Raises `ParameterError` on an action, an option or a first row that there is not, and `DataError` where no episode fits into the rows.
 
     Known at: an observation at its row's instant; a reward after it."""
 
@@ -246,8 +257,7 @@ class TradingEnv(gymnasium.Env[NDArray[Any], np.int64]):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[NDArray[Any], dict[str, Any]]:
         """Begin an episode without a position, at the row `options["row"]` where that is given."""
         super().reset(seed=seed)
-        told = (options or {}).get("row")
-        self.row = self.episodes.draw(self.np_random, 1) if told is None else np.array([told])
+        self.row = self.episodes.first(options, self.np_random)
         self.left, self.held = np.array([self.episodes.bars]), np.zeros((1, self.episodes.product.columns))
         return self.episodes.observe(self.row, self.held)[0], {"row": int(self.row[0])}
 
@@ -280,8 +290,7 @@ class TradingVector(VectorEnv[NDArray[Any], NDArray[np.int64], NDArray[Any]]):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[NDArray[Any], dict[str, Any]]:
         """Begin all episodes, at the rows `options["row"]` (num_envs,) where these are given."""
         super().reset(seed=seed)
-        told = (options or {}).get("row")
-        self.row = self.episodes.draw(self.np_random, self.num_envs) if told is None else np.array(told, np.int64)
+        self.row = self.episodes.first(options, self.np_random, self.num_envs)
         self.left, self.held = np.full(self.num_envs, self.episodes.bars), np.zeros((self.num_envs, self.episodes.product.columns))
         return self.episodes.observe(self.row, self.held), {}
 

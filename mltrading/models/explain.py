@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,8 +15,9 @@ from scipy.special import logit
 from scipy.stats import t as student
 
 from ..core.errors import DataError, ParameterError, unknown
+from ..core.params import whole
 from .forecaster import Explainable, Forecaster
-from .windows import Windows
+from .windows import Windows, with_numbers
 
 # %% auto #0
 __all__ = ['shap_values', 'importance', 'reasons', 'sampled_contributions', 'Unseen', 'permutation_importance']
@@ -83,46 +83,55 @@ def _values(X: pd.DataFrame | Windows) -> NDArray[np.float32]:
     "(n, …, F) numbers of rows or windows."
     return X.values() if isinstance(X, Windows) else X.to_numpy(np.float32)
 
-def _like(X: pd.DataFrame | Windows, values: NDArray[np.float32]) -> Any:
-    "Other numbers in the form of X, without labels of rows."
-    index = pd.RangeIndex(len(values))
-    if isinstance(X, Windows):
-        return replace(X, block=values.reshape(-1, values.shape[-1]), last=(np.arange(len(values)) + 1) * X.steps - 1, index=index)
-    return pd.DataFrame(values, index, X.columns)
+def _of_horizon(table: pd.DataFrame, horizon_bars: int | None, what: str) -> Any:
+    "What a table has under one of its horizons; without being told which, under the only one."
+    known = [int(h) for h in table.columns.get_level_values(0).unique()]
+    if horizon_bars is None and len(known) > 1:
+        raise ParameterError("horizon_bars", f"is missing, and {what} over {known} bars", "name one of them: each horizon is explained by itself")
+    if horizon_bars is not None and horizon_bars not in known:
+        raise ParameterError("horizon_bars", f"{horizon_bars!r}, and {what} over {known} bars", "name one of them")
+    return table[known[0] if horizon_bars is None else horizon_bars]
 
-def _said(model: Forecaster, X: Any) -> NDArray[np.float64]:
-    "(n,) probability of a rise, a millionth inside of 0 and 1."
-    return np.clip(model.predict(X)["prob_up"].to_numpy(np.float64), 1e-6, 1 - 1e-6)
+def _said(model: Forecaster, X: Any, horizon_bars: int | None) -> NDArray[np.float64]:
+    "(n,) probability of a rise over one horizon, a millionth inside of 0 and 1."
+    forecast = model.predict(X)
+    if forecast.columns.nlevels > 1:
+        forecast = _of_horizon(forecast, horizon_bars, "the model forecasts")
+    elif horizon_bars is not None:
+        raise ParameterError("horizon_bars", f"{horizon_bars!r}, and the model forecasts a single horizon that has no name", "leave it out")
+    if "prob_up" not in forecast:
+        raise ParameterError(type(model).__name__, f"forecasts {', '.join(map(str, forecast.columns[:3]))} …, and no probability of a rise", "explain a model of another task")
+    return np.clip(forecast["prob_up"].to_numpy(np.float64), 1e-6, 1 - 1e-6)
 
 def sampled_contributions(
-    model: Forecaster,              # fitted, over one horizon
+    model: Forecaster,              # fitted
     X: pd.DataFrame | Windows,      # (n, F) rows to explain, or windows of them
     background: pd.DataFrame | Windows,  # rows that stand for an average one, of the same form: training rows
     rounds: int = 16,               # pairs of orders, each with a background row drawn from it
     seed: int = 0,
+    horizon_bars: int | None = None,     # the forecast that is explained, where the model makes several
 ) -> tuple[pd.DataFrame, pd.Series]:     # (n, F) contributions and (n,) base value, in log-odds of an up move
     """What each feature adds to the log-odds of each row, for a model of whatever kind; with the base they sum to the log-odds of `prob_up`.
 
-    Raises `ParameterError` without rounds and `DataError` on a background of other features or without rows.
+    Raises `ParameterError` without rounds and on a horizon that the model does not forecast, none among several included, and `DataError` on a background of other features or without rows.
 
     Known at: the instant of the row, if the background is.
 
     Source: Štrumbelj and Kononenko (2014), algorithm 1, with antithetic orders."""
-    if rounds < 1:
-        raise ParameterError("rounds", f"{rounds}", "at least one")
+    rounds = whole(rounds, "rounds", 1)
     if list(background.columns) != list(X.columns) or not len(background):
         raise DataError("background", f"{len(background)} rows of {len(background.columns)} features", "give training rows with the features of X")
-    rng, x, pool, width = np.random.default_rng(seed), _values(X), _values(background), len(X.columns)
+    rng, x, pool, width = np.random.default_rng(whole(seed, "seed")), _values(X), _values(background), len(X.columns)
     total, base = np.zeros((len(x), width)), 0.0
     for _ in range(rounds):
         start, order = pool[rng.integers(len(pool))], rng.permutation(width)
         for path in (order, order[::-1]):
             mixed = np.repeat(start[None], len(x), axis=0)
-            before = logit(_said(model, _like(X, mixed)))
+            before = logit(_said(model, with_numbers(X, mixed), horizon_bars))
             base += float(before[0]) if len(x) else 0.0
             for j in path:
                 mixed[..., j] = x[..., j]
-                after = logit(_said(model, _like(X, mixed)))
+                after = logit(_said(model, with_numbers(X, mixed), horizon_bars))
                 total[:, j] += after - before
                 before = after
     return pd.DataFrame(total / (2 * rounds), X.index, X.columns), pd.Series(base / (2 * rounds), X.index, name="base")
@@ -133,11 +142,22 @@ class Unseen(NamedTuple):
 
     model: Forecaster
     X: pd.DataFrame | Windows         # (n, F)
-    y: NDArray[np.float64]            # (n,) targets
+    y: Any                            # (n,) targets, NaN where one is not known; or a table (n, H) whose columns are horizons in bars
     times: NDArray[np.datetime64]     # (n,) ascending
 
-def _losses(model: Forecaster, X: Any, up: NDArray[np.bool_]) -> NDArray[np.float64]:
-    p = _said(model, X)
+def _judged(fold: Unseen, number: int, horizon_bars: int | None) -> tuple[Any, NDArray[np.bool_], NDArray[np.datetime64]]:
+    "The rows of a fold whose outcome over one horizon is known, whether they rose, and their instants."
+    y = _of_horizon(fold.y, horizon_bars, "the targets are") if isinstance(fold.y, pd.DataFrame) else fold.y
+    y, times = pd.Series(y).to_numpy(np.float64, na_value=np.nan), np.asarray(fold.times)
+    if not len(fold.X) == len(y) == len(times):
+        raise DataError(f"permutation_importance, fold {number}", f"{len(fold.X)} rows, {len(y)} targets and {len(times)} instants", "give one of each for every row")
+    known = ~np.isnan(y)
+    if not known.any():
+        raise DataError(f"permutation_importance, fold {number}", f"none of {len(y)} rows has a known target", "leave out the folds whose labels are not complete yet")
+    return fold.X.take(np.flatnonzero(known)), y[known] > 0, times[known]
+
+def _losses(model: Forecaster, X: Any, up: NDArray[np.bool_], horizon_bars: int | None) -> NDArray[np.float64]:
+    p = _said(model, X, horizon_bars)
     return np.asarray(-np.log(np.where(up, p, 1 - p)), np.float64)
 
 def _shuffled(block: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
@@ -147,6 +167,7 @@ def _shuffled(block: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.
     source = rng.permutation(len(count))[block]
     return np.asarray(first[source] + place % count[source], np.int64)
 
+# %% ../../nbs/models/90_explain.ipynb #a0a3b1ef
 def permutation_importance(
     folds: Iterable[Unseen],
     groups: Mapping[str, Sequence[str]] | None = None,  # name -> features that are destroyed together; None: each by itself
@@ -154,29 +175,31 @@ def permutation_importance(
     repeats: int = 5,          # permutations that are averaged over
     seed: int = 0,
     level: float = 0.95,       # of the interval
+    horizon_bars: int | None = None,  # the forecast that is judged, where models make several
 ) -> pd.DataFrame:             # one row per group, largest first: increase of the log-loss (nats), low, high, blocks
-    """How much worse forecasts of unseen rows become without a group of features.
+    """How much worse forecasts of unseen rows become without a group of features. Rows without a known target are left out.
 
-    Raises `ParameterError` on impossible settings, and `DataError` where there are fewer than two blocks or a group names a feature that is not there.
+    Raises `ParameterError` on impossible settings and on a horizon that is not there, none among several included, and `DataError` where there are fewer than two blocks, no row of a fold has a known target, or a group names a feature that is not there.
 
     Known at: the end of the test folds' labels; a diagnosis, no choice of features, which would have seen the test."""
     if block_bars < 1 or repeats < 1 or not 0 < level < 1:
         raise ParameterError("permutation_importance", f"block_bars {block_bars}, repeats {repeats}, level {level}", "at least one each, a level inside (0, 1)")
-    rng, found = np.random.default_rng(seed), []
-    for model, X, y, times in folds:
+    rng, found = np.random.default_rng(whole(seed, "seed")), []
+    for number, fold in enumerate(folds):
+        model, (X, up, times) = fold.model, _judged(fold, number, horizon_bars)
         instant = np.unique(times, return_inverse=True)[1]
-        block, up, values, names = instant // block_bars, np.asarray(y) > 0, _values(X), list(map(str, X.columns))
+        block, values, names = instant // block_bars, _values(X), list(map(str, X.columns))
         mine = {n: [n] for n in names} if groups is None else dict(groups)
         if missing := [f for own in mine.values() for f in own if f not in names]:
             raise unknown("feature", missing[0], names, "permutation_importance, groups", DataError)
-        before, lost = _losses(model, X, up), {}
+        before, lost = _losses(model, X, up, horizon_bars), {}
         sources = [_shuffled(block, rng) for _ in range(repeats)]
         for name, own in mine.items():
             at, worse = [names.index(f) for f in own], np.zeros(len(up))
             for source in sources:
                 mixed = values.copy()
                 mixed[..., at] = values[source][..., at]
-                worse += (_losses(model, _like(X, mixed), up) - before) / repeats
+                worse += (_losses(model, with_numbers(X, mixed), up, horizon_bars) - before) / repeats
             lost[name] = np.bincount(block, worse) / np.bincount(block)
         found.append(pd.DataFrame(lost))
     return _summary(found, level)

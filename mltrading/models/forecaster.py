@@ -15,8 +15,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from ..core.errors import DataError, ParameterError
-from ..core.params import block
+from ..core.errors import DataError, MLTradingError, ParameterError
+from ..core.params import block, whole
 from .rows import prediction_rows, training_rows
 from .store import read_model, write_model
 from .tasks import Direction, Task
@@ -39,7 +39,7 @@ class Forecaster(Protocol):
         y: Any,                         # (n,) volatility-adjusted return, finite; or a table (n, H) whose columns are horizons in bars
         weight: NDArray[np.float64],    # (n,) sample weight, positive
         times: NDArray[np.datetime64],  # (n,) instants in UTC, ascending, equal ones allowed
-        cutoff: np.datetime64 | None = None,  # instant from which the fitted model may be used: every label was known by then
+        cutoff: Any = None,             # instant from which the fitted model may be used, naive in UTC or with a zone, or its text: every label was known by then
     ) -> Self: ...
 
     def predict(self, X: pd.DataFrame | Windows) -> pd.DataFrame: ...
@@ -76,6 +76,26 @@ def digest(
             sha.update(np.ascontiguousarray(piece).view(np.uint8).data if isinstance(piece, np.ndarray) else f"\0{piece}\0".encode())
     return sha.hexdigest()
 
+def _instant(cutoff: Any) -> np.datetime64:
+    "A cutoff in UTC, without a zone."
+    try:
+        stamp = pd.Timestamp(cutoff)
+    except (TypeError, ValueError) as error:
+        raise DataError("cutoff", f"{cutoff!r} is no instant ({error})", "give an instant: naive in UTC, or with a zone") from None
+    if stamp is pd.NaT:
+        raise DataError("cutoff", "is NaT, a missing instant", "give the instant by which every label was known, or None where it is not to be recorded")
+    return np.datetime64((stamp if stamp.tz is None else stamp.tz_convert("UTC").tz_localize(None)).as_unit("us").to_datetime64())
+
+def _check_fit(model: Model, horizons: tuple[int, ...], times: NDArray[np.datetime64], cutoff: np.datetime64 | None) -> None:
+    "What a model cannot learn from training rows that are in order."
+    name = type(model).__name__
+    if horizons and not model.joint:
+        raise ParameterError(name, f"learns one horizon, and y has {len(horizons)}", "fit it inside of `Horizons`")
+    if 0 < model.purge_bars < max(horizons, default=0):
+        raise ParameterError(f"{name}, purge_bars", f"{model.purge_bars} is shorter than the longest horizon, {max(horizons)}", "give the number of instants that the longest label reaches ahead")
+    if cutoff is not None and cutoff <= times[-1]:
+        raise DataError("cutoff", f"{cutoff} does not lie after the last training instant, {times[-1]}", "give the instant by which every label was known")
+
 # %% ../../nbs/models/08_forecaster.ipynb #4a8a9ae6
 class Model(ABC):
     """A forecaster's frame: inputs checked, outputs labelled, a folder to live in."""
@@ -87,43 +107,41 @@ class Model(ABC):
     def __init__(
         self,
         params: BaseModel,    # an instance of the class's `Params`
-        seed: int,            # of everything random in it
-        threads: int = 1,     # processor threads to use
-        purge_bars: int = 0,  # distinct instants that an inner split leaves out: the label's longest horizon in bars
+        seed: int,            # of everything random in it, 0 to 2³² − 1
+        threads: int = 1,     # processor threads to use, >= 1
+        purge_bars: int = 0,  # distinct instants that an inner split leaves out: as many as the longest label reaches ahead
     ) -> None:
         if not isinstance(params, self.Params):
             raise ParameterError(type(self).__name__, f"parameters are a {type(params).__name__}", f"give a {self.Params.__name__}")
         self.params: Any = params
-        self.seed, self.threads, self.purge_bars = int(seed), int(threads), int(purge_bars)
+        name = type(self).__name__
+        self.seed, self.threads, self.purge_bars = whole(seed, f"{name}, seed", below=2**32), whole(threads, f"{name}, threads", 1), whole(purge_bars, f"{name}, purge_bars")
         self.features: tuple[str, ...] = ()
         self.about: dict[str, Any] = {}  # what it was fitted on: features, horizons, steps, rows, rows_id, window, cutoff
 
-    def fit(self, X: pd.DataFrame | Windows, y: Any, weight: Any, times: Any, cutoff: np.datetime64 | None = None) -> Self:
-        """Learn from training rows. Raises `DataError` on rows that cannot be learned from. Known at: the end of the last label."""
-        x, targets, weight, times, horizons = training_rows(X, y, weight, times, self.sequences)
-        if horizons and not self.joint:
-            raise ParameterError(type(self).__name__, f"learns one horizon, and y has {len(horizons)}", "fit it inside of `Horizons`")
-        if 0 < self.purge_bars < max(horizons, default=0):
-            raise ParameterError(f"{type(self).__name__}, purge_bars", f"{self.purge_bars} is shorter than the longest horizon, {max(horizons)}", "give the longest horizon in bars")
-        if cutoff is not None and cutoff <= times[-1]:
-            raise DataError("cutoff", f"{cutoff} does not lie after the last training instant, {times[-1]}", "give the instant by which every label was known")
+    @property
+    def returns(self) -> bool:
+        "Whether its targets are returns."
+        return True
+
+    def fit(self, X: pd.DataFrame | Windows, y: Any, weight: Any, times: Any, cutoff: Any = None) -> Self:
+        """Learn from training rows. Raises `DataError` on rows that cannot be learned from, and on a cutoff that is no instant or not after them. Known at: the end of the last label."""
+        x, targets, weight, times, horizons = training_rows(X, y, weight, times, self.sequences, self.returns)
+        until = None if cutoff is None else _instant(cutoff)
+        _check_fit(self, horizons, times, until)
         about = {"features": list(map(str, X.columns)), "horizons": list(horizons), "steps": x.steps if isinstance(x, Windows) else 1, "rows": len(x),
-                 "rows_id": digest(x, targets, weight, times), "window": [str(times[0]), str(times[-1])], "cutoff": None if cutoff is None else str(cutoff)}
+                 "rows_id": digest(x, targets, weight, times), "window": [str(times[0]), str(times[-1])], "cutoff": None if until is None else str(until)}
         self.features, self.about = (), {}  # a fit that fails leaves a model that is not fitted
         self._fit(x, targets, weight, times)
         self._remember(about)
         return self
 
     def predict(self, X: pd.DataFrame | Windows) -> pd.DataFrame:
-        """Columns `score`, `prob_up`, `sigma` and those of the task, for each row; with several horizons under each horizon. Raises `DataError` on other features than the fitted ones."""
+        """Columns `score`, `prob_up`, `sigma` and those of the task, of named classes their probabilities alone, for each row; with several horizons under each horizon. Raises `DataError` on other features than the fitted ones."""
         return self._forecast(self._readable(X), X.index)
 
     def _readable(self, X: pd.DataFrame | Windows) -> Any:
-        "Rows to predict, as the model reads them."
-        x = prediction_rows(X, self.features, type(self).__name__, self.sequences)
-        if isinstance(x, Windows) and x.steps != self.about["steps"]:
-            raise DataError(f"{type(self).__name__}, features X", f"windows of {x.steps} steps, where {self.about['steps']} were fitted", "make windows as long as the fitted ones")
-        return x
+        return prediction_rows(X, self.features, type(self).__name__, self.sequences, self.about.get("steps", 1))
 
     def save(self, folder: str | Path) -> None:
         """Write the fitted model's folder, equal models to equal bytes."""
@@ -181,7 +199,9 @@ def restore_model(
         model = cls(params, seed=card["seed"], threads=threads, purge_bars=card["purge_bars"])
         model._remember({k: card[k] for k in ("features", "horizons", "steps", "rows", "rows_id", "window", "cutoff")})
         model._restore(card["state"], files)
-    except (KeyError, TypeError) as error:
+    except MLTradingError:
+        raise
+    except Exception as error:  # whatever a library makes of numbers that are not its own
         raise DataError(where, f"was written by another version of {cls.__name__} ({error!r})", "fit the model again") from error
     return model
 

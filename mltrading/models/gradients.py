@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..core.errors import DataError
+from .windows import Gather, Windows
 
 # %% auto #0
-__all__ = ['integrated_gradients']
+__all__ = ['integrated_gradients', 'window_contributions']
 
 # %% ../../nbs/models/31_gradients.ipynb #e7bccfbc
 def integrated_gradients(
@@ -59,3 +60,19 @@ def _shared(f: Callable[[Tensor], Tensor], x: Tensor, base: float, tolerance: fl
     if len(left):
         raise DataError("integrated gradients", f"with {most} points contributions sum to the output within {float(gap.abs().max()):.1e} only", "allow a larger tolerance, or explain by sampling")
     return np.asarray(out.numpy(), np.float64)
+
+# %% ../../nbs/models/31_gradients.ipynb #ff73e148
+def window_contributions(
+    f: Callable[[Tensor], Tensor],   # (B, L, F) inputs in double precision -> (B,) outputs, each row's by itself
+    x: Windows,
+    gather: Gather,                  # how its inputs are scaled
+) -> tuple[NDArray[np.float64], float]:  # (n, F) contributions over the window, and the output of the baseline
+    """What each feature adds to the output of its window, all steps together, by `integrated_gradients`.
+
+    Raises `DataError` as it does."""
+    found, base = [], 0.0
+    for start in range(0, max(len(x), 1), 1024):
+        inputs = torch.from_numpy(x.batch(np.arange(start, min(start + 1024, len(x))), gather)).double()
+        values, base = integrated_gradients(f, inputs)
+        found.append(values.sum(1))
+    return np.concatenate(found), base

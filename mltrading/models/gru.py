@@ -7,23 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pydantic import Field
 from torch import nn
 
-from .lstm import Pooling, RecurrentEncoder
-from .network import Encoder, Network, NetworkParams
+from .lstm import RecurrentEncoder, RecurrentParams
+from .network import Encoder, Network
 
 # %% auto #0
 __all__ = ['GRUAttentionParams', 'GRUAttention']
 
-# %% ../../nbs/models/42_gru.ipynb #e81a9710
-class GRUAttentionParams(NetworkParams):
+# %% ../../nbs/models/42_gru.ipynb #d997986d
+class GRUAttentionParams(RecurrentParams):
     """What can be turned on the GRU."""
-
-    hidden: int = Field(default=64, ge=1, le=4096, description="numbers in the state of each layer")
-    layers: int = Field(default=2, ge=1, le=16, description="one on top of the other")
-    dropout: float = Field(default=0.1, ge=0, lt=1, description="share dropped while training, of what goes from layer to layer and of the window's vector")
-    pooling: Pooling = Field(default="attention", description="what becomes of the states: last, or attention beside the last")
 
 class GRUAttention(Network):
     """A GRU over the window, with attention over its states."""

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .network import Encoder, Network, NetworkParams
+from .network import Encoder, Network, NetworkParams, Widths
 
 # %% auto #0
 __all__ = ['spline_basis', 'KANLayer', 'KANEncoder', 'KANParams', 'KAN']
@@ -125,7 +125,7 @@ class KANEncoder(Encoder):
 class KANParams(NetworkParams):
     """What can be turned on the Kolmogorov–Arnold network."""
 
-    widths: tuple[int, ...] = Field(default=(8, 4), min_length=1, description="outputs of each layer; one layer makes an additive model")
+    widths: Widths = Field(default=(8, 4), min_length=1, description="outputs of each layer; one layer makes an additive model")
     grid: int = Field(default=5, ge=1, le=100, description="cells of the splines")
     reach: float = Field(default=3.0, gt=0, description="the splines lie over so many standard deviations to both sides")
     sparsity: float = Field(default=0.0, ge=0, description="weight of the penalty on the size and the entropy of edges")

@@ -11,21 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from ..core.errors import ParameterError
 from .tasks import Quantiles
-from .trees import Boosted, BoostedParams, Rows
+from .trees import Boosted, BoostedParams, Rows, library
 
 # %% auto #0
 __all__ = ['LightGBMParams', 'LightGBM']
-
-# %% ../../nbs/models/23_lightgbm.ipynb #224e43d6
-def _lightgbm() -> Any:
-    "The library."
-    try:
-        import lightgbm
-    except ImportError as error:
-        raise ParameterError("model lightgbm", "the library `lightgbm` is not installed", "pip install 'mltrading[trees]'") from error
-    return lightgbm
 
 # %% ../../nbs/models/23_lightgbm.ipynb #aa561cd7
 class LightGBMParams(BoostedParams):
@@ -35,9 +25,15 @@ class LightGBMParams(BoostedParams):
     min_child_weight: float = Field(ge=0, description="least sum of second derivatives in a leaf; for a direction at even odds a row counts a quarter of its weight, for a mean or a quantile all of it")
     max_bin: int = Field(ge=2, le=65_535, description="steps that a feature is cut into before trees are grown")
 
-# %% ../../nbs/models/23_lightgbm.ipynb #a6003184
-_LOSSES = {"direction": ("binary", "binary_logloss"), "three_way": ("multiclass", "multi_logloss"), "regression": ("regression", "l2"), "quantiles": ("quantile", "quantile")}
+# %% ../../nbs/models/23_lightgbm.ipynb #bfbcf142
+_LOSSES = {  # what trees follow, and what tells when to stop
+    "direction": ("binary", "binary_logloss"),
+    "three_way": ("multiclass", "multi_logloss"),
+    "regression": ("regression", "l2"),
+    "quantiles": ("quantile", "quantile"),
+}
 
+# %% ../../nbs/models/23_lightgbm.ipynb #1bd49208
 class LightGBM(Boosted):
     """Boosted leaf-wise trees by LightGBM."""
 
@@ -60,7 +56,7 @@ class LightGBM(Boosted):
 
     def _start(self, rows: Rows) -> tuple[list[Any], Any]:
         "Boosters without a tree, and their data."
-        lgb, settings = _lightgbm(), self._settings()
+        lgb, settings = library("lightgbm"), self._settings()
         data = lgb.Dataset(rows.x, rows.target.astype(np.float64), weight=rows.weight, params=settings[0])
         return [lgb.Booster(own, data) for own in settings], data
 
@@ -95,4 +91,4 @@ class LightGBM(Boosted):
 
     def _read(self, files: dict[str, bytes]) -> None:
         self.texts = files
-        self.boosters = [_lightgbm().Booster(model_str=files[f"trees_{k}.txt"].decode()) for k in range(len(files))]
+        self.boosters = [library("lightgbm").Booster(model_str=files[f"trees_{k}.txt"].decode()) for k in range(len(files))]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from pydantic import Field
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, softplus
 
 from ..core.errors import unknown
-from .network import Encoder, Network, NetworkParams
+from .network import Encoder, Network, NetworkParams, Widths
 from .synapses import Wires, arrivals, currents, solve, wires
 
 # %% auto #0
-__all__ = ['Mode', 'LTCLayer', 'CfCLayer', 'LiquidParams', 'LiquidEncoder', 'LTCEncoder', 'LTCParams', 'LTC', 'CfCParams', 'CfC']
+__all__ = ['Mode', 'LTCLayer', 'CfCLayer', 'LiquidParams', 'Clock', 'LiquidEncoder', 'LTCEncoder', 'Liquid', 'LTCParams', 'LTC',
+           'CfCParams', 'CfC']
 
 # %% ../../nbs/models/50_liquid.ipynb #34024643
 def _uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -148,30 +149,33 @@ class LiquidParams(NetworkParams):
     """What can be turned on every liquid network."""
 
     units: int = Field(default=32, ge=1, description="neurons")
-    elapsed: str = Field(default="", description="feature with the logarithm of the time since the bar before; empty: all steps last equally long")
+    elapsed: str = Field(default="", description="feature with the logarithm of the time since the bar before; empty: all steps last one")
+
+class Clock(NamedTuple):
+    """The input that tells the time: the logarithm of how long a step lasted, standardized."""
+
+    place: int     # among the inputs of the layer
+    mean: float    # of the logarithm
+    std: float     # positive
 
 class LiquidEncoder(Encoder):
     """The last state of a liquid layer."""
 
     def __init__(
         self,
-        layer: nn.Module,         # (B, T, S) and elapsed times -> (B, T, at least width)
-        width: int,               # of its neurons, the first ones are read
-        features: Sequence[str],  # names of the inputs
-        elapsed: str,             # the one that tells the time; empty: none
+        layer: nn.Module,     # (B, T, S) and elapsed times -> (B, T, at least width)
+        width: int,           # of its neurons, the first ones are read
+        clock: Clock | None,  # None: all steps last one
     ) -> None:
         super().__init__()
-        if elapsed and elapsed not in features:
-            raise unknown("feature", elapsed, list(features), "params.elapsed")
-        self.layer, self.width = layer, width
-        self.place = features.index(elapsed) if elapsed else None
+        self.layer, self.width, self.clock = layer, width, clock
 
     def elapsed(
         self,
         x: Tensor,         # (B, T, S)
     ) -> Tensor | None:    # (B, T) how long steps last; None: all the same
         "Elapsed times."
-        return None if self.place is None else torch.exp(x[..., self.place])
+        return None if self.clock is None else torch.exp(self.clock.mean + self.clock.std * x[..., self.clock.place])
 
     def forward(self, x: Tensor) -> Tensor:
         states: Tensor = self.layer(x, self.elapsed(x))
@@ -189,13 +193,30 @@ class LTCEncoder(LiquidEncoder):
         "How fast each neuron is at the end of each step."
         return self.layer.time_constants(x, self.elapsed(x))
 
+# %% ../../nbs/models/50_liquid.ipynb #22c90b2a
+class Liquid(Network):
+    """A network with a liquid layer, which can be told how long a step lasts."""
+
+    def clock(
+        self,
+        features: Sequence[str],  # all that the network has, in order
+        seen: Sequence[str],      # those that the liquid layer sees
+    ) -> Clock | None:
+        "Which input tells the time, and how it was scaled. Raises `ParameterError` where the layer does not see it."
+        if not (name := self.params.elapsed):
+            return None
+        if name not in seen:
+            raise unknown("feature", name, list(seen), "params.elapsed")
+        k = list(features).index(name)
+        return Clock(list(seen).index(name), float(self.scaling.mean[k]), float(self.scaling.std[k]))
+
 # %% ../../nbs/models/50_liquid.ipynb #532084c6
 class LTCParams(LiquidParams):
     """What can be turned on an LTC network."""
 
     unfolds: int = Field(default=6, ge=1, le=100, description="steps of the solver per step of the sequence")
 
-class LTC(Network):
+class LTC(Liquid):
     """A fully connected liquid time-constant network."""
 
     Params = LTCParams
@@ -204,20 +225,20 @@ class LTC(Network):
         p = self.params
         def polarity(senders: int) -> Tensor:
             return torch.where(torch.rand(senders, p.units) < 2 / 3, 1, -1)
-        return LTCEncoder(LTCLayer(polarity(len(features)), polarity(p.units), p.unfolds), p.units, features, p.elapsed)
+        return LTCEncoder(LTCLayer(polarity(len(features)), polarity(p.units), p.unfolds), p.units, self.clock(features, features))
 
 class CfCParams(LiquidParams):
     """What can be turned on a CfC network."""
 
     mode: Mode = Field(default="default", description="which closed form")
-    backbone: tuple[int, ...] = Field(default=(128,), description="widths of the hidden layers of a step")
+    backbone: Widths = Field(default=(128,), description="widths of the hidden layers of a step")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="within the backbone")
 
-class CfC(Network):
+class CfC(Liquid):
     """A closed-form continuous-time network."""
 
     Params = CfCParams
 
     def encoder(self, features: Sequence[str]) -> Encoder:
         p = self.params
-        return LiquidEncoder(CfCLayer(len(features), p.units, p.mode, p.backbone, p.dropout), p.units, features, p.elapsed)
+        return LiquidEncoder(CfCLayer(len(features), p.units, p.mode, p.backbone, p.dropout), p.units, self.clock(features, features))

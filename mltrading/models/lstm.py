@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from .attention import AttentionPooling
 from .network import Encoder, Network, NetworkParams
 
 # %% auto #0
-__all__ = ['Pooling', 'RecurrentEncoder', 'LSTMParams', 'LSTM', 'LSTMAttentionParams', 'LSTMAttention']
+__all__ = ['Pooling', 'RecurrentEncoder', 'RecurrentParams', 'LSTMParams', 'LSTM', 'LSTMAttentionParams', 'LSTMAttention']
 
 # %% ../../nbs/models/41_lstm.ipynb #6b3a03d2
 Pooling = Literal["attention", "last"]
@@ -55,28 +55,31 @@ class RecurrentEncoder(Encoder):
             raise ParameterError("pooling", "the last state has no weights of attention", "fit with pooling: attention")
         return self.pool.weights(self.cell(x)[0])
 
-# %% ../../nbs/models/41_lstm.ipynb #e254deb0
-class LSTMParams(NetworkParams):
-    """What can be turned on the LSTM."""
+# %% ../../nbs/models/41_lstm.ipynb #6bc9fc59
+class RecurrentParams(NetworkParams):
+    """What can be turned on a recurrent network."""
 
     hidden: int = Field(default=64, ge=1, le=4096, description="numbers in the state of each layer")
     layers: int = Field(default=2, ge=1, le=16, description="one on top of the other")
     dropout: float = Field(default=0.1, ge=0, lt=1, description="share dropped while training, of what goes from layer to layer and of the window's vector")
+    pooling: Pooling = Field(default="attention", description="what becomes of the states: last, or attention beside the last")
+
+class LSTMParams(RecurrentParams):
+    """What can be turned on the LSTM."""
+
     pooling: Pooling = Field(default="last", description="what becomes of the states: last, or attention beside the last")
 
 class LSTM(Network):
     """The last state of an LSTM over the window."""
 
-    Params = LSTMParams
+    Params: ClassVar[type[RecurrentParams]] = LSTMParams
 
     def encoder(self, features: Sequence[str]) -> Encoder:
         p = self.params
         return RecurrentEncoder(nn.LSTM, len(features), p.hidden, p.layers, p.dropout, p.pooling)
 
-class LSTMAttentionParams(LSTMParams):
+class LSTMAttentionParams(RecurrentParams):
     """What can be turned on the LSTM with attention."""
-
-    pooling: Pooling = Field(default="attention", description="what becomes of the states: last, or attention beside the last")
 
 class LSTMAttention(LSTM):
     """An LSTM with attention over its states."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..core.errors import ParameterError
 from .attention import PositionKind
 from .network import Encoder, Network
-from .transformer import Block, MultiHead, Tokens, TransformerParams
+from .transformer import Block, MultiHead, Tokens, TransformerParams, before_last
 from .windows import Gather, as_windows
 
 # %% auto #0
@@ -155,10 +155,8 @@ class MultimodalEncoder(Encoder):
 
     def _read(self, x: Tensor) -> tuple[Tensor, list[Heard]]:
         "Tokens that go into the last block, the class token first, and the memories."
-        tokens, memories = self.tokens(x[..., self.columns]), [memory(x) for memory in self.memories]
-        for layer in self.blocks[:-1]:
-            tokens = layer(tokens, memories)
-        return tokens, memories
+        memories = [memory(x) for memory in self.memories]
+        return before_last(self.blocks, self.tokens(x[..., self.columns]), memories), memories
 
     def forward(
         self,

@@ -9,30 +9,30 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors.torch import load as read_tensors
 from safetensors.torch import save as tensor_bytes
 from torch import Tensor, nn
 
 from ..core.errors import DataError, ParameterError
 from .forecaster import Learned, Model, digest
-from .gradients import integrated_gradients
+from .gradients import window_contributions
 from .rows import inner_split
 from .scaling import Scaling, fit_scaling
-from .tasks import AnyHead, AnyTask, Direction, Position, Quantiles, Task
+from .tasks import AnyHead, Classes, Direction, NetworkTask, Position, Quantiles, Task
 from .training import Epoch, Losses, TrainParams, seed_of, torch_state, train
 from .windows import Gather, Windows
 
 # %% auto #0
-__all__ = ['T', 'Encoder', 'NetworkParams', 'Heads', 'Batches', 'through', 'say', 'targets_of', 'forecast_table', 'Network',
-           'loss_weights', 'parameter_count']
+__all__ = ['Widths', 'T', 'Encoder', 'NetworkParams', 'learned_weights', 'Heads', 'Batches', 'through', 'say', 'targets_of',
+           'forecast_table', 'Network', 'loss_weights', 'parameter_count']
 
 # %% ../../nbs/models/32_network.ipynb #a4aa5db6
 def _cross_entropy(h: Tensor, target: Tensor, task: Task) -> Tensor:
@@ -58,6 +58,7 @@ _LOSSES: dict[str, Callable[[Tensor, Tensor, Task], Tensor]] = {  # kind -> head
     "three_way": _class_entropy,
     "buckets": _class_entropy,
     "behaviour": _class_entropy,
+    "classes": _class_entropy,
     "regression": lambda h, y, task: (h[:, 0] - y).square(),
     "quantiles": _pinball,
     "volatility": lambda h, y, task: 0.5 * (h[:, 0].clamp(-20, 20) + y.square() * torch.exp(-h[:, 0].clamp(-20, 20))),
@@ -77,6 +78,7 @@ _RAW: dict[str, Callable[[Tensor], Tensor]] = {  # kind -> head's output -> what
     "three_way": _probabilities,
     "buckets": _probabilities,
     "behaviour": _probabilities,
+    "classes": _probabilities,
     "regression": lambda h: h[:, 0],
     "quantiles": lambda h: h,
     "volatility": lambda h: h[:, 0],
@@ -96,20 +98,39 @@ class Encoder(nn.Module):
         "A pass in training."
         return self(x), None
 
+Widths = tuple[Annotated[int, Field(ge=1)], ...]  # of layers, one after another
+
 class NetworkParams(BaseModel):
     """What can be turned on every network; an architecture adds its own."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     steps: int = Field(default=1, ge=1, description="bars that it sees of each symbol, the current one among them")
-    task: AnyTask = Field(default=Direction(), description="what it forecasts")
-    auxiliary: tuple[AnyHead, ...] = Field(default=(), description="what it learns besides, from the same vector")
+    task: NetworkTask = Field(default=Direction(), description="what it forecasts")
+    auxiliary: tuple[AnyHead, ...] = Field(default=(), description="what it learns besides, from the same vector; one of a kind")
     winsor: float = Field(default=0.005, ge=0, le=0.25, description="share of the training values clipped at each end of a feature")
     train: TrainParams = Field(default=TrainParams(), description="how it is trained")
 
-# %% ../../nbs/models/32_network.ipynb #7822409d
+    @model_validator(mode="after")
+    def _one_of_a_kind(self) -> Self:
+        kinds = [t.kind for t in (self.task, *self.auxiliary)]
+        if twice := sorted({k for k in kinds if kinds.count(k) > 1}):
+            raise ParameterError("auxiliary", f"has `{twice[0]}` twice, or beside the task of that kind: their columns would have one name", "keep one of them")
+        if isinstance(self.task, Classes) and self.auxiliary:
+            raise ParameterError("auxiliary", f"stands beside named classes, and `{self.auxiliary[0].kind}` is made of returns", "leave it out")
+        return self
+
+# %% ../../nbs/models/32_network.ipynb #dd4f56a6
+def learned_weights(
+    tasks: Sequence[Task],   # the main one first
+) -> tuple[bool, ...]:
+    """Whether the weight of each task's loss is learned: where there are several, and it cannot be negative."""
+    return tuple(len(tasks) > 1 and t.kind not in ("position", "volatility") for t in tasks)
+
 class Heads(nn.Module):
     """An encoder with a linear head for each task and horizon, and a weight for each loss."""
+
+    undecayed = ("noise",)
 
     def __init__(
         self,
@@ -147,7 +168,7 @@ class Heads(nn.Module):
         z, own = self.encoder.learn(x) if self.training else (self.encoder(x), None)
         each = [torch.stack([_LOSSES[t.kind](h, y, t) for h, y in zip(hs, ys, strict=True)]).mean(0) for t, hs, ys in zip(self.tasks, self.outputs(z), targets, strict=True)]
         means = [(loss * weight).sum() / weight.sum() for loss in each]
-        weighed = [m if len(means) == 1 or t.kind == "position" else torch.exp(-s) * m + 0.5 * s for t, m, s in zip(self.tasks, means, self.noise, strict=True)]
+        weighed = [torch.exp(-s) * m + 0.5 * s if free else m for free, m, s in zip(learned_weights(self.tasks), means, self.noise, strict=True)]
         if own is not None:
             weighed.append((own * weight).sum() / weight.sum())
         return Losses(torch.stack(weighed).sum(), (each[0] * weight).sum(), float(weight.sum()))
@@ -215,6 +236,14 @@ def targets_of(
     encoded = [[task.target(y[:, h], last) for h in range(y.shape[1])] for task in tasks]
     return [[torch.from_numpy(v.astype(np.int64 if v.dtype.kind == "i" else np.float32)).to(device) for v in vs] for vs in encoded]
 
+def _check_classes(tasks: Sequence[Task], targets: list[list[Tensor]], learn: NDArray[np.int64]) -> None:
+    "Refuse to learn classes from rows in which one of them is missing; of those with names two are enough."
+    classes = ("direction", "three_way", "risk", "buckets", "behaviour", "classes")
+    for task, target in ((t, v) for t, vs in zip(tasks, targets, strict=True) if t.kind in classes for v in vs):
+        found, known = len(target[torch.from_numpy(learn).to(target.device)].unique()), len(target.unique())
+        if found < (2 if isinstance(task, Classes) else known):
+            raise DataError("target y", f"the earlier part of the training rows has {found} of {known} classes of `{task.kind}`", "train on a longer window, or with patience 0")
+
 # %% ../../nbs/models/32_network.ipynb #3c5708a0
 def forecast_table(
     tasks: Sequence[Task],                       # the main one first
@@ -246,12 +275,17 @@ class _Heads(Model):
         self,
         features: Sequence[str],  # their names, in the order of the inputs
     ) -> Encoder:
-        "The architecture, for these features."
+        "The architecture, for these features; `scaling` says how they are scaled."
 
     @property
     def tasks(self) -> tuple[Task, ...]:
         "What it learns, the main one first."
         return (self.params.task, *self.params.auxiliary)
+
+    @property
+    def returns(self) -> bool:
+        "Whether its targets are returns, and no positions of classes."
+        return not isinstance(self.params.task, Classes)
 
     @property
     def unit(self) -> str:
@@ -262,11 +296,9 @@ class _Heads(Model):
         """(n, F) what each feature adds to the log-odds over the whole window, by integrated gradients, and (n,) what an average window has."""
         if not self.unit:
             raise ParameterError(type(self).__name__, "has no contributions: its forecast is no single log-odds", "explain it by `sampled_contributions`")
-        x = self._readable(X)
-        inputs = torch.from_numpy(x.batch(np.arange(len(x)), self.scaling.gather())).double()
         with torch_state(self.seed, self.threads):
-            parts, base = integrated_gradients(lambda v: self.heads(v)[0][0][0][:, 0], inputs)
-        return pd.DataFrame(parts.sum(1), index=X.index, columns=X.columns), pd.Series(base, index=X.index, name="base")
+            values, base = window_contributions(lambda v: self.heads(v)[0][0][0][:, 0], self._readable(X), self.scaling.gather())
+        return pd.DataFrame(values, index=X.index, columns=X.columns), pd.Series(base, index=X.index, name="base")
 
     def _say(self, x: Windows) -> list[list[NDArray[np.float64]]]:
         with torch_state(self.seed, self.threads):
@@ -313,11 +345,12 @@ class Network(_Heads):
         learn, later = (np.flatnonzero(part) for part in inner_split(times, t.inner_valid_fraction, self.purge_bars)) if t.patience else (np.arange(len(x)), np.empty(0, np.int64))
         w = weight / weight.mean()
         self.scaling = fit_scaling(x.take(learn).frame().to_numpy(), p.winsor, False)
-        key = digest(x, y, weight, times, type(self).__name__, p.model_dump_json(), *map(str, x.columns), self.seed, self.threads, self.purge_bars, torch.__version__)
+        device = t.on()
+        key = digest(x, y, weight, times, type(self).__name__, p.model_dump_json(), *map(str, x.columns), self.seed, self.threads, self.purge_bars, torch.__version__, device)
         with torch_state(seed_of(self.seed, 0), self.threads):
-            device = t.on()
             self.heads: Heads = Heads(self.encoder(tuple(map(str, x.columns))), self.tasks, y.shape[1]).to(device)
             batches, weights, targets = Batches(x, self.scaling.gather(), device), torch.from_numpy(w.astype(np.float32)).to(device), targets_of(self.tasks, y, x.frame(), device)
+            _check_classes(self.tasks, targets, learn)
 
             def loss(rows: NDArray[np.int64]) -> Losses:
                 at = torch.from_numpy(rows).to(device)
@@ -328,7 +361,8 @@ class Network(_Heads):
             self.epochs = train(self.heads, loss, learn, later, t, self.seed, file, key, self.on_epoch, type(self).__name__ if self.progress else None)
         self.heads = self.heads.cpu().double().eval()
         raw = self._say(x)
-        self.summaries = [[task.summarize(y[:, h], r, w) for h, r in enumerate(rs)] for task, rs in zip(self.tasks, raw, strict=True)]
+        held = later if len(later) else slice(None)
+        self.summaries = [[task.summarize(y[:, h], r, w, held) for h, r in enumerate(rs)] for task, rs in zip(self.tasks, raw, strict=True)]
 
 # %% ../../nbs/models/32_network.ipynb #59074cd6
 def loss_weights(
@@ -336,9 +370,8 @@ def loss_weights(
 ) -> pd.Series:                # kind of task -> weight, the main one first
     """What each task's loss weighs against the others, exp(−s)."""
     heads = network.heads
-    names = [t.kind for t in heads.tasks]
-    fixed = [len(names) == 1 or n == "position" for n in names]
-    return pd.Series([1.0 if f else float(torch.exp(-s)) for f, s in zip(fixed, heads.noise.detach(), strict=True)], names, name="weight")
+    weights = [float(torch.exp(-s)) if free else 1.0 for free, s in zip(learned_weights(heads.tasks), heads.noise.detach(), strict=True)]
+    return pd.Series(weights, [t.kind for t in heads.tasks], name="weight")
 
 def parameter_count(
     module: nn.Module,

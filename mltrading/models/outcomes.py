@@ -31,17 +31,24 @@ def need_columns(
     if frame.empty:
         raise DataError(where, "has no rows", "give at least one")
 
+def _need_zone(frame: pd.DataFrame, names: tuple[str, ...], where: str) -> None:
+    for name in names:
+        if not isinstance(frame[name].dtype, pd.DatetimeTZDtype):
+            raise DataError(f"{where}, {name}", f"{frame[name].dtype} values are no instants with a time zone", "of UTC times make them with pd.to_datetime(values, utc=True)")
+
 def with_outcomes(
     forecasts: pd.DataFrame,  # long: the contract's columns, perhaps `model` and further ones; one horizon
     outcomes: pd.DataFrame,   # long: timestamp, symbol, end, ret
 ) -> pd.DataFrame:            # the forecasts in their order, with `end` (NaT) and `ret` (NaN) where not yet known
     """Forecasts beside what came of them.
 
-    Raises `DataError` on missing columns, several horizons, two outcomes of one decision, and an outcome known before its decision.
+    Raises `DataError` on missing columns, instants without a time zone, several horizons, two outcomes of one decision, and an outcome known before its decision.
 
     Known at: `ret` at `end`."""
     need_columns(forecasts, FORECAST, "forecasts")
     need_columns(outcomes, ("timestamp", "symbol", "end", "ret"), "outcomes")
+    _need_zone(forecasts, ("timestamp",), "forecasts")
+    _need_zone(outcomes, ("timestamp", "end"), "outcomes")
     if len(horizons := forecasts["horizon_bars"].unique()) > 1:
         raise DataError("forecasts", f"are over {len(horizons)} horizons: {', '.join(map(str, sorted(horizons)))} bars", "select one of them")
     if (twice := outcomes.duplicated(["timestamp", "symbol"])).any():

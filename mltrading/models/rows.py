@@ -5,6 +5,7 @@
 # %% ../../nbs/models/02_rows.ipynb #35e0d873
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -20,15 +21,19 @@ __all__ = ['feature_rows', 'training_rows', 'prediction_rows', 'inner_split']
 # %% ../../nbs/models/02_rows.ipynb #9f2a55f2
 def _vector(values: Any, n: int, name: str) -> NDArray[np.float64]:
     "A float column of n finite values."
-    v = np.asarray(values)
+    v = np.asarray(values, None if hasattr(values, "dtype") else object)
     if v.shape != (n,):
         raise DataError(name, f"has shape {v.shape} where X has {n} rows", "give one value per row")
+    if v.dtype.kind not in "fiub":  # a list, or a column with holes
+        if alien := [i for i, x in enumerate(v) if not (isinstance(x, Real) or x is None or x is pd.NA)]:
+            raise DataError(f"{name}, row {alien[0]}", f"{v[alien[0]]!r} where a finite number is needed", "convert text, and leave out what is no number")
+        v = np.array([np.nan if x is None or x is pd.NA else x for x in v])
     v = v.astype(np.float64)
     if (bad := ~np.isfinite(v)).any():
         raise DataError(f"{name}, row {int(np.argmax(bad))}", f"{v[bad][0]} where a finite number is needed", "leave rows without a complete label out of the training rows")
     return v
 
-def _targets(y: Any, n: int) -> tuple[NDArray[np.float64], tuple[int, ...]]:
+def _targets(y: Any, n: int, returns: bool) -> tuple[NDArray[np.float64], tuple[int, ...]]:
     "(n,) targets and no horizons, or (n, H) targets and their horizons in bars."
     several = isinstance(y, pd.DataFrame)
     if several and (not all(isinstance(h, int | np.integer) and h > 0 for h in y.columns) or y.columns.has_duplicates or not len(y.columns)):
@@ -36,7 +41,7 @@ def _targets(y: Any, n: int) -> tuple[NDArray[np.float64], tuple[int, ...]]:
     parts = [_vector(y[h], n, f"target y, horizon {h}") for h in y.columns] if several else [_vector(y, n, "target y")]
     for part, name in zip(parts, [f"target y, horizon {h}" for h in y.columns] if several else ["target y"], strict=True):
         up = part > 0
-        if up.all() or not up.any():
+        if returns and (up.all() or not up.any()):
             raise DataError(name, f"all {n} rows are {'above' if up[0] else 'at or below'} zero: only one direction to learn", "train on a longer window")
     return (np.column_stack(parts), tuple(int(h) for h in y.columns)) if several else (parts[0], ())
 
@@ -58,16 +63,19 @@ def training_rows(
     weight: Any,               # (n,)
     times: Any,                # (n,)
     sequences: bool = False,   # whether the model reads windows
+    returns: bool = True,      # whether targets are returns, of which both directions are needed
 ) -> tuple[Any, NDArray[np.float64], NDArray[np.float64], NDArray[np.datetime64], tuple[int, ...]]:  # features, targets, weights, times, horizons
     """Training rows as arrays, copied but for windows. Raises `DataError` naming the first row that cannot be learned from."""
     x, names = feature_rows(X, sequences, "features X")
     n = len(x)
     if not n or not names:
         raise DataError("training rows", f"{n} rows × {len(names)} features", "the fold is empty: check its dates, and the warm-up of the features")
-    targets, horizons = _targets(y, n)
+    targets, horizons = _targets(y, n, returns)
     weight = _vector(weight, n, "weight")
     if (bad := weight <= 0).any():
         raise DataError(f"weight, row {int(np.argmax(bad))}", f"{weight[bad][0]:g} is not positive", "leave rows of no weight out")
+    if not pd.api.types.is_datetime64_any_dtype(times):
+        raise DataError("times", f"are {getattr(times, 'dtype', type(times).__name__)}, not instants", "give datetime64 values, naive ones in UTC")
     t = np.array(times, dtype="datetime64[us]")
     if t.shape != (n,) or np.isnat(t).any():
         raise DataError("times", f"has shape {t.shape} or missing instants where X has {n} rows", "give one instant per row")
@@ -81,12 +89,15 @@ def prediction_rows(
     features: tuple[str, ...],  # as fitted
     where: str,                 # names the model in messages
     sequences: bool = False,    # whether the model reads windows
+    steps: int = 1,             # of the windows that were fitted
 ) -> Any:                       # (n, F) float32, or windows of it
-    """Rows to predict, as the model reads them. Raises `DataError` where the columns are not the fitted ones in the fitted order, `ParameterError` on a model without any."""
+    """Rows to predict, as the model reads them. Raises `DataError` where the columns are not the fitted ones in the fitted order or windows are longer or shorter than those, `ParameterError` on a model without any."""
     if not features:
         raise ParameterError(where, "is not fitted yet", "call fit first, or load a fitted model")
     x, got = feature_rows(X, sequences, f"{where}, features X")
     if got == features:
+        if isinstance(x, Windows) and x.steps != steps:
+            raise DataError(f"{where}, features X", f"windows of {x.steps} steps, where {steps} were fitted", "make windows as long as the fitted ones")
         return x
     if missing := [f for f in features if f not in got]:
         raise DataError(f"{where}, features X", f"`{missing[0]}` is missing ({len(missing)} of {len(features)} fitted features are)", "compute the features that the model was fitted on")
@@ -99,7 +110,7 @@ def prediction_rows(
 def inner_split(
     times: NDArray[np.datetime64],  # (n,) ascending
     fraction: float,                # share of the distinct instants that the later part gets, 0 to 1
-    purge_bars: int,                # distinct instants left out between the parts: at least the label's horizon in bars
+    purge_bars: int,                # distinct instants left out between the parts: as many as the longest label reaches ahead
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:  # (n,) rows to learn from, (n,) later rows to stop by
     """Split training rows in time, with the overlap of labels left out.
 
@@ -107,7 +118,7 @@ def inner_split(
 
     Known at: the end of the training rows; no row after them is used."""
     if purge_bars < 1:
-        raise ParameterError("purge_bars", f"{purge_bars}: the labels of the earlier part would reach into the later one", "give the horizon of the label in bars")
+        raise ParameterError("purge_bars", f"{purge_bars}: the labels of the earlier part would reach into the later one", "give the number of instants that a label reaches ahead")
     instants, position = np.unique(times, return_inverse=True)
     first = len(instants) - max(1, round(fraction * len(instants)))
     if first - purge_bars < 1:

@@ -5,13 +5,15 @@
 # %% ../../nbs/models/30_training.ipynb #35e0d873
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,7 +28,8 @@ from ..core.errors import DataError, ParameterError
 from ..core.storage import atomic
 
 # %% auto #0
-__all__ = ['Tensors', 'Loss', 'TrainParams', 'learning_rate', 'torch_state', 'seed_of', 'Epoch', 'Losses', 'mean_main', 'train']
+__all__ = ['Tensors', 'Loss', 'TrainParams', 'learning_rate', 'torch_state', 'seed_of', 'write_checkpoint', 'read_checkpoint',
+           'moments', 'put_moments', 'Epoch', 'Losses', 'mean_main', 'train']
 
 # %% ../../nbs/models/30_training.ipynb #ffbedd78
 class TrainParams(BaseModel):
@@ -72,7 +75,7 @@ def torch_state(
     threads: int,   # processor threads
 ) -> Iterator[None]:
     """A seeded generator, a number of threads and deterministic operations, for the length of a block; then everything is as it was."""
-    before, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    before, strict = torch.get_num_threads(), torch.get_deterministic_debug_mode()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:
             torch.manual_seed(seed)
@@ -81,13 +84,77 @@ def torch_state(
             yield
         finally:
             torch.set_num_threads(before)
-            torch.use_deterministic_algorithms(strict)
+            torch.set_deterministic_debug_mode(strict)
 
 def seed_of(
     *parts: int,  # a seed and where one is
 ) -> int:
     "One number out of several, for torch's generator."
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+# %% ../../nbs/models/30_training.ipynb #214b12a9
+Tensors = dict[str, Tensor]
+
+def _sha(tensors: Tensors, told: Sequence[str]) -> str:
+    "SHA-256 of tensors, whatever their order, and of texts."
+    sha = hashlib.sha256("\0".join(told).encode())
+    for name in sorted(tensors):
+        t = tensors[name]
+        sha.update(f"\0{name} {t.dtype} {tuple(t.shape)}\0".encode() + t.numpy().tobytes())
+    return sha.hexdigest()
+
+def write_checkpoint(
+    file: Path,
+    key: str,                      # id of the training
+    parts: Mapping[str, Tensors],  # name, without a dot -> tensors by name
+    about: Any,                    # what else there is, as JSON
+) -> None:
+    """Write where a training stands, in one step."""
+    tensors = {f"{part}.{name}": t.detach().cpu().contiguous() for part, own in parts.items() for name, t in own.items()}
+    told = {"training": key, "about": json.dumps(about)}
+    with atomic(file) as unfinished:
+        unfinished.write_bytes(tensor_bytes(tensors, told | {"sha256": _sha(tensors, list(told.values()))}))
+
+def read_checkpoint(
+    file: Path,
+    key: str,                                    # id of the training
+) -> tuple[dict[str, Tensors], Any] | None:      # parts and what else there is; None where nothing was written yet
+    """Where a training was left. Raises `DataError` on a damaged file, and on the checkpoint of another training."""
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, "pt") as opened:
+            told, tensors = opened.metadata() or {}, {k: opened.get_tensor(k) for k in opened.keys()}  # noqa: SIM118
+        training, about = told["training"], told["about"]
+        if told["sha256"] != _sha(tensors, [training, about]):
+            raise ValueError("its bytes were changed")
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise DataError(str(file), f"is no checkpoint, or a damaged one ({error})", "delete it; the training then starts over") from error
+    if training != key:
+        raise DataError(str(file), "is the checkpoint of another training: other rows, parameters, seed or number of threads", "name another folder for this one, or delete the file")
+    parts: dict[str, Tensors] = defaultdict(dict)
+    for place, tensor in tensors.items():
+        part, name = place.split(".", 1)
+        parts[part][name] = tensor
+    return parts, json.loads(about)
+
+# %% ../../nbs/models/30_training.ipynb #f2522b03
+def moments(
+    optimizer: torch.optim.Optimizer,
+) -> Tensors:  # number of the parameter, and name
+    """What an optimizer remembers of each parameter."""
+    return {f"{i}.{name}": t for i, state in optimizer.state_dict()["state"].items() for name, t in state.items()}
+
+def put_moments(
+    optimizer: torch.optim.Optimizer,  # of the same parameters
+    tensors: Tensors,                  # from `moments`
+) -> None:
+    """Give it back what it remembered."""
+    state: dict[int, Tensors] = {}
+    for place, t in tensors.items():
+        number, name = place.split(".")
+        state.setdefault(int(number), {})[name] = t
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 # %% ../../nbs/models/30_training.ipynb #f2267b21
 @dataclass(frozen=True)
@@ -99,43 +166,24 @@ class Epoch:
     later: float | None    # mean of the main head over the later rows; None without patience
     best: int              # the best epoch so far
 
-Tensors = dict[str, Tensor]
-
 @dataclass
 class _Progress:
     "Where a training stands."
 
     epochs: list[Epoch]
-    best: dict[str, Tensor]  # weights of the best epoch
+    best: Tensors  # weights of the best epoch
 
-def _write_checkpoint(file: Path, key: str, module: nn.Module, optimizer: torch.optim.Optimizer, progress: _Progress) -> None:
-    moments = {f"moment.{i}.{name}": t for i, state in optimizer.state_dict()["state"].items() for name, t in state.items()}
-    tensors = {**{f"now.{k}": v for k, v in module.state_dict().items()}, **{f"best.{k}": v for k, v in progress.best.items()}, **moments}
-    about = {"training": key, "epochs": json.dumps([astuple(e) for e in progress.epochs])}
-    with atomic(file) as part:
-        part.write_bytes(tensor_bytes({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, about))
+def _store(file: Path, key: str, module: nn.Module, optimizer: torch.optim.Optimizer, progress: _Progress) -> None:
+    write_checkpoint(file, key, {"now": module.state_dict(), "best": progress.best, "moment": moments(optimizer)}, [astuple(e) for e in progress.epochs])
 
-# %% ../../nbs/models/30_training.ipynb #214b12a9
-def _read_checkpoint(file: Path, key: str, module: nn.Module, optimizer: torch.optim.Optimizer) -> _Progress | None:
-    "Where the training was left, with weights and moments put back; None where it has not begun."
-    if not file.is_file():
-        return None
-    try:
-        with safe_open(file, "pt") as opened:
-            about, tensors = opened.metadata() or {}, {k: opened.get_tensor(k) for k in opened.keys()}  # noqa: SIM118
-        epochs = [Epoch(*values) for values in json.loads(about["epochs"])]
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise DataError(str(file), f"is no checkpoint, or a damaged one ({error})", "delete it; the training then starts over") from error
-    if about["training"] != key:
-        raise DataError(str(file), "is the checkpoint of another training: other rows, parameters, seed or number of threads", "name another folder for this one, or delete the file")
-    part = {name: {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")} for name in ("now", "best", "moment")}
-    module.load_state_dict(part["now"])
-    moments: dict[int, dict[str, Tensor]] = {}
-    for k, v in part["moment"].items():
-        number, name = k.split(".")
-        moments.setdefault(int(number), {})[name] = v
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    return _Progress(epochs, part["best"])
+def _resume(file: Path, key: str, module: nn.Module, optimizer: torch.optim.Optimizer) -> _Progress:
+    "Where the training was left, with weights and moments put back; the beginning where it has not begun."
+    if (found := read_checkpoint(file, key)) is None:
+        return _Progress([], {})
+    parts, epochs = found
+    module.load_state_dict(parts["now"])
+    put_moments(optimizer, parts["moment"])
+    return _Progress([Epoch(*values) for values in epochs], parts["best"])
 
 # %% ../../nbs/models/30_training.ipynb #dc5e723b
 @dataclass(frozen=True)
@@ -148,12 +196,20 @@ class Losses:
 
 Loss = Callable[[NDArray[np.int64]], Losses]  # rows -> what they cost
 
+def _groups(module: nn.Module) -> list[dict[str, Any]]:
+    "The module's parameters, those apart that do not decay: `undecayed` names them, where there are any."
+    apart: tuple[str, ...] = getattr(module, "undecayed", ())
+    named = list(module.named_parameters())
+    own, rest = ([p for name, p in named if (name in apart) is there] for there in (False, True))
+    return [{"params": own}, *([{"params": rest, "weight_decay": 0.0}] if rest else [])]
+
 def _pass(module: nn.Module, loss: Loss, order: NDArray[np.int64], first_step: int, steps: int, optimizer: torch.optim.Optimizer, params: TrainParams) -> float:
     "One pass over the rows; the mean objective."
     total = 0.0
     for k, start in enumerate(range(0, len(order), params.batch_size)):
         rows = order[start : start + params.batch_size]
-        optimizer.param_groups[0]["lr"] = learning_rate(first_step + k, steps, params)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(first_step + k, steps, params)
         optimizer.zero_grad(set_to_none=True)
         objective = loss(rows).objective
         objective.backward()  # type: ignore[no-untyped-call]
@@ -190,8 +246,8 @@ def train(
     """Train a module, or go on training it.
 
     Raises `DataError` on a checkpoint of another training or a damaged one, and where the loss is no longer a number."""
-    optimizer = torch.optim.AdamW(module.parameters(), lr=params.learning_rate, weight_decay=params.weight_decay)
-    done = (_read_checkpoint(checkpoint, key, module, optimizer) if checkpoint else None) or _Progress([], {})
+    optimizer = torch.optim.AdamW(_groups(module), lr=params.learning_rate, weight_decay=params.weight_decay)
+    done = _resume(checkpoint, key, module, optimizer) if checkpoint else _Progress([], {})
     per_epoch = math.ceil(len(learn) / params.batch_size)
     for number in tqdm(range(len(done.epochs) + 1, params.epochs + 1), desc=name, unit="epoch", disable=name is None):
         if params.patience and done.epochs and done.epochs[-1].number - done.epochs[-1].best >= params.patience:
@@ -209,7 +265,7 @@ def train(
         if improved:
             done.best = {k: v.detach().clone() for k, v in module.state_dict().items()}
         if checkpoint:
-            _write_checkpoint(checkpoint, key, module, optimizer, done)
+            _store(checkpoint, key, module, optimizer, done)
         if on_epoch:
             on_epoch(done.epochs[-1])
     module.load_state_dict(done.best)

@@ -17,7 +17,7 @@ from .attention import PositionKind, Positions
 from .network import Encoder, Network, NetworkParams
 
 # %% auto #0
-__all__ = ['MultiHead', 'Block', 'Tokens', 'TransformerEncoder', 'TransformerParams', 'Transformer']
+__all__ = ['MultiHead', 'Block', 'Tokens', 'before_last', 'TransformerEncoder', 'TransformerParams', 'Transformer']
 
 # %% ../../nbs/models/43_transformer.ipynb #2a4f61ef
 class MultiHead(nn.Module):
@@ -113,7 +113,17 @@ class Tokens(nn.Module):
         steps = self.positions(self.embed(x))
         return torch.cat([self.first.to(steps.dtype).expand(len(x), 1, -1), steps], dim=1)
 
-# %% ../../nbs/models/43_transformer.ipynb #23dd8c92
+# %% ../../nbs/models/43_transformer.ipynb #aca27468
+def before_last(
+    blocks: Any,      # layers, one on top of the other
+    tokens: Tensor,   # (B, 1 + T, d)
+    *memories: Any,   # what each layer is shown besides
+) -> Tensor:          # (B, 1 + T, d)
+    """What becomes of tokens in all blocks but the last, in which not all of them ask."""
+    for layer in blocks[:-1]:
+        tokens = layer(tokens, *memories)
+    return tokens
+
 class TransformerEncoder(Encoder):
     """A window as what its class token has become."""
 
@@ -140,9 +150,7 @@ class TransformerEncoder(Encoder):
         self,
         x: Tensor,  # (B, T, F)
     ) -> Tensor:    # (B, d)
-        tokens = self.tokens(x)
-        for layer in self.blocks[:-1]:
-            tokens = layer(tokens)
+        tokens = before_last(self.blocks, self.tokens(x))
         vector: Tensor = self.norm(self.blocks[-1](tokens, 1)[:, 0])
         return vector
 

@@ -5,6 +5,7 @@
 # %% ../../nbs/models/18_trees.ipynb #35e0d873
 from __future__ import annotations
 
+import importlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Self
@@ -22,7 +23,17 @@ from .tasks import AnyTask, Direction
 from .windows import Windows
 
 # %% auto #0
-__all__ = ['Sign', 'monotone_signs', 'balanced_weights', 'TreeParams', 'BoostedParams', 'Rows', 'TreeModel', 'Boosted']
+__all__ = ['Sign', 'library', 'monotone_signs', 'balanced_weights', 'TreeParams', 'BoostedParams', 'Rows', 'TreeModel', 'Boosted']
+
+# %% ../../nbs/models/18_trees.ipynb #b3c56323
+def library(
+    name: str,  # of the module; the kind of model has the same
+) -> Any:
+    """An extra library, imported when it is needed. Raises `ParameterError` where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ParameterError(f"model {name}", f"the library `{name}` is not installed", f"pip install {name}") from error
 
 # %% ../../nbs/models/18_trees.ipynb #b56d2acb
 Sign = Literal[-1, 1]
@@ -93,7 +104,7 @@ class TreeModel(TaskModel):
 
     signs: list[int]  # per feature, 0 without a constraint
 
-    def fit(self, X: pd.DataFrame | Windows, y: Any, weight: Any, times: Any, cutoff: np.datetime64 | None = None) -> Self:
+    def fit(self, X: pd.DataFrame | Windows, y: Any, weight: Any, times: Any, cutoff: Any = None) -> Self:
         """Learn from training rows. Raises `ParameterError` on a constraint of a feature that is not there, and as `Model.fit` does."""
         if isinstance(X, pd.DataFrame):  # anything else is refused there
             self.signs = monotone_signs(self.params.monotone, list(map(str, X.columns)))

@@ -13,11 +13,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ..core.errors import DataError, ParameterError
+from ..core.errors import DataError
 from ..core.jit import njit
+from ..core.params import whole
 
 # %% auto #0
-__all__ = ['feature_block', 'Gather', 'Windows', 'windows', 'as_windows']
+__all__ = ['feature_block', 'Gather', 'Windows', 'windows', 'as_windows', 'with_numbers']
 
 # %% ../../nbs/models/00_windows.ipynb #b2f01730
 def feature_block(
@@ -27,11 +28,14 @@ def feature_block(
     """Features as numbers. Raises `DataError` on a column that is no number, twice there, or infinite somewhere."""
     if not isinstance(X, pd.DataFrame):
         raise DataError(where, f"is a {type(X).__name__}, not a DataFrame", "give columns their feature names")
-    if X.columns.has_duplicates:
-        raise DataError(f"{where}, column `{next(str(c) for c in X.columns[X.columns.duplicated()])}`", "stands there twice", "keep one of the two")
+    names = pd.Index(list(map(str, X.columns)), dtype=object)  # a model knows a column by its text
+    if names.has_duplicates:
+        twice = names[names.duplicated()][0]
+        alike = list(dict.fromkeys(c for c in X.columns if str(c) == twice))
+        raise DataError(f"{where}, column `{twice}`", "stands there twice" + (f", as {' and as '.join(map(repr, alike))}" if len(alike) > 1 else ""), "keep one of the two, or rename it")
     values = X.to_numpy()
     if values.dtype.kind not in "fiub":  # mixed, nullable or text: look at each column
-        for name, dtype in zip(map(str, X.columns), X.dtypes, strict=True):
+        for name, dtype in zip(names, X.dtypes, strict=True):
             if not (pd.api.types.is_numeric_dtype(dtype) or pd.api.types.is_bool_dtype(dtype)):
                 raise DataError(f"{where}, column `{name}`", f"is {dtype}, not a number", "leave the column out or convert it")
         values = X.to_numpy(np.float64, na_value=np.nan)
@@ -39,7 +43,7 @@ def feature_block(
         x = np.array(values, np.float32, order="C", copy=True)
     if (bad := np.isinf(x)).any():
         i, j = (int(k) for k in np.argwhere(bad)[0])
-        raise DataError(f"{where}, column `{list(map(str, X.columns))[j]}`, row {i}", f"{values[i, j]:g} is infinite as a 32-bit number",
+        raise DataError(f"{where}, column `{names[j]}`, row {i}", f"{values[i, j]:g} is infinite as a 32-bit number",
                         "look for a division by zero in the feature, or rescale it")
     return x
 
@@ -129,11 +133,10 @@ def windows(
 ) -> Windows:                # one window for each row, in the order of the rows
     """The windows of a table: each ends at its row and holds the rows of the same symbol before it.
 
-    Raises `DataError` where no symbol has as many rows as a window, and on features that are no finite numbers.
+    Raises `ParameterError` on steps that are no whole number of at least 1, and `DataError` where no symbol has as many rows as a window, and on features that are no finite numbers.
 
     Known at: the instant of each row."""
-    if steps < 1:
-        raise ParameterError("windows.steps", f"{steps} rows in a window", "give 1 or more")
+    steps = whole(steps, "windows.steps", 1)
     x, (code, names) = feature_block(features), pd.factorize(np.asarray(symbols), sort=True)
     if len(code) != len(x) or (code < 0).any():
         raise DataError("windows.symbols", f"{int((code >= 0).sum())} symbols for {len(x)} rows", "give one for each row")
@@ -157,3 +160,17 @@ def as_windows(
         return X
     x = feature_block(X)
     return Windows(x, np.arange(len(x)), 1, X.columns, X.index)
+
+# %% ../../nbs/models/00_windows.ipynb #ea0b3984
+def with_numbers(
+    X: pd.DataFrame | Windows,
+    numbers: NDArray[np.float32],  # (n, F) of a table; of windows (R, F) their block, or (n, L, F) each of them by itself
+) -> pd.DataFrame | Windows:       # shares the memory of the numbers
+    """The same rows with other numbers. Raises `DataError` on numbers of another shape."""
+    if numbers.shape != X.shape and not (isinstance(X, Windows) and numbers.shape == X.block.shape):
+        raise DataError("numbers", f"have shape {numbers.shape}, the rows {X.shape}", "give one for each of the rows' own")
+    if isinstance(X, pd.DataFrame):
+        return pd.DataFrame(numbers, X.index, X.columns)
+    if numbers.ndim == 2:
+        return replace(X, block=numbers)
+    return replace(X, block=numbers.reshape(-1, numbers.shape[-1]), last=(np.arange(len(X)) + 1) * X.steps - 1)

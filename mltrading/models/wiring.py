@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ..core.errors import ParameterError
 from ..core.style import PALETTE, figure
-from .liquid import CfCLayer, LiquidEncoder, LiquidParams, LTCEncoder, LTCLayer, Mode
-from .network import Encoder, Network
+from .liquid import CfCLayer, Clock, Liquid, LiquidEncoder, LiquidParams, LTCEncoder, LTCLayer, Mode
+from .network import Encoder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -162,17 +162,18 @@ class NCPParams(LiquidParams):
 def circuit(
     p: NCPParams,
     features: Sequence[str],  # names of the inputs
+    clock: Clock | None = None,  # the one that tells the time; None: all steps last one
 ) -> LiquidEncoder:           # p.motor wide
     """The encoder of a neural circuit policy. Raises `ParameterError` as `auto_wiring` does."""
     wiring = auto_wiring(len(features), p.units, p.motor, p.sparsity, p.wiring_seed)
     if p.cell == "ltc":
-        return LTCEncoder(LTCLayer(_tensor(wiring.sensory), _tensor(wiring.recurrent), p.unfolds), p.motor, features, p.elapsed)
-    return LiquidEncoder(CfCCircuit(wiring, p.mode), p.motor, features, p.elapsed)
+        return LTCEncoder(LTCLayer(_tensor(wiring.sensory), _tensor(wiring.recurrent), p.unfolds), p.motor, clock)
+    return LiquidEncoder(CfCCircuit(wiring, p.mode), p.motor, clock)
 
-class NCP(Network):
+class NCP(Liquid):
     """A neural circuit policy of LTC or CfC neurons."""
 
     Params = NCPParams
 
     def encoder(self, features: Sequence[str]) -> Encoder:
-        return circuit(self.params, features)
+        return circuit(self.params, features, self.clock(features, features))

@@ -6,15 +6,15 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, RootModel, model_validator
+from pydantic import BaseModel, model_validator
 
 from ..core.errors import DataError, ParameterError, unknown
-from ..core.params import block
+from ..core.params import Named, block
 from .forecaster import Model, restore_model
 from .store import read_model
 
@@ -72,7 +72,7 @@ class Spec:
         self,
         seed: int,
         threads: int,       # processor threads to use
-        purge_bars: int,    # the label's longest horizon in bars: the gap of an inner split
+        purge_bars: int,    # instants that the longest label reaches ahead: the gap of an inner split
     ) -> Model:             # not fitted yet
         "The model."
         return model_class(self.kind)(self.params, seed=seed, threads=threads, purge_bars=purge_bars)
@@ -102,8 +102,10 @@ def build(
     return ready.build(seed, threads, purge_bars)
 
 # %% ../../nbs/models/12_zoo.ipynb #f1629d54
-class ModelsParams(RootModel[dict[str, Any]]):
+class ModelsParams(Named[Any]):
     """The models of a system: name -> kind (the name, where it is left out) and parameters."""
+
+    entry, at = "model", "params.yaml: models"
 
     @model_validator(mode="after")
     def _check(self) -> ModelsParams:
@@ -114,14 +116,9 @@ class ModelsParams(RootModel[dict[str, Any]]):
         "Each model's kind and parameters, by its name."
         return {name: spec(name, values) for name, values in self.root.items()}
 
-    def __iter__(self) -> Iterator[str]:  # type: ignore[override]
-        return iter(self.root)
-
     def __getitem__(self, name: str) -> Spec:
         "One of them. Raises `ParameterError` on a name that is not in the block."
-        if name not in self.root:
-            raise unknown("model", name, list(self.root), "params.yaml: models")
-        return spec(name, self.root[name])
+        return spec(name, super().__getitem__(name))
 
 # %% ../../nbs/models/12_zoo.ipynb #4531aedd
 def restore_any(

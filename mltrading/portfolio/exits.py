@@ -5,6 +5,8 @@
 # %% ../../nbs/portfolio/30_exits.ipynb #35e0d873
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 from pydantic import Field
 
@@ -29,10 +31,11 @@ class Exit(Guard):
 
 def moved(
     now: Situation,
-    since: Vector,   # (N,) prices; NaN where there is no position
-) -> Vector:         # (N,) NaN where there is no position or no close
-    """What positions have gained since they had these prices, as a part of them: positive in their favour."""
-    return np.sign(now.account.weights) * (now.need(now.market.close, "market.close") / since - 1)
+    since: Literal["entry", "best"],  # price that the account remembers of each position
+) -> Vector:                          # (N,) NaN where there is no position or no close
+    """What positions have gained since their entry or their best close, as a part of that price: positive in their favour."""
+    price = now.need(getattr(now.account, since), f"account.{since}")
+    return np.sign(now.account.weights) * (now.need(now.market.close, "market.close") / price - 1)
 
 # %% ../../nbs/portfolio/30_exits.ipynb #3b4e7686
 class StopLoss(Exit):
@@ -42,7 +45,7 @@ class StopLoss(Exit):
     by_group: dict[str, float] = Field(default_factory=dict, description="group -> its own number")
 
     def hit(self, now: Situation) -> Mask:
-        return moved(now, now.need(now.account.entry, "account.entry")) <= -now.per_symbol(self.loss, self.by_group)
+        return moved(now, "entry") <= -now.per_symbol(self.loss, self.by_group)
 
 class TakeProfit(Exit):
     """Close what has gained `gain` of its entry price."""
@@ -51,7 +54,7 @@ class TakeProfit(Exit):
     by_group: dict[str, float] = Field(default_factory=dict, description="group -> its own number")
 
     def hit(self, now: Situation) -> Mask:
-        return moved(now, now.need(now.account.entry, "account.entry")) >= now.per_symbol(self.gain, self.by_group)
+        return moved(now, "entry") >= now.per_symbol(self.gain, self.by_group)
 
 class TrailingStop(Exit):
     """Close what has come back by `drop` from its best close."""
@@ -60,7 +63,7 @@ class TrailingStop(Exit):
     by_group: dict[str, float] = Field(default_factory=dict, description="group -> its own number")
 
     def hit(self, now: Situation) -> Mask:
-        return moved(now, now.need(now.account.best, "account.best")) <= -now.per_symbol(self.drop, self.by_group)
+        return moved(now, "best") <= -now.per_symbol(self.drop, self.by_group)
 
 # %% ../../nbs/portfolio/30_exits.ipynb #059c0190
 class VolatilityStop(Exit):
@@ -69,7 +72,7 @@ class VolatilityStop(Exit):
     multiple: float = Field(gt=0, description="in standard deviations of one bar's return")
 
     def hit(self, now: Situation) -> Mask:
-        return moved(now, now.need(now.account.entry, "account.entry")) <= -self.multiple * now.market.vol_daily
+        return moved(now, "entry") <= -self.multiple * now.market.vol_daily
 
 # %% ../../nbs/portfolio/30_exits.ipynb #ae09a56b
 class TimeStop(Exit):
@@ -79,7 +82,7 @@ class TimeStop(Exit):
     gain: float = Field(description="part of the entry price that it should have gained by then")
 
     def hit(self, now: Situation) -> Mask:
-        return (now.need(now.account.age, "account.age") >= self.bars) & (moved(now, now.need(now.account.entry, "account.entry")) < self.gain)
+        return (now.need(now.account.age, "account.age") >= self.bars) & (moved(now, "entry") < self.gain)
 
 class MaxHolding(Exit):
     """Close what is `bars` bars old."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import ClassVar, NamedTuple, TypeVar
 
 import numpy as np
@@ -158,6 +159,7 @@ class Step(BaseModel):
         raise NotImplementedError
 
     @classmethod
+    @cache
     def title(cls) -> str:
         """The step's name in traces and in `params.yaml`: that of its class, in small letters."""
         return re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()

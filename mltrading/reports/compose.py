@@ -5,7 +5,7 @@
 # %% ../../nbs/reports/40_compose.ipynb #35e0d873
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,13 +21,16 @@ from ..backtest.engine import BacktestParams
 from ..backtest.ledger import Ledger
 from ..backtest.replay import decided_targets
 from ..backtest.sensitivity import sensitivity
+from ..core.blocks import open_block
 from ..core.stage import Stage
 from ..core.storage import read_json, read_parquet
-from ..market.panel import read_panel, select
+from ..market.panel import Panel, read_panel, select
+from ..market.scope import PanelParams
 from ..models.explain import importance, shap_values
 from ..models.forecaster import Model
 from ..models.zoo import load_forecaster
-from . import plots
+from . import assets, plots
+from .names import in_full
 from .tables import Signals, Table, signals_table
 from mltrading.reports.tearsheet import (
     activity,
@@ -39,16 +42,20 @@ from mltrading.reports.tearsheet import (
     judged,
     metric_table,
     metrics_dict,
+    shown_to,
     signals,
     verdict,
 )
+from ..systems.assets import from_rows, reasons, shares_by_chance
 from ..systems.base import System
+from ..systems.choice import Alone, AloneParams
+from ..systems.strategies import CHOICE
 from ..systems.trade import HOLD, INDEX
 from ..validation import trials
-from ..validation.metrics import calibration_table
+from ..validation.metrics import calibration_table, log_loss_rows
 
 # %% auto #0
-__all__ = ['NAMES', 'ReportParams', 'open_run', 'Run']
+__all__ = ['ReportParams', 'open_run', 'Run']
 
 # %% ../../nbs/reports/40_compose.ipynb #6958e4fe
 class ReportParams(BaseModel):
@@ -62,11 +69,10 @@ class ReportParams(BaseModel):
     sizes: list[float] = Field(min_length=2, description="multiples of the initial cash")
     participation: float = Field(gt=0, le=1, description="largest share of a symbol's average daily value that a trade may take, for the capacity")
     reasons: int = Field(ge=1, le=10, description="contributions shown per signal")
+    draws: int = Field(ge=20, le=10_000, description="times that all forecasts are put elsewhere, for the share of profitable assets that chance gives")
     shap_rows: int = Field(ge=50, description="rows of the last test window that are explained")
 
-# %% ../../nbs/reports/40_compose.ipynb #9bac47c9
-NAMES = {"xgboost": "Gradient-boosted trees", "logistic": "Logistic regression", "constant": "Constant", HOLD: "Buy and hold", INDEX: "Price index"}
-
+# %% ../../nbs/reports/40_compose.ipynb #6f5ab5b0
 def open_run(
     stage: Stage,          # the stage `report`
     system: System,
@@ -80,6 +86,7 @@ def open_run(
     ledgers = {n: Ledger.load(at["backtest"] / n) for n in names}
     return Run(stage, system, params, setting, returns, ledgers, trials.read(stage.input(f"{stage.system}.jsonl")))
 
+# %% ../../nbs/reports/40_compose.ipynb #f2267b21
 @dataclass(frozen=True)
 class _Read:
     "What a run left behind."
@@ -111,18 +118,29 @@ class _Read:
         "All accounts but the system's."
         return [a for a in self.returns.columns if a != self.system.model]
 
-    @property
-    def caution(self) -> str:
-        "What the source of the prices says one has to keep in mind."
-        return str(read_json(self.stage.input("panel") / "facts.json").get("caution", ""))
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        "What the snapshot says about its source and symbols."
+        return dict(read_json(self.stage.input("panel") / "facts.json"))
+
+    @cached_property
+    def panel(self) -> Panel:
+        "The prices, the benchmark's among them."
+        return read_panel(self.stage.input("panel") / "panel.parquet")
 
     def table(self, stage: str, name: str) -> pd.DataFrame:
         "A stored table."
         return read_parquet(self.stage.input(stage) / f"{name}.parquet")
 
-    def called(self, accounts: Sequence[str]) -> list[str]:
+    def features(self, models: Iterable[Model]) -> pd.DataFrame:
+        "The features that some models read, of all rows, as a long table."
+        block = open_block(self.stage.input("features") / "rows")
+        rows = block.between(None, None)
+        return block.keys(rows).join(block.take(rows, sorted({f for model in models for f in model.features})))
+
+    def called(self, accounts: Iterable[Any]) -> list[str]:
         "Accounts as people call them."
-        return [NAMES.get(a, a) for a in accounts]
+        return [in_full(str(a)) for a in accounts]
 
 # %% ../../nbs/reports/40_compose.ipynb #0e1bd0bc
 class _Figures(_Read):
@@ -152,29 +170,7 @@ class _Figures(_Read):
     @cached_property
     def besides(self) -> pd.DataFrame:
         found, costs = beside(self.returns, self.free, **self.boot, bars_per_year=self.bars_per_year), CostParams(**self.setting["costs"])
-        panel = read_panel(self.stage.input("panel") / "panel.parquet")
-        return found.assign(capacity=[carried(self.ledgers[str(a)], panel, costs, self.params.participation) for a in found.index])
-
-    @cached_property
-    def rated(self) -> pd.DataFrame:
-        return judged(self.table("train", "forecasts"), self.table("features", "labels"))
-
-    @cached_property
-    def skill(self) -> pd.DataFrame:
-        horizon = int(self.rated["horizon_bars"].iloc[0])
-        return forecast_table(self.rated, self.system.models, horizon, **self.boot)
-
-    @cached_property
-    def last_model(self) -> Model:
-        number = int(self.table("train", "folds")["fold"].iloc[-1])
-        return load_forecaster(self.stage.input("train") / "models" / self.system.model / f"fold_{number:03d}")
-
-    @cached_property
-    def now(self) -> pd.DataFrame:
-        decisions, known = self.table("backtest", "decisions"), self.table("features", "catalogue")
-        facts = read_json(self.stage.input("panel") / "facts.json")["symbols"]
-        out = signals(decisions, self.last_model, self.table("features", "features"), facts, self.params.reasons, dict(zip(known["name"], known["unit"], strict=True)))
-        return out.assign(timestamp=decisions["timestamp"].max())
+        return found.assign(capacity=[carried(self.ledgers[str(a)], self.panel, costs, self.params.participation) for a in found.index])
 
     def sharpe(self, account: str) -> tuple[float, float, float]:
         "A Sharpe ratio with its interval."
@@ -182,17 +178,49 @@ class _Figures(_Read):
         value, low, high = m.loc[(m["account"] == account) & (m["metric"] == "sharpe_annual"), ["value", "low", "high"]].to_numpy(float)[0]
         return float(value), float(low), float(high)
 
-# %% ../../nbs/reports/40_compose.ipynb #f0fe55f1
-class _Opening(_Figures):
+# %% ../../nbs/reports/40_compose.ipynb #fdbe924e
+class _Said(_Figures):
+    "The forecasts behind a report, and the models that made the last of them."
+
+    @cached_property
+    def rated(self) -> pd.DataFrame:
+        return judged(self.table("backtest", "forecasts"), self.table("features", "labels"))
+
+    @cached_property
+    def skill(self) -> pd.DataFrame:
+        return forecast_table(self.rated, self.system.models, **self.boot)
+
+    @cached_property
+    def last_models(self) -> dict[str, Model]:
+        "Symbol -> the model that made its last forecasts, those of most symbols first."
+        number = int(self.table("train", "folds")["fold"].iloc[-1])
+        of = dict.fromkeys(self.setting["symbols"], self.system.model)
+        if self.system.model == CHOICE:
+            last = self.table("backtest", "choices").query("fold == @number")
+            of = dict(zip(last["symbol"], last["strategy"], strict=True))
+        homes = {s: self.stage.input("train") / "models" / name / f"fold_{number:03d}" for s, name in of.items()}
+        homes = {s: home if (home / "model.json").is_file() else home / s for s, home in homes.items()}
+        often = pd.Series(homes).value_counts(sort=True).index
+        loaded = {home: load_forecaster(home) for home in often}
+        return {s: loaded[home] for home in often for s, own in homes.items() if own == home}
+
+    @cached_property
+    def now(self) -> pd.DataFrame:
+        decisions, known = self.table("backtest", "decisions"), self.table("features", "catalogue")
+        out = signals(decisions, self.last_models, self.features(self.last_models.values()), self.facts["symbols"], self.params.reasons, dict(zip(known["name"], known["unit"], strict=True)))
+        return out.assign(timestamp=decisions["timestamp"].max())
+
+# %% ../../nbs/reports/40_compose.ipynb #8ead709f
+class _Opening(_Said):
     "What the system would do now, and what may be believed."
 
     def opening(self) -> Markdown:
         """Title, what the system is, and the verdict."""
-        facts, last = read_json(self.stage.input("panel") / "facts.json"), self.returns.index
+        last = self.returns.index
         said = verdict("The system", self.sharpe(self.system.model), float(self.deflated["dsr"].to_dict()[self.system.model]), float(self.deflated["effective_trials"].iloc[0]), self.against,
-                       {a: NAMES.get(a, a).lower() for a in self.returns.columns} | {INDEX: "the index", HOLD: "buying and holding the same symbols", "constant": "the constant forecast"})
+                       {a: in_full(a).lower() for a in self.returns.columns} | {INDEX: "the index", HOLD: "buying and holding the same symbols", "constant": "the constant forecast"})
         return Markdown(f"# {self.system.title}\n\n> {self.system.about}\n\n{said}\n\nOut of sample from {last[0]:%Y-%m-%d} to {last[-1]:%Y-%m-%d}, on {len(self.setting['symbols'])} symbols of the "
-                        f"{facts['source']} snapshot, with the parameter profile `{self.stage.profile}`. Past performance says little about the future, and nothing here is advice.")
+                        f"{self.facts['source']} snapshot, with the parameter profile `{self.stage.profile}` and the strategies {', '.join(self.table('train', 'quality')['model'].unique())}. Past performance says little about the future, and nothing here is advice.")
 
     def signals(self) -> Signals:
         """The signal report: per symbol direction, probability, target weight and reasons."""
@@ -207,7 +235,7 @@ class _Opening(_Figures):
             gap = self.against.loc[a] if a in self.against.index else None
             rows.append({"Sharpe ratio": (value, low, high), "deflated": np.nan if d is None else d["dsr"], "years needed": np.nan if d is None else d["min_track_record_years"],
                          "system less this": "–" if gap is None else (gap["diff"], gap["low"], gap["high"]), "p": np.nan if gap is None else gap["p_value"]})
-        frame = pd.DataFrame(rows, index=pd.Index(self.called(list(self.returns.columns)), name="account"))
+        frame = pd.DataFrame(rows, index=pd.Index(self.called(self.returns.columns), name="account"))
         held = int((self.trials["weeks"] != "").sum())
         n, alone, best = int(self.deflated["n_trials"].iloc[0]), *(float(x) for x in self.deflated[["effective_trials", "expected_max_sharpe_annual"]].iloc[0])
         unknown = f"The other {n - held} have none, and each counts as independent: a strict reading. " if held < n else ""
@@ -221,7 +249,7 @@ class _Opening(_Figures):
 
     def intervals(self) -> Figure:
         """Sharpe ratios with their intervals, one under the other."""
-        frame = pd.DataFrame([self.sharpe(a) for a in self.returns.columns], columns=["value", "low", "high"], index=self.called(list(self.returns.columns)))
+        frame = pd.DataFrame([self.sharpe(a) for a in self.returns.columns], columns=["value", "low", "high"], index=self.called(self.returns.columns))
         return plots.plot_intervals(frame, interval=f"{self.level} interval")
 
 # %% ../../nbs/reports/40_compose.ipynb #1d6a1f5c
@@ -231,7 +259,7 @@ class _Past(_Opening):
     def equity(self) -> Figure:
         """Equity and drawdown of all accounts."""
         curves = (1 + self.returns).cumprod()
-        return plots.plot_equity({NAMES.get(str(a), str(a)): curves[a] for a in curves.columns})
+        return plots.plot_equity({in_full(str(a)): curves[a] for a in curves.columns})
 
     def metrics(self) -> Table:
         """Metrics with intervals, a column per account."""
@@ -239,18 +267,18 @@ class _Past(_Opening):
         names = {"cagr": "Growth per year", "vol_annual": "Volatility per year", "sharpe_annual": "Sharpe ratio", "sortino_annual": "Sortino ratio", "max_drawdown": "Maximum drawdown", "calmar": "Calmar ratio", "hit_rate": "Days with a gain",
                  "var_95": "Value at risk 95 %, day", "es_95": "Expected shortfall 95 %, day"}
         order = list(self.measured["metric"].unique())
-        frame = pd.DataFrame(wide, index=pd.Index([names[m] for m in order], name="")).rename(columns=NAMES)
+        frame = pd.DataFrame(wide, index=pd.Index([names[m] for m in order], name="")).rename(columns=in_full)
         spec = {names[m]: "number:2" if m in ("sharpe_annual", "sortino_annual", "calmar") else "percent:1" for m in order}
-        return Table(frame, caption="Net of all costs", note=f"{self.level} bootstrap intervals. {self.caution}", rows=spec)
+        return Table(frame, caption="Net of all costs", note=f"{self.level} bootstrap intervals. {self.facts.get('caution', '')}", rows=spec)
 
     def beside(self) -> Table:
         """What each account adds to one that anybody could have had, and how much money it could carry."""
         b = self.besides
         ratio = ["—" if np.isnan(v) else (v, low, high) for v, low, high in b[["information_ratio", "low", "high"]].to_numpy()]
-        frame = pd.DataFrame({"information ratio": ratio, "beta": b["beta"], "alpha": b["alpha_annual"], "tracking error": b["tracking_error"], "up": b["up_capture"], "down": b["down_capture"], "capacity": b["capacity"] / 1e6}).set_axis(self.called(list(b.index))).rename_axis("account")
-        note = (f"{self.level} interval of the information ratio: the Sharpe ratio of the return less that of the {NAMES[self.free].lower()}. Alpha and tracking error are per year; up and down are the mean return on bars on which the {NAMES[self.free].lower()} rose or fell, over its own. "
+        frame = pd.DataFrame({"information ratio": ratio, "beta": b["beta"], "alpha": b["alpha_annual"], "tracking error": b["tracking_error"], "up": b["up_capture"], "down": b["down_capture"], "capacity": b["capacity"] / 1e6}).set_axis(self.called(b.index)).rename_axis("account")
+        note = (f"{self.level} interval of the information ratio: the Sharpe ratio of the return less that of the {in_full(self.free).lower()}. Alpha and tracking error are per year; up and down are the mean return on bars on which the {in_full(self.free).lower()} rose or fell, over its own. "
                 f"Capacity: the equity at which 95 % of what is traded stays below {100 * self.params.participation:g} % of a symbol's average daily value, which is assumed to be {self.setting['costs']['adv_assumed_value'] / 1e6:g} million where no volume is known.")
-        return Table(frame, {"information ratio": "signed:2", "beta": "signed:2", "alpha": "signed-percent:1", "tracking error": "percent:1", "up": "signed:2", "down": "signed:2", "capacity": "number:1"}, f"Beside the {NAMES[self.free].lower()}, and at size", note, units={"capacity": "million"}, mark=[frame.index[0]])
+        return Table(frame, {"information ratio": "signed:2", "beta": "signed:2", "alpha": "signed-percent:1", "tracking error": "percent:1", "up": "signed:2", "down": "signed:2", "capacity": "number:1"}, f"Beside the {in_full(self.free).lower()}, and at size", note, units={"capacity": "million"}, mark=[frame.index[0]])
 
     def monthly(self) -> Figure:
         """Monthly returns of the system as a heatmap."""
@@ -258,21 +286,21 @@ class _Past(_Opening):
 
     def costs(self) -> Table:
         """Turnover, exposure and costs."""
-        frame = self.acted.loc[list(self.returns.columns)].set_axis(self.called(list(self.returns.columns))).rename_axis("account")
+        frame = self.acted.loc[list(self.returns.columns)].set_axis(self.called(self.returns.columns)).rename_axis("account")
         frame = frame.rename(columns={"turnover_annual": "turnover per year", "exposure": "bars with a position", "mean_gross": "mean gross", "mean_net": "mean net", "costs_annual": "costs per year"})
         spec = {"turnover per year": "number:1", "bars with a position": "percent:0", "mean gross": "percent:0", "mean net": "signed-percent:0", "costs per year": "percent:2"}
         c, a = self.setting["costs"], self.setting["account"]
         note = f"Commission {c['commission_bps']:g} bp, half-spread {c['half_spread_bps']:g} bp, square-root impact with coefficient {c['impact_coefficient']:g}, borrow {c['borrow_bps_annual']:g} bp a year; orders fill at the next bar's {c['fill']}. Cash earns and costs nothing. A position whose symbol has no bar for {a['delist_after_bars']} bars is settled {100 * a['delist_haircut']:g} % worse than its last close."
         return Table(frame, spec, "How much was traded", note, units={"turnover per year": "× equity"})
 
-# %% ../../nbs/reports/40_compose.ipynb #1d6a1f5d
+# %% ../../nbs/reports/40_compose.ipynb #e8924c0b
 class _Turned(_Past):
     "The same decisions under other assumptions."
 
     @cached_property
     def varied(self) -> pd.DataFrame:
         """Sharpe ratios of the same decisions at other costs, later, and with more money."""
-        panel = select(read_panel(self.stage.input("panel") / "panel.parquet"), self.setting["symbols"])
+        panel = select(self.panel, self.setting["symbols"])
         p, targets = self.params, decided_targets(panel, self.table("backtest", "decisions"))
         return sensitivity(panel, targets, CostParams(**self.setting["costs"]), BacktestParams(**self.setting["account"]), p.cost_scales, p.delays, p.sizes, **self.boot, bars_per_year=self.bars_per_year)
 
@@ -280,13 +308,17 @@ class _Turned(_Past):
         "The rows of one assumption."
         return self.varied[self.varied["turned"] == what].rename(columns={"value": "multiplier", "sharpe_annual": "sharpe"})
 
+    def _turned_figure(self, what: str, title: str, axis: str) -> Figure:
+        "Sharpe ratio against the multiples of one assumption."
+        return plots.plot_sensitivity(self.turned(what), title, axis, interval=f"{self.level} interval")
+
     def sensitivity(self) -> Figure:
         """Sharpe ratio against the costs."""
-        return plots.plot_sensitivity(self.turned("cost_scale"), "How much cost the result can bear", "assumed costs, multiplied by", interval=f"{self.level} interval")
+        return self._turned_figure("cost_scale", "How much cost the result can bear", "assumed costs, multiplied by")
 
     def size(self) -> Figure:
         """Sharpe ratio against the money in the account."""
-        return plots.plot_sensitivity(self.turned("size"), "How much money it can carry", f"initial cash of {self.setting['account']['initial_cash'] / 1e6:g} million, multiplied by", interval=f"{self.level} interval")
+        return self._turned_figure("size", "How much money it can carry", f"initial cash of {self.setting['account']['initial_cash'] / 1e6:g} million, multiplied by")
 
     def delayed(self) -> Table:
         """What acting later does."""
@@ -295,15 +327,56 @@ class _Turned(_Past):
         frame = pd.DataFrame({"Sharpe ratio": list(zip(late["sharpe"], late["low"], late["high"], strict=True)), "growth per year": late["cagr"].to_numpy()}, index=index)
         return Table(frame, {"Sharpe ratio": "signed:2", "growth per year": "signed-percent:1"}, "And if every decision came late?", "A result that lives on one bar's timing would not survive a real desk.")
 
-# %% ../../nbs/reports/40_compose.ipynb #fab0b3b9
-class Run(_Turned):
+# %% ../../nbs/reports/40_compose.ipynb #d3698670
+class _Assets(_Turned):
+    "What was earned on each asset alone."
+
+    @cached_property
+    def by_asset(self) -> assets.ByAsset | None:
+        "The accounts of single assets; none without a choice."
+        if self.system.model != CHOICE:
+            return None
+        asked, boot = self.stage.block("panel", PanelParams), self.boot
+        costs, account = CostParams(**self.setting["costs"]), BacktestParams(**self.setting["account"])
+        earned, symbols = from_rows(self.table("backtest", "alone")), {*self.setting["symbols"], *(asked.symbols if isinstance(asked.symbols, list) else [])} - {asked.benchmark}
+        why = reasons(sorted(symbols), self.panel, earned[CHOICE], self.table("train", "refused"), self.table("train", "folds"), account.delist_after_bars, self.bars_per_year)
+        accounts = Alone(select(self.panel, self.setting["symbols"]), AloneParams(**self.setting["alone"]), costs, account, self.bars_per_year)
+        chance = shares_by_chance(accounts, self.table("backtest", "forecasts").query("model == @CHOICE"), self.params.draws, boot["seed"])
+        return assets.ByAsset(earned, self.table("backtest", "choices"), self.rated[self.rated["model"] == CHOICE], {s: t["class"] for s, t in self.facts["symbols"].items()}, why, chance, **boot, bars_per_year=self.bars_per_year)
+
+    def asset_heading(self) -> Markdown | None:
+        """What the sections about single assets say, in short."""
+        return assets.said(b) if (b := self.by_asset) else None
+
+    def asset_field(self) -> Figure | None:
+        """Sharpe ratios of all assets, sorted, with their intervals."""
+        return assets.field_figure(b) if (b := self.by_asset) else None
+
+    def asset_table(self) -> Table | None:
+        """A row for each asset."""
+        return assets.asset_table(b) if (b := self.by_asset) else None
+
+    def asset_remarks(self) -> Table | None:
+        """What is the matter with some assets."""
+        return assets.remark_table(b) if (b := self.by_asset) else None
+
+    def class_table(self) -> Table | None:
+        """A row for each class of assets."""
+        return assets.class_table(b) if (b := self.by_asset) else None
+
+    def share_table(self) -> Table | None:
+        """On how many assets it made money, and what chance gives."""
+        return assets.share_table(b) if (b := self.by_asset) else None
+
+# %% ../../nbs/reports/40_compose.ipynb #118b784a
+class Run(_Assets):
     """A finished run of a system, as its report sees it."""
 
     def forecasts(self) -> Table:
         """Quality of the forecasts over all out-of-sample rows, and what the system's gain on the baselines."""
         frame = self.skill.copy()
         frame["gain"] = [("–" if pd.isna(g) else (1e3 * g, 1e3 * lo, 1e3 * hi)) for g, lo, hi in frame[["gain", "low", "high"]].to_numpy()]
-        frame = frame[["n_rows", "accuracy", "auc", "log_loss", "brier", "mcc", "ic", "gain", "p_value"]].set_axis(self.called(list(frame.index))).rename_axis("model")
+        frame = frame[["n_rows", "accuracy", "auc", "log_loss", "brier", "mcc", "ic", "gain", "p_value"]].set_axis(self.called(frame.index)).rename_axis("model")
         frame["n_rows"] = frame["n_rows"].astype(int)
         share = 100 * float(self.skill["share_up"].to_numpy(float)[0])
         note = (f"{share:.1f} % of the rows rose. IC: rank correlation of forecast and return across symbols, averaged over instants. Gain: log loss of the model less that of the system, in thousandths; above zero the system is better. "
@@ -313,8 +386,9 @@ class Run(_Turned):
 
     def fold_quality(self) -> Figure:
         """Log loss per fold against the constant baseline."""
-        wide = self.table("train", "quality").pivot(index="test_start", columns="model", values="log_loss")[list(self.system.models)]
-        return plots.plot_fold_quality(wide.rename(columns={k: v for k, v in NAMES.items() if k != "constant"}))
+        rated = self.rated.assign(loss=log_loss_rows(self.rated["prob_up"], self.rated["up"]), test_start=self.rated["fold"].map(self.table("train", "folds").set_index("fold")["test_start"]))
+        wide = rated.pivot_table(index="test_start", columns="model", values="loss")[list(self.system.models)]
+        return plots.plot_fold_quality(wide.rename(columns={m: in_full(m) for m in self.system.models if m != "constant"}))
 
     def calibration(self) -> Figure:
         """Whether the probabilities mean what they say."""
@@ -322,12 +396,14 @@ class Run(_Turned):
         return plots.plot_calibration(calibration_table(mine["prob_up"], mine["up"], bins=20))
 
     def shap(self) -> Figure:
-        """What the last model leans on, over rows of its own test window."""
-        features, model, known = self.table("features", "features"), self.last_model, self.table("features", "sigma")["sigma"].notna()
-        rows = features[(features["timestamp"] >= self.table("train", "folds")["test_start"].iloc[-1]) & known & features["symbol"].isin(self.setting["symbols"])]
-        x = rows.iloc[np.linspace(0, len(rows) - 1, min(self.params.shap_rows, len(rows))).astype(int)][list(model.features)]
-        values, _ = shap_values(model, x)
-        return plots.plot_shap(importance(values), values, x)
+        """What the last model leans on, over rows of its own test window: that of most symbols, where they have several."""
+        model = next(iter(self.last_models.values()))
+        own = [s for s, m in self.last_models.items() if m is model]
+        features = self.features([model])[self.table("features", "sigma")["sigma"].notna()]
+        x, rows = shown_to(model, features[features["symbol"].isin(own)], self.table("train", "folds")["test_start"].iloc[-1])
+        some = np.linspace(0, len(rows) - 1, min(self.params.shap_rows, len(rows))).astype(int)
+        values, _ = shap_values(model, x.take(some) if model.sequences else x.iloc[some])
+        return plots.plot_shap(importance(values), values, rows.iloc[some])
 
     def folds(self) -> Figure:
         """The walk-forward's windows with purge and embargo."""
@@ -335,8 +411,7 @@ class Run(_Turned):
 
     def snapshot(self) -> Table:
         """What there is of each symbol."""
-        facts = read_json(self.stage.input("panel") / "facts.json")["symbols"]
-        frame = self.table("panel", "summary").set_index("symbol")
+        facts, frame = self.facts["symbols"], self.table("panel", "summary").set_index("symbol")
         frame = frame.assign(name=[facts[s]["name"] for s in frame.index], kind=[facts[s]["class"] for s in frame.index])[["name", "kind", "fields", "first", "last", "bars", "missing", "largest_ret", "zero_ret"]]
         return Table(frame, {"largest_ret": "percent:0", "zero_ret": "percent:1"}, "Prices", "Largest: absolute return of one bar. Zero: share of bars without a change.", headers={"kind": "class", "largest_ret": "largest", "zero_ret": "zero"})
 
@@ -351,4 +426,4 @@ class Run(_Turned):
         dear, late = (dict(zip(self.turned(w)["multiplier"], self.turned(w)["sharpe"], strict=True)) for w in ("cost_scale", "later_bars"))
         return metrics_dict(self.measured, self.skill, self.deflated, self.against, self.acted, self.besides, system=self.system.name, model=self.system.model, title=self.system.title, profile=self.stage.profile,
                             start=self.returns.index[0], end=self.returns.index[-1], n_bars=len(self.returns), n_symbols=len(self.setting["symbols"]), n_trials=int(self.deflated["n_trials"].iloc[0]),
-                            sharpe_by_cost_scale={f"{k:g}": v for k, v in dear.items()}, sharpe_by_bars_late={f"{d:g}": v for d, v in late.items()})
+                            sharpe_by_cost_scale={f"{k:g}": v for k, v in dear.items()}, sharpe_by_bars_late={f"{d:g}": v for d, v in late.items()}, **(b.numbers() if (b := self.by_asset) else {}))

@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 
 from ..core.errors import DataError
 from ..core.storage import read_json
+from .names import in_short
 from .plots import plot_intervals
 from .tables import Table
 
 # %% auto #0
-__all__ = ['NAMES', 'read_metrics', 'standings', 'league_table', 'league_plot', 'results_markdown', 'results_sentence',
-           'summary_line']
+__all__ = ['read_metrics', 'standings', 'league_table', 'league_plot', 'results_markdown', 'results_sentence', 'summary_line']
 
 # %% ../../nbs/reports/50_league.ipynb #234c4106
 def read_metrics(
@@ -32,9 +32,7 @@ def read_metrics(
         raise DataError(str(folder), "holds no metrics", "run the report of at least one system: `make repro`")
     return found
 
-# %% ../../nbs/reports/50_league.ipynb #c11e1dbe
-NAMES = {"buy_and_hold": "buy and hold", "index": "price index", "xgboost": "boosted trees", "logistic": "logistic", "constant": "constant"}
-
+# %% ../../nbs/reports/50_league.ipynb #6c87c052
 def standings(
     metrics: dict[str, dict[str, Any]],
 ) -> pd.DataFrame:  # one row per system and account: system, account, then value, low and high of each measure; deflated, n_trials, turnover
@@ -63,7 +61,7 @@ def league_table(
     """The standings as a table; each system links to its report."""
     s = standings(metrics)
     frame = pd.DataFrame({
-        "": [(title, f"{system}.html") if own else NAMES.get(account, account) for system, title, account, own in _who(s)],
+        "": [(title, f"{system}.html") if own else in_short(account) for system, title, account, own in _who(s)],
         "Sharpe ratio": s["sharpe_annual"], "deflated": s["dsr"].astype(float), "growth per year": s["cagr"], "volatility": [v[0] for v in s["vol_annual"]], "maximum drawdown": [v[0] for v in s["max_drawdown"]], "turnover": s["turnover_annual"].astype(float),
     })
     spec = {"": "link", "Sharpe ratio": "signed:2", "deflated": "percent:0", "growth per year": "signed-percent:1", "volatility": "percent:1", "maximum drawdown": "percent:0", "turnover": "number:1"}
@@ -75,7 +73,7 @@ def league_plot(
 ) -> Figure:
     """Sharpe ratios with intervals, all accounts under each other."""
     s = standings(metrics)
-    names = [title if own else NAMES.get(account, account) + (f" ({system})" if len(metrics) > 1 else "") for system, title, account, own in _who(s)]
+    names = [title if own else in_short(account) + (f" ({system})" if len(metrics) > 1 else "") for system, title, account, own in _who(s)]
     return plot_intervals(pd.DataFrame(list(s["sharpe_annual"]), columns=["value", "low", "high"], index=names))
 
 # %% ../../nbs/reports/50_league.ipynb #ab74eaf0
@@ -88,7 +86,7 @@ def results_markdown(
         return f"{a} [{b}, {c}]"
     lines = ["| | Sharpe ratio | deflated | growth per year, % | maximum drawdown, % |", "|---|---|---|---|---|"]
     for (_, title, account, own), row in zip(_who(s := standings(metrics)), s.to_dict("records"), strict=True):
-        name = f"**{title}**" if own else NAMES.get(account, account)
+        name = f"**{title}**" if own else in_short(account)
         lines.append(f"| {name} | {shown(row['sharpe_annual'], 1, 2)} | {'–' if np.isnan(row['dsr']) else format(row['dsr'], '.0%').replace('%', ' %')} | {shown(row['cagr'], 100, 1)} | {shown(row['max_drawdown'], 100, 0)} |")
     return "\n".join(lines)
 
@@ -112,7 +110,7 @@ def results_sentence(
     return " ".join(said)
 
 def _list(accounts: list[str]) -> str:
-    names = [NAMES.get(a, a) for a in accounts]
+    names = [in_short(a) for a in accounts]
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
 
 # %% ../../nbs/reports/50_league.ipynb #afb23a5d

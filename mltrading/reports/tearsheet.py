@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from ..backtest.engine import Ledger
 from ..core.errors import DataError
 from ..market.panel import Panel
 from ..models.explain import reasons, shap_values
-from ..models.forecaster import Model
+from ..models.forecaster import Explainable, Model
+from ..models.windows import windows
 from ..systems.trade import traded
 from ..validation.inference import bootstrap_intervals, min_track_record_bars, paired_difference, paired_loss
 from ..validation.metrics import exposure, forecast_quality, log_loss_rows, performance, turnover_annual
@@ -25,7 +27,7 @@ from ..validation.trials import deflated, effective_trials, trial_count
 
 # %% auto #0
 __all__ = ['HEADLINE', 'metric_table', 'activity', 'beats', 'carried', 'beside', 'judged', 'forecast_table', 'verdict',
-           'deflation', 'signals', 'metrics_dict']
+           'deflation', 'shown_to', 'signals', 'metrics_dict']
 
 # %% ../../nbs/reports/30_tearsheet.ipynb #174d88fc
 HEADLINE = ("cagr", "vol_annual", "sharpe_annual", "sortino_annual", "max_drawdown", "calmar", "hit_rate", "var_95", "es_95")
@@ -109,30 +111,31 @@ def beside(
 # %% ../../nbs/reports/30_tearsheet.ipynb #3fe0d4f0
 def judged(
     forecasts: pd.DataFrame,  # long, with `model`
-    labels: pd.DataFrame,     # long: timestamp, symbol, ret
+    labels: pd.DataFrame,     # long: timestamp, symbol, horizon_bars, ret
 ) -> pd.DataFrame:            # forecasts whose label is complete, with `ret` and `up`
-    """Forecasts beside what happened."""
-    table = forecasts.merge(labels[["timestamp", "symbol", "ret"]], on=["timestamp", "symbol"], how="inner", validate="many_to_one")
+    """Forecasts beside what happened over their horizon."""
+    key = ["timestamp", "symbol", "horizon_bars"]
+    table = forecasts.merge(labels[[*key, "ret"]], on=key, how="inner", validate="many_to_one")
     return table.assign(up=table["ret"] > 0)
 
 def forecast_table(
     table: pd.DataFrame,       # from `judged`
     models: Sequence[str],     # the first is compared with each of the others
-    horizon_bars: int,
     seed: int,
     n_boot: int,
     level: float,
-) -> pd.DataFrame:             # index model: quality of the whole out-of-sample period; gain, low, high, p_value: log loss of the model less that of the first
+) -> pd.DataFrame:             # index model: quality of the whole out-of-sample period; gain, low, high, p_value: log loss of the model less that of the first, over the rows that both forecast for the same horizon; NaN where there are none
     """Forecast quality per model, and what the first one gains on each of the others."""
-    rows, first = {}, table[table["model"] == models[0]]
-    mine = log_loss_rows(first["prob_up"], first["up"])
+    rows, key, first = {}, ["timestamp", "symbol", "horizon_bars"], table[table["model"] == models[0]]
     for m in models:
         t = table[table["model"] == m]
         rows[m] = forecast_quality(t["prob_up"], t["up"], t["timestamp"], t["score"], t["ret"])
-        if m != models[0]:
-            gain = paired_loss(mine, log_loss_rows(t["prob_up"], t["up"]), t["timestamp"], seed, horizon_bars, n_boot, level)
+        both = t if m == models[0] else first.merge(t[[*key, "prob_up"]], on=key, suffixes=("", "_other"))
+        if m != models[0] and len(both) and both["timestamp"].iloc[0] != both["timestamp"].iloc[-1]:
+            mine, other = (log_loss_rows(both[c], both["up"]) for c in ("prob_up", "prob_up_other"))
+            gain = paired_loss(mine, other, both["timestamp"], seed, int(both["horizon_bars"].max()), n_boot, level)
             rows[m] |= {"gain": gain["diff"], "low": gain["low"], "high": gain["high"], "p_value": gain["p_value"]}
-    return pd.DataFrame(rows).T.rename_axis("model")
+    return pd.DataFrame(rows).T.reindex(columns=[*next(iter(rows.values())), "gain", "low", "high", "p_value"]).rename_axis("model")
 
 # %% ../../nbs/reports/30_tearsheet.ipynb #f66e5802
 def verdict(
@@ -179,10 +182,24 @@ def deflation(
         rows[a] = deflated(returns[a], ledger, bars_per_year) | {"min_track_record_years": bars / bars_per_year}
     return pd.DataFrame(rows).T.rename_axis("account")
 
-# %% ../../nbs/reports/30_tearsheet.ipynb #8f4c44c5
+# %% ../../nbs/reports/30_tearsheet.ipynb #0c3070b0
+def shown_to(
+    model: Model,
+    features: pd.DataFrame,    # long: timestamp, symbol, the features; of a model that reads windows with the bars before
+    since: Any,                # the first instant that is asked about
+) -> tuple[Any, pd.DataFrame]: # what the model reads, and the last row of each window, both by symbol
+    """Rows or windows of features, as a model reads them.
+
+    Known at: the instant of each row."""
+    asked, names = (features["timestamp"] >= since).to_numpy(), list(model.features)
+    rows = features[asked].set_index("symbol")[names]
+    if not model.sequences:
+        return rows, rows
+    return replace(windows(features[names], features["symbol"], model.about["steps"]).take(asked), index=rows.index), rows
+
 def signals(
     decisions: pd.DataFrame,   # as `replay` gives them, of the traded model
-    model: Model,              # the one that made the last forecasts
+    models: Mapping[str, Model],  # symbol -> the one that made its last forecast
     features: pd.DataFrame,    # long: timestamp, symbol, the features
     facts: Mapping[str, Mapping[str, str]],  # symbol -> name, class
     k: int,                    # contributions per symbol
@@ -193,16 +210,21 @@ def signals(
     Raises `DataError` where the last decision and the features have no instant in common."""
     now = decisions["timestamp"].max()
     last = decisions[(decisions["timestamp"] == now) & decisions["prob_up"].notna()].set_index("symbol")
-    rows = features[(features["timestamp"] == now) & features["symbol"].isin(last.index)].set_index("symbol")[list(model.features)]
-    if rows.empty:
+    there = features.loc[features["timestamp"] == now, "symbol"]
+    last = last.loc[[s for s in last.index if s in set(there)]]
+    if last.empty:
         raise DataError("signals", f"no features at the last decision ({now})", "make features, forecasts and decisions from the same panel")
-    moved, _ = shap_values(model, rows)
-    last = last.loc[rows.index]
+    why: dict[str, list[str]] = {}
+    for model in {id(m): m for s, m in models.items() if s in last.index}.values():
+        own = [s for s in last.index if models.get(str(s)) is model]
+        x, rows = shown_to(model, features[features["symbol"].isin(own) & (features["timestamp"] <= now)], now)
+        moved = shap_values(model, x)[0] if isinstance(model, Explainable) and model.unit else rows * 0
+        why |= {str(s): reasons(moved.loc[s], rows.loc[s], k, units) for s in own}
     out = pd.DataFrame({
-        "name": [facts[str(s)]["name"] for s in rows.index], "class": [facts[str(s)]["class"] for s in rows.index],
+        "name": [facts[str(s)]["name"] for s in last.index], "class": [facts[str(s)]["class"] for s in last.index],
         "direction": np.select([last["target"] > 0, last["target"] < 0], ["long", "short"], "flat"), "prob_up": last["prob_up"], "target": last["target"], "held": last["held"],
-        "reasons": [reasons(moved.loc[s], rows.loc[s], k, units) for s in rows.index], "policy": last["reason"],
-    }, index=rows.index)
+        "reasons": [why.get(str(s), []) for s in last.index], "policy": last["reason"],
+    }, index=last.index)
     order = np.lexsort((out.index.to_numpy(str), -out["target"].abs().to_numpy()))
     return out.iloc[order].rename_axis("symbol").reset_index()
 

@@ -6,24 +6,20 @@
 from __future__ import annotations
 
 import importlib
-import pkgutil
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
 
 import mltrading.systems
 from ..core.errors import unknown
-from ..models.forecaster import Model
 from ..models.zoo import ModelsParams
 from ..portfolio.block import PolicyParams, build_policy
 from ..portfolio.policy import Policy
+from .strategies import CHOICE, Learner, StrategiesParams
 
 # %% auto #0
-__all__ = ['Factory', 'System', 'system_names', 'load_system']
+__all__ = ['System', 'system_names', 'load_system']
 
-# %% ../../nbs/systems/00_base.ipynb #97955fe7
-Factory = Callable[[], Model]
-
+# %% ../../nbs/systems/00_base.ipynb #f2267b21
 @dataclass(frozen=True)
 class System:
     """A trading system as the pipeline sees it."""
@@ -31,23 +27,26 @@ class System:
     name: str                  # its module here and its block in params.yaml
     title: str                 # for people
     about: str                 # one sentence
-    model: str                 # whose forecasts it trades
-    baselines: tuple[str, ...] # models that are run beside it
+    model: str                 # whose forecasts it trades: a strategy, or `choice`
+    baselines: tuple[str, ...] # strategies that are traded beside it
 
     @property
     def models(self) -> tuple[str, ...]:
-        "The traded model first, then the baselines."
+        "The traded one first, then the baselines."
         return (self.model, *self.baselines)
 
-    def forecasters(
+    def learners(
         self,
-        params: ModelsParams,
+        strategies: StrategiesParams,
+        models: ModelsParams,
         seed: int,
         threads: int,
-        purge_bars: int,         # label horizon, for splits inside the training rows
-    ) -> dict[str, Factory]:
-        """For each model a function that makes it, unfitted. Raises `ParameterError` on a model that is not in the block."""
-        return {name: partial(params[name].build, seed, threads, purge_bars) for name in self.models}
+    ) -> dict[str, Learner]:
+        """Each strategy with what makes its models, unfitted. Raises `ParameterError` on a model that is not in the block, and where a strategy that is traded is missing."""
+        for name in self.models:
+            if name != CHOICE:
+                strategies[name]
+        return {name: Learner(strategies[name], models[strategies[name].model], seed, threads) for name in strategies}
 
     def policy(self, params: PolicyParams) -> Policy:
         """The object that decides. The backtest and the live loop ask the same one."""
@@ -55,8 +54,8 @@ class System:
 
 # %% ../../nbs/systems/00_base.ipynb #5e0e2da7
 def system_names() -> list[str]:
-    """The systems that exist: modules of this package that are not its common parts."""
-    return sorted(m.name for m in pkgutil.iter_modules(mltrading.systems.__path__) if m.name not in ("base", "trade", "tuning", "walk"))
+    """The systems that exist: the modules of this package that define `SYSTEM`."""
+    return sorted(p.stem for folder in mltrading.systems.__path__ for p in Path(folder).glob("*.py") if "\nSYSTEM = " in p.read_text())
 
 def load_system(
     name: str,  # a module of `mltrading.systems`

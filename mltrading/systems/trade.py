@@ -25,10 +25,18 @@ from ..validation.metrics import performance
 from ..validation.trials import looking
 
 # %% auto #0
-__all__ = ['HOLD', 'INDEX', 'trade', 'check_fill', 'check_bars_per_year', 'without_model', 'returns_table', 'looking_at',
-           'outcome', 'traded']
+__all__ = ['HOLD', 'INDEX', 'one_horizon', 'trade', 'check_fill', 'check_bars_per_year', 'without_model', 'returns_table',
+           'looking_at', 'outcome', 'traded']
 
-# %% ../../nbs/systems/15_trade.ipynb #31de8de9
+# %% ../../nbs/systems/15_trade.ipynb #9586055d
+def one_horizon(
+    forecasts: pd.DataFrame,  # long, of one model, perhaps of several horizons
+) -> pd.DataFrame:            # the same rows, in units of the longest horizon
+    """Forecasts that can be compared: a score grows with the horizon, and a sigma with its root."""
+    longest = forecasts["horizon_bars"].max()
+    ratio = longest / forecasts["horizon_bars"]
+    return forecasts.assign(score=forecasts["score"] * ratio, sigma=forecasts["sigma"] * np.sqrt(ratio), horizon_bars=longest)
+
 def trade(
     panel: Panel,                # the symbols that may be traded
     forecasts: pd.DataFrame,     # long, with a column `model`
@@ -40,7 +48,7 @@ def trade(
     """Each model's forecasts, traded by the same policy in the same kind of account.
 
     Known at: each order at its decision; see `backtest.replay`."""
-    return {m: replay(panel, policy, forecasts[forecasts["model"] == m], costs, params) for m in models}
+    return {m: replay(panel, policy, one_horizon(forecasts[forecasts["model"] == m]), costs, params) for m in models}
 
 # %% ../../nbs/systems/15_trade.ipynb #eccc7dfc
 def check_fill(

@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from ..backtest.costs import CostParams
 from ..backtest.engine import BacktestParams
 from ..backtest.replay import replay
+from ..core.errors import DataError
 from ..market.panel import Panel, until
 from ..portfolio.block import PolicyParams, build_policy
+from ..validation.metrics import returns_of
 from ..validation.nested import Score, Search, nested_search
 from ..validation.splits import Splitter
 from ..validation.trials import Look
@@ -28,18 +30,20 @@ def policy_score(
     costs: CostParams,
     params: BacktestParams,
 ) -> tuple[pd.DatetimeIndex, Score[PolicyParams]]:  # the instants of the forecasts, which are the rows; and the returns of a policy on a window of them
-    """What the parameters of a policy are scored by.
+    """What the parameters of a policy are scored by. A score raises `DataError` on test rows with a hole, and on an account that is gone.
 
     Known at: a score at the last instant of its test rows."""
     times = pd.DatetimeIndex(forecasts["timestamp"]).unique().sort_values()
     whole = params.model_copy(update={"start": "panel"})  # every candidate on the same bars, whenever it decides first
     def score(candidate: PolicyParams, train: NDArray[np.int64], test: NDArray[np.int64]) -> pd.Series:
+        if (hole := np.diff(test) != 1).any():
+            k = int(np.argmax(hole))
+            raise DataError("policy_score, test rows", f"leave out what lies between {times[test[k]]} and {times[test[k + 1]]}, and an account would trade there", "use a splitter whose test windows have no holes: a walk-forward, or k-fold")
         begin, end = times[test[0]], times[test[-1]]
         window = forecasts[(forecasts["timestamp"] >= begin) & (forecasts["timestamp"] <= end)]
         ledger, _ = replay(until(panel, end), build_policy(candidate), window, costs, whole)
         equity = ledger.equity.set_index("timestamp")["equity"]
-        returns = equity[equity.index >= begin].pct_change().iloc[1:]
-        return pd.Series(returns, dtype=np.float64)
+        return returns_of(equity[equity.index >= begin])
     return times, score
 
 def tune_policy(

@@ -10,171 +10,163 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
-from tqdm import tqdm
 
 from ..core.errors import DataError
-from ..features.redundancy import SelectionParams, eligible, select_features, selection_stability
-from ..labels.weights import uniqueness
-from ..models.forecaster import Model, Resumable
-from ..models.windows import Windows, windows
-from .base import Factory
+from ..core.params import ComputeParams
+from ..core.storage import content_id, read_parquet
+from ..core.tasks import Task, run_tasks
+from ..features.redundancy import SelectionParams, selection_stability
+from .lessons import Lesson, Question, Rows, choose_features, fit_and_forecast, put_rows
+from .strategies import Learner, Strategy
 from ..validation.metrics import forecast_quality
 from ..validation.splits import Fold
 
 # %% auto #0
-__all__ = ['RECENT', 'Rows', 'rows', 'living', 'Walked', 'walk', 'selection_summary']
+__all__ = ['AT_ONCE', 'ALONE', 'Walked', 'walk', 'selection_summary']
 
-# %% ../../nbs/systems/10_walk.ipynb #fd72dff1
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """What models learn from: features beside the labels that are complete."""
+# %% ../../nbs/systems/10_walk.ipynb #80fd7dee
+AT_ONCE = 16  # models of single symbols in one task
+ALONE = ComputeParams(seed=0, threads=1, workers=1, cluster=None)
 
-    keys: pd.DataFrame               # (n,) timestamp, symbol
-    features: pd.DataFrame           # (n, F) float32
-    labels: pd.DataFrame             # (n,) symbol, start, end, ret, ret_voladj; NaT and NaN where the label is not complete
-    sigma: NDArray[np.float64]       # (n,) volatility of the return over the horizon, as known at the row's instant
-
-    @property
-    def times(self) -> NDArray[np.datetime64]:
-        "(n,) decision instants, UTC."
-        return self.keys["timestamp"].to_numpy("datetime64[us]")
-
-def rows(
-    features: pd.DataFrame,   # long: timestamp, symbol, then the features
-    sigma: pd.DataFrame,      # long: timestamp, symbol, sigma, of the same rows
-    labels: pd.DataFrame,     # long, from `label_frame`
-    benchmark: str | None,    # a symbol that is not traded
-) -> Rows:
-    """Features joined with labels. Rows without a volatility are left out: nothing can be sized on them.
-
-    Raises `DataError` where no row is left, and where features and volatilities are not of the same rows."""
-    keys = features[["timestamp", "symbol"]]
-    if not keys.equals(sigma[["timestamp", "symbol"]]):
-        raise DataError("features", "their rows are not those of the volatilities", "make both from one panel")
-    kept = ((keys["symbol"] != (benchmark or "")) & sigma["sigma"].notna()).to_numpy()
-    if not kept.any():
-        raise DataError("features", "no row has a volatility", "use a longer history or a shorter `labels.vol_bars`")
-    keys = keys[kept].reset_index(drop=True)
-    learned = keys.merge(labels[["timestamp", "symbol", "start", "end", "ret", "ret_voladj"]], on=["timestamp", "symbol"], how="left", validate="one_to_one")
-    return Rows(keys, features.loc[kept, features.columns[2:]].reset_index(drop=True), learned.drop(columns="timestamp"), sigma["sigma"].to_numpy(np.float64)[kept])
-
-# %% ../../nbs/systems/10_walk.ipynb #6de323c3
-RECENT = 20  # instants
-
-def living(
-    data: Rows,
-    fold: Fold,
-) -> list[str]:  # feature names
-    """Features that have a value in the last `RECENT` instants of a fold's training rows.
-
-    Known at: the end of the training rows."""
-    times = data.times[fold.train]
-    recent = fold.train[times >= np.unique(times)[-RECENT:][0]]
-    there = data.features.iloc[recent].notna().any()
-    return list(there.index[there])
+def _done(table: pd.DataFrame) -> None:
+    "Raises `DataError` on the first task that was refused."
+    for task, reason in table.loc[table["status"] == "refused", ["task", "reason"]].to_numpy():
+        raise DataError(f"task {task}", reason)
 
 @dataclass(frozen=True, eq=False)
-class _Lesson:
-    "What the models of a fold learn from."
+class _Walk:
+    "A walk on its way."
 
-    features: list[str]            # the chosen ones
-    y: NDArray[np.float64]         # (n,) target
-    weight: NDArray[np.float64]    # (n,) of each row
-    times: NDArray[np.datetime64]  # (n,) decision instants
-    candidates: list[str]          # features there were to choose from
-    chosen: pd.DataFrame           # (F,) fold, rank, feature and, where they were chosen, members, ic, same_sign, score
+    data: Rows
+    folds: Sequence[Fold]
+    learners: Mapping[str, Learner]
+    home: Path
 
-def _lesson(data: Rows, fold: Fold, target: str, selection: SelectionParams | None) -> _Lesson:
-    "A fold's training rows, with the features that are learned from."
-    learned, X, times = data.labels.iloc[fold.train], data.features.iloc[fold.train][living(data, fold)], data.times[fold.train]
-    y, weight = learned[target].to_numpy(np.float64), uniqueness(learned)
-    candidates = list(X.columns) if selection is None else eligible(X, selection.min_presence)
-    if selection is None:
-        chosen = pd.DataFrame({"rank": np.arange(1, X.shape[1] + 1), "feature": X.columns, "members": 1, "ic": np.nan, "same_sign": np.nan, "score": np.nan})
-    else:
-        chosen = select_features(X, y, times, weight, selection)
-    chosen.insert(0, "fold", fold.number)
-    return _Lesson(list(chosen["feature"]), y, weight, times, candidates, chosen)
+    def lesson(self, fold: Fold, s: Strategy) -> Path:
+        "Where a strategy's lesson of a fold lies, among those of all questions to the same rows."
+        return self.home / "lessons" / f"fold_{fold.number:03d} by {s.row_step}" / Question(s.horizon_bars, s.target).folder
 
-def _inputs(data: Rows, at: NDArray[np.int64], features: list[str], model: Model) -> pd.DataFrame | Windows:
-    "What a model reads of some rows: the rows, or windows that end there, made of no later row than the last of them."
-    if not model.sequences:
-        return data.features.iloc[at][features]
-    until = int(at.max()) + 1
-    return windows(data.features[features].iloc[:until], data.keys["symbol"].iloc[:until], model.params.steps).take(at)
+    def lessons(self, given: dict[str, Any], data_id: str) -> list[Task]:
+        "All there is to choose, one task for each fold and step."
+        asked: dict[int, list[Question]] = {}
+        for s in (learner.strategy for learner in self.learners.values()):
+            asked.setdefault(s.row_step, []).append(Question(s.horizon_bars, s.target))
+        return [Task(f"fold_{fold.number:03d} by {step}", given | {"fold": fold.number, "row_step": step, "questions": sorted(set(questions))}, data_id) for fold in self.folds for step, questions in asked.items()]
 
-def _forecast(data: Rows, fold: Fold, predicted: pd.DataFrame, model: str, horizon_bars: int, target: str) -> pd.DataFrame:
-    "A fold's out-of-sample forecasts in the contract's columns, with the model's name."
-    keys, unit = data.keys.iloc[fold.test].reset_index(drop=True), data.sigma[fold.test] if target == "ret_voladj" else 1.0
-    return keys.assign(horizon_bars=horizon_bars, score=predicted["score"].to_numpy() * unit, prob_up=predicted["prob_up"].to_numpy(), sigma=predicted["sigma"].to_numpy() * unit, fold=fold.number, model=model)
+    def parts(self, fold: Fold, name: str) -> dict[Path, list[str]]:
+        "Where each fit of a fold and strategy lies, and its symbols; none where one model is of all."
+        place = self.home / "fits" / f"fold_{fold.number:03d} {quote(name, '')}"
+        if self.learners[name].strategy.scope == "pooled":
+            return {place: []}
+        symbols = sorted(self.data.keys["symbol"].iloc[fold.test].unique())
+        return {place.with_name(f"{place.name} {i // AT_ONCE:03d}"): symbols[i:i + AT_ONCE] for i in range(0, len(symbols), AT_ONCE)}
 
-def _quality(data: Rows, fold: Fold, predicted: pd.DataFrame, model: str) -> dict[str, Any]:
-    "How good a fold's forecasts were, over the rows whose label is complete."
-    y = data.labels["ret"].to_numpy(np.float64)[fold.test]
+    def run(self, selection: SelectionParams | None, compute: ComputeParams, opened: Callable[[], None], training: Path | None) -> None:
+        "Do all tasks; `opened` is called before the first that sees a test window."
+        place, data_id = put_rows(self.data, self.folds, self.home)
+        given: dict[str, Any] = {**place, "data_id": data_id}
+        _done(run_tasks(choose_features, self.lessons(given | {"selection": selection and selection.model_dump()}, data_id), self.home / "lessons", compute))
+        opened()
+        fits: list[Task] = []
+        for fold in self.folds:
+            for name, learner in self.learners.items():
+                at, resumed = self.lesson(fold, learner.strategy), training and training / name / f"fold_{fold.number:03d}"
+                args = given | {"fold": fold.number, "cutoff": str(fold.test_start), "lesson": at, "learner": learner.plain(), "unfinished": resumed}
+                told = f"{data_id} {content_id(at)}"
+                fits += [Task(part.name, args | {"symbols": symbols}, told) for part, symbols in self.parts(fold, name).items()]
+        _done(run_tasks(fit_and_forecast, fits, self.home / "fits", compute))
+
+# %% ../../nbs/systems/10_walk.ipynb #347275d4
+def _forecast(data: Rows, said: pd.DataFrame, strategy: Strategy) -> pd.DataFrame:
+    "Out-of-sample forecasts in the contract's columns."
+    test = said["row"].to_numpy()
+    unit = data.sigma[test] * np.sqrt(strategy.horizon_bars) if strategy.target == "ret_voladj" else 1.0
+    keys = data.keys.iloc[test].reset_index(drop=True)
+    return keys.assign(horizon_bars=strategy.horizon_bars, score=said["score"].to_numpy() * unit, prob_up=said["prob_up"].to_numpy(), sigma=said["sigma"].to_numpy() * unit)
+
+def _quality(data: Rows, said: pd.DataFrame, horizon_bars: int) -> dict[str, Any]:
+    "How good forecasts were, over the rows whose label is complete."
+    y = data.labels[horizon_bars]["ret"].to_numpy(np.float64)[said["row"]]
     known = np.isfinite(y)
-    out: dict[str, Any] = {"fold": fold.number, "model": model, "test_start": pd.Timestamp(fold.test_start, tz="UTC")}
-    return out | (forecast_quality(predicted["prob_up"].to_numpy()[known], y[known] > 0) if known.any() else {"n_rows": 0})
+    return forecast_quality(said["prob_up"].to_numpy()[known], y[known] > 0) if known.any() else {"n_rows": 0}
 
-# %% ../../nbs/systems/10_walk.ipynb #be103267
 @dataclass(frozen=True, eq=False)
 class Walked:
     """What a walk leaves behind, besides the fitted models."""
 
-    forecasts: pd.DataFrame  # long: the contract's columns and `model`; sorted by model, timestamp and symbol
-    quality: pd.DataFrame    # one row per fold and model
-    selection: pd.DataFrame  # one row per fold and feature that was learned from, best first: fold, rank, feature, members, ic, same_sign, score
+    forecasts: pd.DataFrame  # long: the contract's columns and `model`, the strategy's name; sorted by model, timestamp and symbol
+    quality: pd.DataFrame    # one row per fold and strategy
+    selection: pd.DataFrame  # one row per fold, strategy and feature that was learned from, best first: fold, model, rank, feature, members, ic, same_sign, score
     candidates: int          # features that at least one fold could choose
+    refused: pd.DataFrame    # one row per model that could not learn: fold, model, symbol, reason
 
+def _gathered(way: _Walk, folder: Path) -> Walked:
+    "What the tasks have left, put together; the models are copied to their place. Raises `DataError` where no symbol of a strategy could learn."
+    forecasts, quality, chosen, refused, candidates = [], [], [], [], set[str]()
+    for fold in way.folds:
+        for name, (s, *_) in way.learners.items():
+            lesson, parts = Lesson.load(way.lesson(fold, s)), list(way.parts(fold, name))
+            silent = pd.concat([read_parquet(p / "refused.parquet") for p in parts], ignore_index=True)
+            said = pd.concat([read_parquet(p / "said.parquet") for p in parts], ignore_index=True)
+            if said.empty:
+                raise DataError(f"strategy {name}, fold {fold.number}", f"no symbol has rows that can be learned from; the first: {silent['reason'].iloc[0]}", "use the scope `pooled`, or longer training windows")
+            target = folder / name / f"fold_{fold.number:03d}"
+            shutil.rmtree(target, ignore_errors=True)
+            for p in parts:
+                if (p / "models").exists():
+                    shutil.copytree(p / "models", target, dirs_exist_ok=True)
+            chosen.append(lesson.chosen.assign(fold=fold.number, model=name))
+            candidates.update(lesson.candidates)
+            refused.append(silent.assign(fold=fold.number, model=name))
+            forecasts.append(_forecast(way.data, said, s).assign(fold=fold.number, model=name))
+            quality.append({"fold": fold.number, "model": name, "test_start": pd.Timestamp(fold.test_start, tz="UTC")} | _quality(way.data, said, s.horizon_bars))
+    table = pd.concat(forecasts).sort_values(["model", "timestamp", "symbol"], ignore_index=True)
+    return Walked(table, pd.DataFrame(quality), pd.concat(chosen, ignore_index=True), len(candidates), pd.concat(refused, ignore_index=True)[["fold", "model", "symbol", "reason"]])
+
+# %% ../../nbs/systems/10_walk.ipynb #2133464e
 def walk(
     data: Rows,
     folds: Sequence[Fold],
-    factories: Mapping[str, Factory],  # model -> a function that makes it, unfitted
-    horizon_bars: int,
-    target: str,                       # the column of the labels that is learned: `ret` or `ret_voladj`
-    folder: Path,                      # each fitted model goes to folder/<model>/fold_<number>
+    learners: Mapping[str, Learner],   # by the strategy's name
+    folder: Path,                      # each fitted model goes to folder/<strategy>/fold_<number>, and there, if it is of one symbol, to a folder of that name
     selection: SelectionParams | None = None,  # None: learn from every living feature
-    look: Callable[[str], AbstractContextManager[object]] = nullcontext,  # model -> what is open from its first forecast to the end of the walk
-    unfinished: Path | None = None,            # where trainings that survive a kill keep what they go on from; emptied as they end
+    look: Callable[[str], AbstractContextManager[object]] = nullcontext,  # strategy -> what is open from the first fit to the end of the walk
+    unfinished: Path | None = None,            # where tasks are done; a walk that is ended half-way goes on from there. Emptied at the end of a walk
+    compute: ComputeParams = ALONE,            # how many processes, or which cluster; no result depends on it
 ) -> Walked:
-    """In each fold choose features, fit each model and forecast its test window.
+    """In each fold choose features, fit each strategy's models and forecast the test window.
 
-    Raises what a model or the choice of features raises on rows that it cannot learn from.
+    Raises `DataError` where a pooled model or the choice of features cannot learn from its rows, and what `run_tasks` raises.
 
     Known at: each forecast at its `timestamp`, with a model whose last label was known before the fold's test window began."""
-    forecasts, quality, chosen, candidates = [], [], [], set[str]()
-    with ExitStack() as opened:
-        for fold in tqdm(folds, desc="walk-forward", unit="fold"):
-            lesson = _lesson(data, fold, target, selection)
-            chosen.append(lesson.chosen)
-            candidates.update(lesson.candidates)
-            for name, make in factories.items():
-                model = make()
-                part = unfinished / name / f"fold_{fold.number:03d}" if unfinished and isinstance(model, Resumable) else None
-                if part and isinstance(model, Resumable):
-                    model.resumable(part)
-                model.fit(_inputs(data, fold.train, lesson.features, model), lesson.y, lesson.weight, lesson.times, fold.test_start)
-                if part:
-                    shutil.rmtree(part, ignore_errors=True)
-                if fold is folds[0]:
-                    opened.enter_context(look(name))
-                predicted = model.predict(_inputs(data, fold.test, lesson.features, model))
-                model.save(folder / name / f"fold_{fold.number:03d}")
-                forecasts.append(_forecast(data, fold, predicted, name, horizon_bars, target))
-                quality.append(_quality(data, fold, predicted, name))
-    table = pd.concat(forecasts).sort_values(["model", "timestamp", "symbol"], ignore_index=True)
-    return Walked(table, pd.DataFrame(quality), pd.concat(chosen, ignore_index=True), len(candidates))
+    with ExitStack() as stack:
+        home = (unfinished or Path(stack.enter_context(TemporaryDirectory()))).resolve()
+        home.mkdir(parents=True, exist_ok=True)
+        way = _Walk(data, folds, learners, home)
+
+        def opened() -> None:
+            for name in learners:
+                stack.enter_context(look(name))
+        way.run(selection, compute, opened, home / "training" if unfinished else None)
+        done = _gathered(way, folder)
+    shutil.rmtree(home, ignore_errors=True)
+    return done
 
 # %% ../../nbs/systems/10_walk.ipynb #2c9b5b5d
 def selection_summary(
     selection: pd.DataFrame,  # as `walk` gives it
     candidates: int,          # features that at least one fold could choose, as `walk` counts them
-) -> pd.DataFrame:            # one row: folds, features (mean number per fold), ever (in any fold), always (in every fold), jaccard, nogueira
+) -> pd.DataFrame:            # one row per strategy: folds, features (mean number per fold), ever (in any fold), always (in every fold), jaccard, nogueira
     """How many features were learned from, and how alike the folds' choices are."""
-    by_fold, often = selection.groupby("fold")["feature"].apply(list), selection["feature"].value_counts()
-    row = {"folds": len(by_fold), "features": by_fold.map(len).mean(), "ever": len(often), "always": int((often == len(by_fold)).sum())}
-    return pd.DataFrame([row | selection_stability(by_fold.tolist(), candidates)])
+    rows = {}
+    for name, part in selection.groupby("model", sort=False):
+        by_fold, often = part.groupby("fold")["feature"].apply(list), part["feature"].value_counts()
+        row = {"folds": len(by_fold), "features": by_fold.map(len).mean(), "ever": len(often), "always": int((often == len(by_fold)).sum())}
+        rows[name] = row | selection_stability(by_fold.tolist(), candidates)
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("strategy")

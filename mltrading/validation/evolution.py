@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from scipy.stats import rankdata
 
 from ..core.errors import MLTradingError
+from ..core.params import block, whole
 from ..core.style import PALETTE, figure
 from .inference import deflated_sharpe, expected_max_sharpe
 from .metrics import checked, hit_rate, kurtosis, performance, skew
@@ -102,7 +103,7 @@ def _breeder(population: int) -> Any:
 class Evolution(Generic[M]):
     """An evolutionary search over parameters of decisions, as `nested_search` takes it.
 
-    Raises, when it is made, what `check_space` raises.
+    Raises, when it is made, what `check_space` raises, and `ParameterError` on parameters that were changed into impossible ones, or a seed that is none.
 
     Source: Deb, Pratap, Agarwal and Meyarivan (2002)."""
 
@@ -115,8 +116,9 @@ class Evolution(Generic[M]):
         folder: str | Path | None = None,     # of the journals; None: nothing is kept
         about: dict[str, Any] | None = None,  # what the returns depend on besides, as JSON
     ) -> None:
+        params = block(type(params), params.model_dump(), "evolution")  # a copy with changes has not been looked at
         check_space(params.space, base, "evolution.space")
-        self.params, self.base, self.seed, self.bars_per_year, self.folder, self.about = params, base, int(seed), float(bars_per_year), None if folder is None else Path(folder), about or {}
+        self.params, self.base, self.seed, self.bars_per_year, self.folder, self.about = params, base, whole(seed, "evolution, seed"), float(bars_per_year), None if folder is None else Path(folder), about or {}
 
     def __call__(self, number: int, folds: Sequence[Fold], score: Score[M]) -> Searched[M]:
         """Breed on the inner folds of one outer fold. Raises `DataError` where no trial came through, and on a journal of another search."""

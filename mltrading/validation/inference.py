@@ -18,6 +18,7 @@ from scipy.special import ndtr, ndtri
 
 from ..core.errors import DataError, ParameterError, unknown
 from ..core.jit import njit
+from ..core.params import whole
 from mltrading.validation.metrics import (
     METRICS,
     checked,
@@ -26,15 +27,14 @@ from mltrading.validation.metrics import (
     measure,
     rate_per_bar,
     skew,
-    whole,
     year_of,
 )
 
 # %% auto #0
 __all__ = ['optimal_block', 'resampled_positions', 'redraw', 'bootstrap_metrics', 'bootstrap_intervals', 'sharpe_error',
            'probabilistic_sharpe', 'min_track_record_bars', 'expected_max_sharpe', 'deflated_sharpe',
-           'sharpe_significance', 'automatic_lags', 'long_run_variance', 'annualization_factor', 'robust_mean',
-           'robust_sharpe', 'paired_difference', 'paired_loss']
+           'sharpe_significance', 'automatic_lags', 'long_run_variance', 'annualization_factor', 'sharpe_terms',
+           'robust_mean', 'robust_sharpe', 'paired_difference', 'paired_loss']
 
 # %% ../../nbs/validation/20_inference.ipynb #7adb8e9b
 def _autocovariances(x: NDArray[np.float64], lags: int) -> NDArray[np.float64]:
@@ -103,7 +103,7 @@ def redraw(
     """Draw resamples chunk by chunk on all cores. Each chunk has random numbers of its own, so that the number of cores changes nothing.
 
     Raises `ParameterError` on blocks shorter than a bar, no resamples, and a seed that is none."""
-    n_boot, seed = whole("n_boot", n_boot, 1), whole("seed", seed)
+    n_boot, seed = whole(n_boot, "n_boot", 1), whole(seed, "seed")
     def chunk(number: int) -> None:
         places = slice(number * _CHUNK, min((number + 1) * _CHUNK, n_boot))
         work(resampled_positions(n, block, places.stop - places.start, np.random.default_rng([seed, number])), places)
@@ -143,7 +143,7 @@ def bootstrap_metrics(
     Raises `DataError` on returns that cannot be measured.
 
     Source: Politis and Romano (1994)."""
-    r, out = checked(returns), np.empty((whole("n_boot", n_boot, 1), len(METRICS)))
+    r, out = checked(returns), np.empty((whole(n_boot, "n_boot", 1), len(METRICS)))
     units = float(bars_per_year), rate_per_bar(rf_annual, bars_per_year)
     redraw(lambda drawn, places: _measure_all(r, drawn, *units, out[places]), len(r), optimal_block(r) if block is None else block, n_boot, seed)
     return pd.DataFrame(out, columns=list(METRICS))
@@ -298,7 +298,7 @@ def long_run_variance(
     if x.ndim != 1 or len(x) < 2 or not np.isfinite(x).all() or x.min() == x.max():
         raise DataError("long-run variance", f"a series of shape {x.shape} is too short, constant or not finite", "give at least two numbers that differ")
     lags = automatic_lags(x) if lags is None else lags
-    if whole("lags", lags) >= len(x):
+    if whole(lags, "lags") >= len(x):
         raise ParameterError("lags", f"{lags} for {len(x)} bars", "use 0 for independent bars, and fewer lags than there are bars")
     cov = _autocovariances(x, lags)
     return float(cov[0] + 2 * ((1 - np.arange(1, lags + 1) / (lags + 1)) * cov[1:]).sum())
@@ -325,6 +325,25 @@ def _judged(value: float, error: float, level: float) -> dict[str, float]:
         raise ParameterError("level", f"{level:g} is not a share", "use 0.95 for a 95 % interval")
     reach = float(ndtri((1 + level) / 2)) * error
     return {"value": value, "error": error, "low": value - reach, "high": value + reach, "p_value": float(ndtr(-value / error))}
+
+# %% ../../nbs/validation/20_inference.ipynb #956506d3
+def _sharpe_influence(r: NDArray[np.float64]) -> NDArray[np.float64]:
+    "(T,) how far each bar moves the Sharpe ratio per bar, to the first order; their mean is zero."
+    mean, sd = float(r.mean()), float(r.std())
+    return np.asarray((r - mean) / sd - mean / (2 * sd**3) * ((r - mean) ** 2 - sd**2))
+
+def sharpe_terms(
+    returns: Any,                # (T,) simple returns per bar, net of costs
+    bars_per_year: float = 252,
+) -> pd.Series:                  # (T,) annual; their mean is the Sharpe ratio
+    """What each bar is worth to the annual Sharpe ratio: the ratio, and how far the bar moves it to the first order. What is known of means holds for them: their mean on a resample is, to the first order, the Sharpe ratio of the resample.
+
+    Raises `DataError` on returns that cannot be measured, `ParameterError` on a year without bars.
+
+    Source: Lo (2002); Ledoit and Wolf (2008)."""
+    r = checked(returns)
+    terms = math.sqrt(year_of(bars_per_year)) * (float(r.mean() / r.std(ddof=1)) + _sharpe_influence(r))
+    return pd.Series(terms, returns.index if isinstance(returns, pd.Series) else None)
 
 # %% ../../nbs/validation/20_inference.ipynb #c02fbf17
 def robust_mean(
@@ -354,8 +373,7 @@ def robust_sharpe(
 
     Source: Lo (2002)."""
     r, root = checked(returns), math.sqrt(year_of(bars_per_year, 1))
-    mean, sd = float(r.mean()), float(r.std())
-    psi = (r - mean) / sd - mean / (2 * sd**3) * ((r - mean) ** 2 - sd**2)
+    mean, psi = float(r.mean()), _sharpe_influence(r)
     lags = automatic_lags(psi) if lags is None else lags
     found = _judged(root * mean / float(r.std(ddof=1)), root * math.sqrt(long_run_variance(psi, lags) / len(r)), level)
     cov = _autocovariances(r, memory := automatic_lags(r))
@@ -373,7 +391,7 @@ def _ratio(x: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
 def _paired(x: NDArray[np.float64], y: NDArray[np.float64], of: Callable[..., NDArray[np.float64]], scale: float,
             block: float, n_boot: int, level: float, seed: int) -> dict[str, float]:
     "Difference of a statistic of two series on the same resamples."
-    diff, drawn = scale * float(of(x) - of(y)), np.empty(whole("n_boot", n_boot, 1))
+    diff, drawn = scale * float(of(x) - of(y)), np.empty(whole(n_boot, "n_boot", 1))
     def compare(k: NDArray[np.int64], places: slice) -> None:
         drawn[places] = scale * (of(x[k]) - of(y[k]))
     redraw(compare, len(x), block, n_boot, seed)

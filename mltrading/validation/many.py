@@ -14,8 +14,9 @@ from scipy.stats import false_discovery_control
 
 from ..core.errors import DataError, ParameterError, unknown
 from ..core.jit import njit
+from ..core.params import whole
 from .inference import optimal_block, redraw
-from .metrics import as_numbers, whole
+from .metrics import as_numbers
 
 # %% auto #0
 __all__ = ['checked_trials', 'resampled_deviations', 'bootstrap_scale', 'superior_ability', 'reality_check', 'stepwise_superior',
@@ -80,7 +81,7 @@ def resampled_deviations(
 ) -> NDArray[np.float64]:         # (n_boot, N) mean on each resample, minus the mean of the sample
     """How the means of all trials move together when the bars are redrawn."""
     tiles = [np.ascontiguousarray(values[:, k:k + _TILE] - values[:, k:k + _TILE].mean(axis=0)) for k in range(0, values.shape[1], _TILE)]
-    out = np.empty((whole("n_boot", n_boot, 1), values.shape[1]))
+    out = np.empty((whole(n_boot, "n_boot", 1), values.shape[1]))
     def work(positions: NDArray[np.int64], places: slice) -> None:
         for k, tile in enumerate(tiles):
             _add_rows(tile, positions, out[places, k * _TILE:k * _TILE + tile.shape[1]])
@@ -176,19 +177,22 @@ def stepwise_superior(
     n_boot: int = 1000,
     block: float | None = None,   # mean length of a block in bars; None: the median `optimal_block` of the trials
     studentized: bool = True,     # gains in units of their own scale
-) -> pd.DataFrame:                # trial, gain (mean per bar), statistic, p_alone, p_value (all tried counted in); best first
-    """Which of many beat the baseline.
+    level: float = 0.95,          # of the intervals
+) -> pd.DataFrame:                # trial, gain (mean per bar), low, high (for all at once), statistic, p_alone, p_value (all tried counted in); best first
+    """Which of many beat the baseline, and by how much.
 
-    Raises `DataError` on trials that cannot be compared.
+    Raises `DataError` on trials that cannot be compared, `ParameterError` on a level that is not a share.
 
     Source: Romano and Wolf (2005); Hsu, Hsu and Kuan (2010)."""
+    if not 0 < level < 1:
+        raise ParameterError("level", f"{level:g} is not a share", "use 0.95 for 95 % intervals")
     f = _field(values, baseline, seed, n_boot, block, studentized)
     order = np.argsort(-f.gain * f.unit, kind="stable")
-    found = (f.gain * f.unit)[order]
-    simulated = ((f.moved + f.shifts["p_value"]) * f.unit)[:, order]
-    largest_left = np.maximum.accumulate(simulated[:, ::-1], axis=1)[:, ::-1]
-    return pd.DataFrame({"trial": [f.names[i] for i in order], "gain": f.gain[order], "statistic": found, "p_alone": _share((f.moved * f.unit)[:, order], found),
-                         "p_value": np.maximum.accumulate(_share(largest_left, found))})
+    gain, unit, moved = f.gain[order], f.unit[order], (f.moved * f.unit)[:, order]
+    largest_left = np.maximum.accumulate((moved + (f.shifts["p_value"] * f.unit)[order])[:, ::-1], axis=1)[:, ::-1]
+    reach = np.quantile(np.abs(moved).max(axis=1), level, method="inverted_cdf") / unit
+    return pd.DataFrame({"trial": [f.names[i] for i in order], "gain": gain, "low": gain - reach, "high": gain + reach, "statistic": gain * unit, "p_alone": _share(moved, gain * unit),
+                         "p_value": np.maximum.accumulate(_share(largest_left, gain * unit))})
 
 # %% ../../nbs/validation/22_many.ipynb #e29cc27f
 @njit(nogil=True)

@@ -17,8 +17,8 @@ from ..core.jit import njit
 from ..features.redundancy import ic_by_instant
 
 # %% auto #0
-__all__ = ['METRICS', 'as_numbers', 'checked', 'checked_pair', 'equity_curve', 'returns_of', 'year_of', 'whole', 'rate_per_bar',
-           'cagr', 'vol_annual', 'sharpe_annual', 'sortino_annual', 'drawdown', 'max_drawdown', 'longest_drawdown_bars',
+__all__ = ['METRICS', 'as_numbers', 'checked', 'checked_pair', 'equity_curve', 'returns_of', 'year_of', 'rate_per_bar', 'cagr',
+           'vol_annual', 'sharpe_annual', 'sortino_annual', 'drawdown', 'max_drawdown', 'longest_drawdown_bars',
            'calmar', 'hit_rate', 'profit_factor', 'skew', 'kurtosis', 'var_95', 'es_95', 'tail_ratio', 'exposure',
            'turnover_annual', 'measure', 'performance', 'accuracy', 'mcc', 'brier', 'log_loss_rows', 'log_loss', 'auc',
            'calibration_table', 'calibration_error', 'brier_parts', 'ic_by_time', 'forecast_quality']
@@ -127,16 +127,6 @@ def year_of(
     if not 0 < bars_per_year < np.inf or bars_per_year < least:
         raise ParameterError("bars_per_year", f"{bars_per_year:g} make no year", "use 252 for daily bars")
     return float(bars_per_year)
-
-def whole(
-    name: str,      # for messages
-    value: Any,
-    least: int = 0,
-) -> int:
-    """A count. Raises `ParameterError` on what is no whole number, or below `least`."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ParameterError(name, f"{value} is not a whole number of at least {least}", "counts are whole: pass an int")
-    return int(value)
 
 def rate_per_bar(rate_annual: float, bars_per_year: float) -> float:
     """The rate per bar that compounds to an effective annual rate. Raises `ParameterError` on a year without bars."""

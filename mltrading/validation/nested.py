@@ -164,7 +164,7 @@ def nested_search(
 ) -> pd.DataFrame:             # one row per fold and trial: fold, the search's columns, chosen, outer (of the chosen one, else NaN)
     """In each fold, search on folds inside its training rows, then judge the choice once: with `look`, on record, as one trial.
 
-    Raises `DataError` where no candidate came through, on an outer score that is not finite or that should be recorded and has no returns, on folds to be recorded that judge an instant twice, and what `inner_folds` and the search raise.
+    Raises `ParameterError` without folds, `DataError` where no candidate came through, on an outer score that is not finite or that should be recorded and has no returns, on folds to be recorded that judge an instant twice, and what `inner_folds` and the search raise.
 
     Known at: a choice with the last label of its fold's training rows.
 
@@ -176,13 +176,17 @@ def nested_search(
             done = search(fold.number, small, score)
         except MLTradingError as error:
             raise type(error)(f"inside fold {fold.number}, {error.where}", error.what, error.fix) from error
+        fits += int(done.trials["fits"].sum()) + 1
+        if look is not None:
+            look.fits = fits
         answer = score(done.candidate, fold.train, fold.test)
         where, chosen = f"fold {fold.number}, candidate {done.trials['candidate'].iloc[done.best]}", np.arange(len(done.trials)) == done.best
         found.append(done.trials.assign(chosen=chosen, outer=np.where(chosen, as_score(answer, where), np.nan)))
         found[-1].insert(0, "fold", fold.number)
-        fits += int(done.trials["fits"].sum()) + 1
         if look is not None:
             seen.append(as_returns(answer, where))
+    if not found:
+        raise ParameterError("nested_search.folds", "there are none", "give at least one: a splitter that has none for these rows says why")
     if look is not None:
-        look.show(joined(seen, "nested_search.look"), fits)
+        look.show(joined(seen, "nested_search.look"))
     return pd.concat(found, ignore_index=True)

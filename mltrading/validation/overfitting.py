@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from ..core.errors import ParameterError, unknown
 from ..core.jit import njit
+from ..core.params import whole
 from .many import checked_trials
-from .metrics import whole, year_of
+from .metrics import year_of
 
 # %% auto #0
 __all__ = ['Overfitting', 'backtest_overfitting']
@@ -85,7 +86,7 @@ def backtest_overfitting(
     x, names = checked_trials(returns)
     if metric not in ("sharpe", "mean"):
         raise unknown("metric", metric, ["mean", "sharpe"], "backtest_overfitting")
-    if whole("blocks", blocks) % 2 or not 2 <= blocks <= 20:
+    if whole(blocks, "blocks") % 2 or not 2 <= blocks <= 20:
         raise ParameterError("blocks", f"{blocks} cannot be halved in a number of ways that can be gone through", "use an even number from 2 to 20")
     if 2 * blocks > len(x):
         raise ParameterError("blocks", f"{blocks} blocks of at least two bars do not fit into {len(x)} bars", "use fewer blocks, or longer histories")

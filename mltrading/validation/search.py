@@ -19,8 +19,9 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..core.errors import DataError, ParameterError, unknown
-from ..core.params import block, merge
+from ..core.params import block, merge, whole
 from ..core.style import CYCLE, PALETTE, figure
+from ..models.composite import written_out
 from .nested import COLUMNS, FAILED, OK, PRUNED, Score, Searched, Tried, attempt, best_of
 from .splits import Fold
 
@@ -144,13 +145,13 @@ def value_at(
     where: str,        # for messages
 ) -> Any:
     """One parameter by its name. Raises `ParameterError` on a name that there is not."""
-    at: Any = params
+    at: Any = written_out(params)
     for step in name.split("."):
-        if not isinstance(at, BaseModel):
+        if not isinstance(at, dict):
             raise ParameterError(f"{where}.{name}", f"leads into {at!r}, which is no block of parameters", "search only for what the default has")
-        if step not in type(at).model_fields:
-            raise unknown("parameter", step, list(type(at).model_fields), where)
-        at = getattr(at, step)
+        if step not in at:
+            raise unknown("parameter", step, list(at), where)
+        at = at[step]
     return at
 
 def with_values(
@@ -159,7 +160,7 @@ def with_values(
     where: str = "parameters",   # for messages
 ) -> M:                          # validated as a whole
     """Parameters with some of their values replaced. Raises `ParameterError` on an unknown name, and on values that the parameters do not take."""
-    out = params.model_dump()
+    out = written_out(params)
     for name, value in values.items():
         change = value
         for step in reversed(name.split(".")):
@@ -184,7 +185,11 @@ def check_space(
         if not dimension.holds(default):
             raise ParameterError(f"{where}.{name}", f"the default, {default!r}, is not among the values to try", "widen the dimension: the default is the first trial")
 
-# %% ../../nbs/validation/08_search.ipynb #95a566e8
+# %% ../../nbs/validation/08_search.ipynb #76fda8f2
+def _digest(line: dict[str, Any]) -> str:
+    "What a line of a journal says, in 16 hex digits."
+    return hashlib.sha256(json.dumps(line).encode()).hexdigest()[:16]
+
 class Journal:
     """The finished trials of one study."""
 
@@ -198,30 +203,37 @@ class Journal:
 
     def _write(self, line: dict[str, Any]) -> Any:
         "Append a line; what will be read back."
-        text = json.dumps(line)
         if self._file is not None:
-            self._file.write(text.encode() + b"\n")
+            self._file.write(json.dumps({**line, "digest": _digest(line)}).encode() + b"\n")
             self._file.flush()
             os.fsync(self._file.fileno())
-        return json.loads(text)
+        return json.loads(json.dumps(line))
+
+    def _line(self, number: int, text: bytes) -> dict[str, Any]:
+        "A line as it was written; `number` is counted from 1."
+        where, fix = f"{self.path}, line {number}", "delete the file: the search begins anew"
+        try:
+            line = json.loads(text)
+        except ValueError as error:
+            raise DataError(where, f"is no trial: it is not JSON ({error})", fix) from error
+        if not isinstance(line, dict) or line.pop("digest", None) != _digest(line):
+            raise DataError(where, "is no trial, or was changed since it was written", fix)
+        return line
 
     def _read(self, about: dict[str, Any]) -> None:
         "What is there already; `about` says of what study."
         assert self._file is not None
         data = self._file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self._file.truncate(len(whole))  # the process ended while it wrote the rest
-        try:
-            lines = [json.loads(line) for line in whole.splitlines()] or [self._write(about)]
-        except ValueError as error:
-            raise DataError(str(self.path), f"holds a line that is no trial ({error})", "delete the file: the search begins anew") from error
+        complete = data[: data.rfind(b"\n") + 1]
+        self._file.truncate(len(complete))  # the process ended while it wrote the rest
+        lines = [self._line(number, text) for number, text in enumerate(complete.split(b"\n")[:-1], 1)] or [self._write(about)]
         for key, value in json.loads(json.dumps(about)).items():
             if lines[0].get(key) != value:
                 raise DataError(str(self.path), f"is the journal of another search: its `{key}` was another", "name another folder, or delete this one")
         self.rows = lines[1:]
         for number, row in enumerate(self.rows):
             if row.get("number") != number:
-                raise DataError(str(self.path), f"trial {number} is missing", "delete the file: the search begins anew")
+                raise DataError(f"{self.path}, line {number + 2}", f"trial {number} is missing", "delete the file: the search begins anew")
 
 # %% ../../nbs/validation/08_search.ipynb #d41cda11
 @contextmanager
@@ -343,7 +355,7 @@ def _pruner(params: SearchParams) -> BasePruner:
 class ParameterSearch(Generic[M]):
     """A search over parameters of a model, as `nested_search` takes it.
 
-    Raises, when it is made, what `check_space` raises."""
+    Raises, when it is made, what `check_space` raises, and `ParameterError` on parameters that were changed into impossible ones, or a seed that is none."""
 
     def __init__(
         self,
@@ -353,8 +365,9 @@ class ParameterSearch(Generic[M]):
         folder: str | Path | None = None,     # of the journals; None: nothing is kept
         about: dict[str, Any] | None = None,  # what the scores depend on besides, as JSON
     ) -> None:
+        params = block(type(params), params.model_dump(), "search")  # a copy with changes has not been looked at
         check_space(params.space, base, "search.space")
-        self.params, self.base, self.seed, self.folder, self.about = params, base, int(seed), None if folder is None else Path(folder), about or {}
+        self.params, self.base, self.seed, self.folder, self.about = params, base, whole(seed, "search, seed"), None if folder is None else Path(folder), about or {}
 
     def __call__(self, number: int, folds: Sequence[Fold], score: Score[M]) -> Searched[M]:
         """Search on the inner folds of one outer fold. Raises `DataError` where no trial came through, and on a journal of another search."""

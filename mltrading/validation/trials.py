@@ -32,7 +32,7 @@ from .metrics import checked, kurtosis, skew
 from .overfitting import backtest_overfitting
 
 # %% auto #0
-__all__ = ['params_id', 'returns_id', 'trial', 'read_rows', 'record', 'failure_recorded', 'Look', 'looking', 'merge',
+__all__ = ['params_id', 'returns_id', 'trial', 'read_rows', 'record', 'Look', 'failure_recorded', 'looking', 'merge',
            'join_sides', 'check_history', 'read', 'unrecorded', 'trial_count', 'weekly_returns', 'effective_trials',
            'sharpe_variance', 'deflated', 'search_overfitting']
 
@@ -211,6 +211,24 @@ def _told(error: BaseException) -> str:
     "The kind of an exception and its first words, without what is secret and without what only this machine has."
     return f"{type(error).__name__}: " + re.sub(r"\b0x[0-9a-f]+", "0x…", re.sub(r"(?<![\w./:])(?:~|[A-Za-z]:)?[/\\](?:[^/\\\s'\":]+[/\\])+", "…/", first_words(error)))
 
+class Look:
+    """One look at a test window."""
+
+    def __init__(self, fits: int) -> None:
+        self.returns: pd.Series | None = None
+        self.fits = fits  # behind the result, as far as they are counted
+
+    def show(
+        self,
+        returns: pd.Series,       # (T,) out-of-sample returns per bar, net of costs, indexed by instant
+    ) -> pd.Series:               # the same
+        """Hand over what was seen. Raises `DataError` the second time: another result is another look."""
+        if self.returns is not None:
+            raise DataError("look", "has shown its returns already", "open another one with `looking` for another result")
+        self.returns = returns
+        return returns
+
+# %% ../../nbs/validation/30_trials.ipynb #d41cda11
 @contextmanager
 def failure_recorded(
     path: str | Path,            # the ledger; made where it does not exist
@@ -219,39 +237,21 @@ def failure_recorded(
     params: dict[str, Any],      # everything that a person may turn and that the result depends on
     data_id: str,                # hash of the data that it runs on
     bars_per_year: float = 252,
-    fits: int = 1,               # fits of the model behind it
-) -> Iterator[None]:
+    fits: int = 1,               # fits of the model behind it, before the look counts others
+) -> Iterator[Look]:
     """Record the exception that ends a block of code which opens a test window; it is raised again. What the block finds is for others to record.
 
     Raises, before the block begins, what `trial` and `read_rows` raise: nothing is opened that could not be recorded."""
-    failed = trial(system, model, params, data_id, None, bars_per_year, fits, "failed")
+    look, failed = Look(fits), trial(system, model, params, data_id, None, bars_per_year, fits, "failed")
     if Path(path).exists():
         read_rows(path)
     try:
-        yield
+        yield look
     except BaseException as error:  # an interrupted look was one, too
-        record(path, [failed | {"error": _told(error)}])
+        record(path, [failed | {"fits": look.fits, "error": _told(error)}])
         raise
 
-# %% ../../nbs/validation/30_trials.ipynb #214cd4a3
-class Look:
-    """One look at a test window."""
-
-    def __init__(self, fits: int = 1) -> None:
-        self.returns: pd.Series | None = None
-        self.fits = fits
-
-    def show(
-        self,
-        returns: pd.Series,       # (T,) out-of-sample returns per bar, net of costs, indexed by instant
-        fits: int | None = None,  # fits behind them, where they are counted only on the way; None: as `looking` was told
-    ) -> pd.Series:               # the same
-        """Hand over what was seen. Raises `DataError` the second time: another result is another look."""
-        if self.returns is not None:
-            raise DataError("look", "has shown its returns already", "open another one with `looking` for another result")
-        self.returns, self.fits = returns, self.fits if fits is None else fits
-        return returns
-
+# %% ../../nbs/validation/30_trials.ipynb #d76f120e
 @contextmanager
 def looking(
     path: str | Path,            # the ledger; made where it does not exist
@@ -260,13 +260,12 @@ def looking(
     params: dict[str, Any],      # everything that a person may turn and that the result depends on
     data_id: str,                # hash of the data that it runs on
     bars_per_year: float = 252,
-    fits: int = 1,               # fits of the model behind it
+    fits: int = 1,               # fits of the model behind it, before the look counts others
 ) -> Iterator[Look]:
     """Record what a block of code finds on a test window: its returns, or the exception that ended it, which is raised again. Warns where returns that were shown cannot be measured, and so count as a failure.
 
     Raises `DataError` where the block shows no returns, and on returns that `trial` refuses."""
-    look = Look(fits)
-    with failure_recorded(path, system, model, params, data_id, bars_per_year, fits):
+    with failure_recorded(path, system, model, params, data_id, bars_per_year, fits) as look:
         yield look
         if look.returns is None:
             raise DataError(f"look at {system}/{model}", "ended without returns", "hand them over with `show`")
