@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ..core.errors import DataError, ParameterError, unknown
 from .experts import UNAVAILABLE
-from .regimes import REGIMES
+from ..labels.regimes import REGIMES
 
 # %% auto #0
 __all__ = ['Probabilities', 'Reading', 'Readings', 'readings_at', 'FusionParams', 'Step', 'Fused', 'disagreement', 'fuse',
