@@ -32,20 +32,7 @@ from ..models.zoo import load_forecaster
 from . import assets, plots
 from .names import in_full
 from .tables import Signals, Table, signals_table
-from mltrading.reports.tearsheet import (
-    activity,
-    beats,
-    beside,
-    carried,
-    deflation,
-    forecast_table,
-    judged,
-    metric_table,
-    metrics_dict,
-    shown_to,
-    signals,
-    verdict,
-)
+from .tearsheet import activity, beats, beside, carried, deflation, forecast_table, judged, metric_table, metrics_dict, shown_to, signals, verdict
 from ..systems.assets import from_rows, reasons, shares_by_chance
 from ..systems.base import System
 from ..systems.choice import Alone, AloneParams
