@@ -13,23 +13,7 @@ from numpy.typing import NDArray
 
 from ..core.errors import DataError
 from .across import demean_across, mean_across, rank_across, std_across
-from mltrading.features.expressions import (
-    CLOSE,
-    Expr,
-    composed,
-    delta,
-    ewm,
-    field,
-    fill,
-    given,
-    lag,
-    log,
-    maximum,
-    since,
-    sqrt,
-    square,
-    where,
-)
+from .expressions import CLOSE, Expr, composed, delta, ewm, field, fill, given, lag, log, maximum, since, sqrt, square, where
 from .registry import feature
 from .sentiment import Scorer, scorer
 from .windows import roll_corr, roll_max, roll_mean, roll_min, roll_std, roll_sum

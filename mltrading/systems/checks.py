@@ -66,12 +66,12 @@ class Check(NamedTuple):
 
 def _against(intent: Any, newest: pd.Timestamp, held: bool, missing: str, now: pd.Timestamp, params: DecisionParams) -> str:
     "Why an intent is not looked at any further; empty where it is."
-    days = (now - intent.created) / pd.Timedelta(days=1)
-    if days < 0:
+    days = (now.tz_convert("UTC").normalize() - intent.created.tz_convert("UTC").normalize()).days
+    if intent.created > now:
         raise DataError(f"intent for {intent.symbol}", f"is of {intent.created}, and it is {now}", "a check sees what was decided up to now")
     tests = (
         (intent.created < newest, f"replaced by an intent of {newest:%Y-%m-%d %H:%M}"),
-        (days > params.morning.max_age_days, f"{days:.1f} days old; at most {params.morning.max_age_days:g}"),
+        (days > params.morning.max_age_days, f"{days} days old; at most {params.morning.max_age_days}"),
         (intent.side == "sell" and not held, "not held any more"),
         (intent.side == "buy" and held, "held already"),
         (bool(missing), missing),

@@ -15,16 +15,7 @@ import pandas as pd
 from scipy.stats import rankdata
 
 from ..core.errors import DataError, unknown
-from mltrading.systems.facts import (
-    NAN,
-    Asset,
-    DecisionParams,
-    Holding,
-    Night,
-    Review,
-    by_symbol,
-    table_of,
-)
+from .facts import NAN, Asset, DecisionParams, Holding, Night, Review, by_symbol, table_of
 
 # %% auto #0
 __all__ = ['LAYERS', 'TRIGGERS', 'PANIC', 'Scored', 'score_candidates', 'Layer', 'size', 'Trigger', 'is_fresh', 'sells', 'Wish',

@@ -76,7 +76,7 @@ def _words(n: int, cases: Sequence[tuple[NDArray[np.bool_] | bool, str]]) -> NDA
 class MacroCreditParams(BaseModel):
     """Roles, windows and thresholds of `macro_credit`.
 
-    Proposals, none of them fitted to returns: `slope_full_pp` 1.2, the slope at which the probit of Estrella and Mishkin sees one recession in twenty; `change_bars` 20, a month (60 for monthly yields, a quarter), against `norm_bars` 504, two years, at least `least_bars` 252; `widening_full_sd` 2 and `warning_sd` 1, what one change in forty and one in six exceed under a normal law; equal weights, since nothing says otherwise; `downgrade_at` -0.4, which credit alone can reach, and `upgrade_at` 0.75, a steep curve with spreads that narrow by as much as the warning asks for on the other side, so that being warned takes less than being encouraged; `max_age_days` 10 covers a release that is late over holidays, and 60 a monthly one."""
+    Proposals, none of them fitted to returns: `slope_full_pp` 1.2, the slope at which the probit of Estrella and Mishkin sees one recession in twenty; `change_bars` 20, a month (60 for monthly yields on a panel of market days, a quarter), against `norm_bars` 504, two years, at least `least_bars` 252; `widening_full_sd` 2 and `warning_sd` 1, what one change in forty and one in six exceed under a normal law; equal weights, since nothing says otherwise; `downgrade_at` -0.4, which credit alone can reach, and `upgrade_at` 0.75, a steep curve with spreads that narrow by as much as the warning asks for on the other side, so that being warned takes less than being encouraged; `max_age_days` 10 covers a release that is late over holidays, and 60 a monthly one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -86,8 +86,8 @@ class MacroCreditParams(BaseModel):
     risky: str | None = Field(description="symbol of a fund of risky bonds of like duration, as HYG")
     yield_strong: str | None = Field(description="macro series of the yield of strong debtors, % per year, as Aaa; null: no pair of yields")
     yield_weak: str | None = Field(description="macro series of the yield of weak debtors, % per year, as Baa")
-    change_bars: int = Field(ge=1, description="market days over which a widening is measured")
-    norm_bars: int = Field(ge=2, description="changes in the trailing history that a widening is compared with")
+    change_bars: int = Field(ge=1, description="bars over which a widening is measured: of funds market days, of yields instants of the panel")
+    norm_bars: int = Field(ge=2, description="changes in the trailing history that a widening is compared with, one for each such bar")
     least_bars: int = Field(ge=2, description="changes that this history needs at least")
     slope_full_pp: float = Field(gt=0, description="slope that counts as 1, percentage points")
     widening_full_sd: float = Field(gt=0, description="widening that counts as -1, standard deviations")
@@ -220,7 +220,7 @@ class FragilityParams(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    symbols: list[str] = Field(min_length=2, description="of different asset classes; the seed of this system names eight")
+    symbols: list[str] = Field(min_length=2, description="of different asset classes, one of each")
     window_bars: int = Field(ge=3, description="market days in a correlation matrix")
     least_bars: int = Field(ge=3, description="days among them that need a return of every symbol")
     normal: float = Field(ge=0, lt=1, description="score up to which sizes are not capped")

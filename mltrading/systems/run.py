@@ -149,7 +149,7 @@ def _by_asset(prices: _Prices, found: _Chosen, params: Mapping[str, Any]) -> pd.
     stale, bars_per_year, how = params["backtest"]["delist_after_bars"], params["policy"]["bars_per_year"], params["report"]
     count = found.forecasts.groupby("symbol").size()
     status = {s: "refused" if s not in count.index else "ended" if ended(prices.panel, s, stale) else "traded" for s in prices.symbols} | dict.fromkeys(prices.refused, "refused")
-    why = reasons(prices.symbols, prices.panel, found.earned[CHOICE], found.refused, found.folds, stale, bars_per_year)
+    why = reasons(prices.symbols, prices.panel, found.earned[CHOICE], found.forecasts, found.refused, found.folds, stale, bars_per_year)
     table = pd.DataFrame({"status": status, "reason": why.to_dict() | prices.refused, "class": {s: prices.classes.get(s, "") for s in status}, "forecasts": count}, index=sorted(status))
     measured = account_table(found.earned, found.choices, found.rated, seed=params["compute"]["seed"], n_boot=how["n_boot"], level=how["level"], bars_per_year=bars_per_year)
     return table.join(measured[MEASURED]).rename_axis("symbol").astype({"forecasts": "Int64"})

@@ -13,18 +13,7 @@ import pandas as pd
 
 from ..labels.weights import uniqueness
 from ..market.panel import Panel
-from mltrading.validation.leaks_pairs import (
-    HORIZON,
-    WALK,
-    Tables,
-    feature_rows,
-    numbers,
-    past_return,
-    planted,
-    ridge,
-    walked,
-    with_feature,
-)
+from .leaks_pairs import HORIZON, WALK, Tables, feature_rows, numbers, past_return, planted, ridge, walked, with_feature
 
 # %% auto #0
 __all__ = ['label_window_as_a_feature', 'label_joined_by_position', 'label_lagged_by_one_bar', 'labels_overlap_the_test_window',
