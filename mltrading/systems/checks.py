@@ -6,18 +6,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 
 from ..core.errors import DataError
+from .decisions import Intent
 from .facts import NAN, DecisionParams, Holding, by_symbol, table_of
 
 # %% auto #0
-__all__ = ['Quote', 'after_split', 'Check', 'morning_checks']
+__all__ = ['Quote', 'after_split', 'Check', 'check_intents', 'morning_checks']
 
 # %% ../../nbs/systems/39_checks.ipynb #f2267b21
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Check(NamedTuple):
     created: pd.Timestamp  # when the intent was made; of a stop at the morning's price: now
     reason: str            # of the intent where it is carried out, else what speaks against it
 
-def _against(intent: Any, newest: pd.Timestamp, held: bool, missing: str, now: pd.Timestamp, params: DecisionParams) -> str:
+def _against(intent: Intent, newest: pd.Timestamp, held: bool, missing: str, now: pd.Timestamp, params: DecisionParams) -> str:
     "Why an intent is not looked at any further; empty where it is."
     days = (now.tz_convert("UTC").normalize() - intent.created.tz_convert("UTC").normalize()).days
     if intent.created > now:
@@ -78,7 +79,7 @@ def _against(intent: Any, newest: pd.Timestamp, held: bool, missing: str, now: p
     )
     return next((words for fails, words in tests if fails), "")
 
-def _skip(intent: Any, price: float, reason: str) -> Check:
+def _skip(intent: Intent, price: float, reason: str) -> Check:
     "An intent that is not carried out."
     return Check(intent.symbol, intent.side, "skip", NAN, NAN, price, intent.created, reason)
 
@@ -94,7 +95,7 @@ def _stop(holding: Holding, price: float, now: pd.Timestamp, params: DecisionPar
     return [_sale(holding, price, now, f"trailing stop: {price:.2f} this morning is {1 - price / holding.highest:.1%} below the highest close, {holding.highest:.2f}; the stop is at {stop:.1%}")]
 
 # %% ../../nbs/systems/39_checks.ipynb #a99a1cb6
-def _buy(intent: Any, price: float, moved: float, places: int, cash: float, params: DecisionParams) -> Check:
+def _buy(intent: Intent, price: float, moved: float, places: int, cash: float, params: DecisionParams) -> Check:
     "A purchase of a fund that is quoted and not held, if it still fits."
     p, gap = params.limits, price * moved - intent.price
     left = max(cash - intent.reserve, 0.0)
@@ -108,20 +109,20 @@ def _buy(intent: Any, price: float, moved: float, places: int, cash: float, para
         return _skip(intent, price, against[0])
     return Check(intent.symbol, "buy", "execute", dollars, dollars / price, price, intent.created, intent.reason + cut)
 
-def morning_checks(
-    intents: pd.DataFrame,          # fields of `Intent`; those of several nights may stand together
+def check_intents(
+    intents: Iterable[Intent],      # those of several nights may stand together
     quotes: Mapping[str, Quote],    # symbol -> its price
     holdings: Sequence[Holding],    # as of this morning
     cash: float,                    # as of this morning, dollars
     now: pd.Timestamp,              # UTC
     params: DecisionParams,
-) -> pd.DataFrame:                  # fields of `Check`: sales by symbol, stops of the morning, purchases, the best first
+) -> list[Check]:                   # sales by symbol, stops of the morning, purchases, the best first
     """What is carried out this morning, and what is not.
 
     Raises `DataError` on an intent or a quote from the future, and on two intents of one night for one fund.
 
     Known at: now."""
-    rows: list[Any] = sorted(intents.itertuples(), key=lambda i: (i.created, i.symbol))
+    rows = sorted(intents, key=lambda i: (i.created, i.symbol))
     if twice := [a.symbol for a, b in pairwise(rows) if (a.created, a.symbol) == (b.created, b.symbol)]:
         raise DataError(f"intents, symbol {twice[0]}", "comes twice in one night", "give each intent once")
     held, newest = by_symbol(holdings, "holdings"), {i.symbol: i.created for i in rows}
@@ -140,4 +141,15 @@ def morning_checks(
         if row.action == "execute":
             places, left = places - 1, left - row.dollars
         out.append(row)
-    return table_of(Check, out)
+    return out
+
+def morning_checks(
+    intents: pd.DataFrame,          # fields of `Intent`
+    quotes: Mapping[str, Quote],    # symbol -> its price
+    holdings: Sequence[Holding],    # as of this morning
+    cash: float,                    # as of this morning, dollars
+    now: pd.Timestamp,              # UTC
+    params: DecisionParams,
+) -> pd.DataFrame:                  # fields of `Check`
+    """`check_intents`, from a table and as a table. Known at: now."""
+    return table_of(Check, check_intents([Intent(*row) for row in intents[list(Intent._fields)].itertuples(index=False)], quotes, holdings, cash, now, params))

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.stats import rankdata
 
 from ..core.errors import DataError, unknown
 from .facts import NAN, Asset, DecisionParams, Holding, Night, Review, by_symbol, table_of
@@ -25,7 +26,8 @@ __all__ = ['LAYERS', 'TRIGGERS', 'PANIC', 'Scored', 'score_candidates', 'Layer',
 def _ranks(values: Mapping[str, float]) -> dict[str, float]:
     "The share of known values below each, ties counting half."
     known = {symbol: value for symbol, value in values.items() if math.isfinite(value)}
-    return dict(zip(known, ((rankdata([*known.values()]) - 0.5) / len(known)).tolist(), strict=True)) if known else {}
+    order = sorted(known.values())
+    return {symbol: (bisect_left(order, value) + bisect_right(order, value)) / (2 * len(order)) for symbol, value in known.items()}
 
 def _read(rank: float, behaviour: str) -> float:
     "What a rank is worth to a fund that behaves so; NaN where there is none."
@@ -255,10 +257,30 @@ class Entry(NamedTuple):
 class Decision:
     """A night's work."""
 
-    intents: pd.DataFrame     # fields of `Intent`: sales by symbol, then purchases, the best first
-    candidates: pd.DataFrame  # from `score_candidates`
-    sizes: pd.DataFrame       # fields of `Layer`, of all that was sized
-    log: pd.DataFrame         # fields of `Entry`
+    made: tuple[Intent, ...]     # sales by symbol, then purchases, the best first
+    scored: tuple[Scored, ...]   # the best first, those without a score last
+    layers: tuple[Layer, ...]    # of all that was sized
+    lines: tuple[Entry, ...]
+
+    @cached_property
+    def intents(self) -> pd.DataFrame:
+        "What was made, as a table."
+        return table_of(Intent, self.made)
+
+    @cached_property
+    def candidates(self) -> pd.DataFrame:
+        "What was scored, as `score_candidates` gives it."
+        return table_of(Scored, self.scored)
+
+    @cached_property
+    def sizes(self) -> pd.DataFrame:
+        "The layers, as a table."
+        return table_of(Layer, self.layers)
+
+    @cached_property
+    def log(self) -> pd.DataFrame:
+        "The lines, as a table."
+        return table_of(Entry, self.lines)
 
 # %% ../../nbs/systems/38_decisions.ipynb #56303ab6
 def _sale(holding: Holding, asset: Asset | None, fired: Sequence[Trigger], night: Night) -> Intent:
@@ -331,4 +353,4 @@ def decide(
         intent = _purchase(wish, night, reserve)
         log += _outcome(wish, intent)
         intents += [intent] if wish.weight else []
-    return Decision(table_of(Intent, intents), table_of(Scored, scored), table_of(Layer, [layer for wish in wishes for layer in wish.layers]), table_of(Entry, log))
+    return Decision(tuple(intents), tuple(scored), tuple(layer for wish in wishes for layer in wish.layers), tuple(log))

@@ -153,11 +153,9 @@ class Opinions:
 
     @property
     def begin(self) -> int:
-        "The first night with a regime. Raises `DataError` where there is none."
+        "The first night with a regime; T where there is none."
         known = self.market["regime"].notna().to_numpy()
-        if not known.any():
-            raise DataError("opinions", "no night has a regime", "give forecasts of regimes on the instants of the panel")
-        return int(known.argmax())
+        return int(known.argmax()) if known.any() else len(known)
 
 # %% ../../nbs/systems/40_nights.ipynb #d73c5ca6
 SIGNALS = ("macro_credit", "volatility_complexity", "fragility", "entropy_shift")
