@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ..core.errors import DataError, ParameterError, unknown
-from .experts import UNAVAILABLE
 from ..labels.regimes import REGIMES
+from .experts import UNAVAILABLE
 
 # %% auto #0
 __all__ = ['Probabilities', 'Reading', 'Readings', 'readings_at', 'FusionParams', 'Step', 'Fused', 'disagreement', 'fuse',

@@ -106,7 +106,11 @@ def market_rows(
     regimes: pd.DataFrame,     # (T,) timestamp, regime: its name, missing where it has none
     horizons: Sequence[int],   # bars from an instant to the one whose regime is asked for
 ) -> Rows:
-    """The market as a whole, at each instant at which it has a name. Raises `DataError` where it never has one, and where the two tables differ in their instants."""
+    """The market as a whole, at each instant at which it has a name.
+
+    Raises `DataError` where it never has one, and where the two tables differ in their instants.
+
+    Known at: the features of each row at its instant, its labels at their `end`."""
     if not context["timestamp"].equals(regimes["timestamp"]):
         raise DataError("regimes", "their instants are not those of the context", "make both from one panel")
     named = regimes.set_index("timestamp")["regime"].astype(NAMES).dropna()
@@ -231,6 +235,7 @@ def _fitted(data: Rows, own: Lesson, cutoff: np.datetime64, learner: Learner, fo
         shutil.rmtree(unfinished, ignore_errors=True)
     return model
 
+# %% ../../nbs/systems/08_lessons.ipynb #e2f7eb73
 LEAST_ROWS = 30  # of a symbol, for a model of its own
 
 def _said(predicted: pd.DataFrame, at: NDArray[np.int64], target: str) -> pd.DataFrame:

@@ -177,7 +177,8 @@ def _gathered(way: _Walk, folder: Path) -> Walked:
     forecasts, quality, chosen, refused, candidates = [], [], [], [], set[str]()
     regimes = [pd.DataFrame(columns=["timestamp", "model", "fold", *REGIMES])]
     for name, s, fold in way.each():
-        (said, silent), data, mark = _kept(way, fold, name, folder), way.courses[s.market].data, {"fold": fold.number, "model": name}
+        mark: dict[str, Any] = {"fold": fold.number, "model": name}
+        (said, silent), data = _kept(way, fold, name, folder), way.courses[s.market].data
         if s.market:
             regimes.append(_regimes(data, said).assign(**mark))
         else:
