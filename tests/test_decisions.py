@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from mltrading.core.errors import ParameterError
 from mltrading.core.params import block
-from mltrading.systems.checks import Quote, after_split, morning_checks
-from mltrading.systems.decisions import LAYERS, PANIC, TRIGGERS, Decision, decide, score_candidates, sells, size
-from mltrading.systems.facts import (
+from mltrading.systems.regime.checks import Quote, after_split, morning_checks
+from mltrading.systems.regime.decisions import LAYERS, PANIC, TRIGGERS, Decision, decide, score_candidates, sells, size
+from mltrading.systems.regime.facts import (
     BEHAVIOURS,
     BUCKETS,
     EXAMPLE,

@@ -29,7 +29,7 @@ from ..market.panel import Panel, between, from_frame, long_column, select
 from ..market.scope import PanelParams, scope
 from ..market.snapshot import Market, read_snapshot
 from ..models.zoo import ModelsParams
-from ..portfolio.block import PolicyParams
+from ..portfolio.block import PolicyParams, build_policy
 from .assets import account_table, ended, profitable, reasons
 from .base import load_system
 from .choice import ChoiceParams, with_choice
@@ -181,7 +181,7 @@ def run_multi_asset(
     found = _prices(root() / rebase("data", beside(profile, whole)) if prices is None else prices, list(dict.fromkeys(symbols)), scoped)
     done = _chosen(found, params, system, compute)
     costs, account, rules = block(CostParams, params["costs"], "costs"), block(BacktestParams, params["backtest"], "backtest"), block(PolicyParams, params["policy"], "policy")
-    ledgers = {name: kept for name, (kept, _) in trade(select(found.panel, found.symbols), done.forecasts, [CHOICE], load_system(system).policy(rules), costs, account).items()}
+    ledgers = {name: kept for name, (kept, _) in trade(select(found.panel, found.symbols), done.forecasts, [CHOICE], build_policy(rules), costs, account).items()}
     returns, rated, gained = returns_table(ledgers), done.rated, profitable(done.earned[CHOICE])
     metrics = {str(k): float(v) for k, v in outcome(returns, rules.bars_per_year).T.to_dict()[CHOICE].items()}
     metrics |= {"total_return": float(np.prod(1 + returns[CHOICE].to_numpy()) - 1), "accuracy": accuracy(rated["prob_up"], rated["up"]), "assets": float(len(gained)), "profitable": float(gained.mean())}

@@ -87,18 +87,11 @@ class StrategiesParams(Named[Strategy]):
         self,
         models: Mapping[str, Spec],  # of the block `models`, by name
         labels: LabelParams,
-        traded: Sequence[str],     # the system's models
+        traded: Sequence[str],     # strategies with an account of their own
         among: Sequence[str],      # `choice.among`; none where nothing is chosen
     ) -> None:
-        """Raises `ParameterError` on a model, a horizon or a strategy that does not exist, where a choice is traded and nothing is chosen, and where regimes are to be traded, have no labels or meet a model that does not learn them."""
-        if CHOICE in traded and not among:
-            raise ParameterError("params.yaml: choice", "is empty, and the system trades what is chosen", "name the strategies to choose from in choice.among; one is enough")
-        for name in among:
-            if name not in self.root:
-                raise unknown(self.entry, name, list(self.root), "params.yaml: choice.among")
-        for name in (*(n for n in traded if n != CHOICE), *among):
-            if self[name].market:
-                raise ParameterError(f"params.yaml: strategies.{name}", "forecasts the regime of the market, and is to be traded: it says nothing of an asset", "trade a strategy of another scope")
+        """Raises `ParameterError` on a model or a horizon that does not exist, where regimes have no labels or meet a model that does not learn them, and as `check_traded` does."""
+        self.check_traded(traded, among)
         for name, s in self.root.items():
             at = f"params.yaml: strategies.{name}"
             if s.model not in models:
@@ -110,6 +103,21 @@ class StrategiesParams(Named[Strategy]):
             task = getattr(models[s.model].params, "task", None)
             if (task.names if isinstance(task, Classes) else ()) != (REGIMES if s.target == "regime" else ()):
                 raise ParameterError(f"{at}.model", f"`{s.model}` does not learn what is asked, the target `{s.target}`", f"regimes need a network of task: {{kind: classes, names: [{', '.join(REGIMES)}]}}, and other targets another task")
+
+    def check_traded(
+        self,
+        traded: Sequence[str],     # strategies with an account of their own
+        among: Sequence[str],      # `choice.among`; none where nothing is chosen
+    ) -> None:
+        """Raises `ParameterError` on a strategy that does not exist, where a choice is traded and nothing is chosen, and where regimes are to be traded."""
+        if CHOICE in traded and not among:
+            raise ParameterError("params.yaml: choice", "is empty, and the system trades what is chosen", "name the strategies to choose from in choice.among; one is enough")
+        for name in among:
+            if name not in self.root:
+                raise unknown(self.entry, name, list(self.root), "params.yaml: choice.among")
+        for name in (*(n for n in traded if n != CHOICE), *among):
+            if self[name].market:
+                raise ParameterError(f"params.yaml: strategies.{name}", "forecasts the regime of the market, and is to be traded: it says nothing of an asset", "trade a strategy of another scope")
 
 # %% ../../nbs/systems/05_strategies.ipynb #201092bb
 def thinned(
