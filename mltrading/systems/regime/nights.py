@@ -20,12 +20,12 @@ from ...features.machine import evaluate
 from ...features.market import rel_strength
 from ...features.windows import roll_mean, roll_std
 from ...labels.regimes import REGIMES
-from ...validation.evolution import Objective, Weight
 from ...market.panel import Panel
 from .decisions import Decision, decide
 from .experts import EntropyShiftParams, FragilityParams, MacroCreditParams, VolatilityComplexityParams, entropy_shift, fragility, macro_credit, volatility_complexity
 from .facts import BEHAVIOURS, BUCKETS, Asset, DecisionParams, Holding, Night, Review
 from .fusion import FusionParams, fuse_history
+from ...validation.evolution import Objective, Weight
 
 # %% auto #0
 __all__ = ['Grid', 'HEALTH', 'SIGNALS', 'PARTS', 'UniverseParams', 'FactParams', 'ExpertParams', 'SearchParams', 'TwoPhaseParams',

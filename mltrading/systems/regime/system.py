@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import pandas as pd
 from pydantic import BaseModel
 
 from ...backtest.costs import CostParams
