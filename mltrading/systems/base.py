@@ -57,7 +57,7 @@ class Accounts(NamedTuple):
     ledgers: dict[str, Ledger]          # by account, the system's own first
     begin: np.datetime64                # instant from which on the accounts could trade
     tables: dict[str, pd.DataFrame]     # what was decided and why: name -> table
-    setting: dict[str, Any] = {}        # what a report has to know besides, as JSON
+    setting: dict[str, Any]             # what a report has to know besides, as JSON
 
 # %% ../../nbs/systems/00_base.ipynb #3a2ddd23
 def open_bench(

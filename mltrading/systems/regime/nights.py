@@ -122,8 +122,8 @@ def _said(panel: Panel, forecasts: pd.DataFrame) -> dict[str, Grid]:
         raise DataError("forecasts of health", "two rows of one symbol at one instant", "give the forecasts of one strategy")
     known = (row >= 0) & (column >= 0)
     out = {c: np.full((len(panel), len(panel.symbols)), np.nan) for c in HEALTH}
-    for c, block in out.items():
-        block[row[known], column[known]] = forecasts[c].to_numpy(np.float64)[known]
+    for c, laid in out.items():
+        laid[row[known], column[known]] = forecasts[c].to_numpy(np.float64)[known]
     return out
 
 def _ranked(health: Grid, bars: int) -> Grid:
@@ -169,7 +169,7 @@ class Opinions:
     ) -> Night:
         """The market and the account at a night."""
         m = self.market
-        regime, (size, throttle, apart) = m["regime"].iat[t], (float(m[c].to_numpy(np.float64)[t]) for c in ("size_modifier", "throttle", "disagreement"))
+        regime, (size, throttle, apart) = m["regime"].iloc[t], (float(m[c].to_numpy(np.float64)[t]) for c in ("size_modifier", "throttle", "disagreement"))
         return Night(self.times[t], regime if isinstance(regime, str) else "", size, throttle, apart, equity, cash)
 
     def between(
