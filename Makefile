@@ -9,6 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export MLTRADING_ROOT := $(CURDIR)
+unexport PYTHONDONTWRITEBYTECODE # a hundred processes import the package; it is made into bytecode once
 
 .PHONY: help
 help: ## list the targets

@@ -21,6 +21,19 @@ os.environ["OMP_WAIT_POLICY"] = "passive"  # as in stages: two test processes sh
 # temporary projects hold the package by link; kernels import it from where it is, or they would compile it anew for each path
 os.environ |= {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
+from mltrading.core.runner import fixed_environment
+
+# kernels are compiled as for stages, so that what is tested is what runs there, and each is compiled once for both
+os.environ |= {name: value for name, value in fixed_environment(1, 0).items() if name.startswith("NUMBA_CPU_")}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests stay in one process: they share its fixtures and what it compiled. Notebooks share neither and fill both processes to the end."""
+    for item in items:
+        if item.path.name != "test_notebooks.py" and item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
 
 @pytest.fixture(scope="session")
 def root() -> Path:
@@ -66,8 +79,6 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     import dask
     from distributed import LocalCluster
     from tasks_work import SEED, THREADS
-
-    from mltrading.core.runner import fixed_environment
 
     for name, value in fixed_environment(THREADS, SEED).items():
         monkeypatch.setenv(name, value)

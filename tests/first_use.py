@@ -1,0 +1,12 @@
+"""What libraries do once, when they are first used: done before processes fork, so that each need not do it again. It starts no thread."""
+
+import numba
+from pydantic import BaseModel
+
+
+class Block(BaseModel):
+    x: int = 0
+
+
+Block.model_json_schema()
+numba.njit("f8(f8)")(lambda x: x + 1.0)  # numba reads its tables of types and functions
