@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LIBRARY = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if not {"pipeline", ".ipynb_checkpoints"} & set(p.parts)]
 
-IMPORTED = ["pytest", "nbdev.test", "fastcore.test", "pandas", "numba", "matplotlib.pyplot", "pyarrow.parquet", "scipy.stats", "sklearn.linear_model", "torch", "xgboost", "exchange_calendars", "first_use"]
+IMPORTED = ["pytest", "nbdev.test", "fastcore.test", "pandas", "numba", "matplotlib.pyplot", "pyarrow.parquet", "scipy.stats", "sklearn.linear_model", "torch", "torch._dynamo", "xgboost", "exchange_calendars", "papermill", "nbconvert", "first_use"]
 
 
 @pytest.fixture(scope="module")
