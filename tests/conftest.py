@@ -7,9 +7,11 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadScopeScheduling
 
 # the same examples every time, so that a red run is a red commit; HYPOTHESIS_PROFILE=search looks for new ones
 settings.register_profile("same", derandomize=True, database=None, deadline=None)
@@ -28,12 +30,16 @@ from mltrading.core.runner import fixed_environment
 os.environ |= {name: value for name, value in fixed_environment(1, 0).items() if name.startswith("NUMBA_CPU_")}
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests stay in one process: they share its fixtures and what it compiled. Notebooks share neither and fill both processes to the end."""
-    for item in items:
-        if item.path.name != "test_notebooks.py" and item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+class ByFile(LoadScopeScheduling):
+    """A file's tests stay in one process: they share its fixtures and what it compiled. Notebooks share neither and fill all processes to the end."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return nodeid if "test_notebooks.py::" in nodeid else nodeid.split("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    return ByFile(config, log)
 
 
 def pytest_collection_finish() -> None:

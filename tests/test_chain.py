@@ -79,7 +79,7 @@ def chain(folder: Path, snapshot: Snapshot) -> Path:
     return folder / "build" / "smoke" / SYSTEM
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("chain")]  # the whole pipeline runs twice, once for all of these tests
+pytestmark = pytest.mark.slow  # the whole pipeline runs twice, once for all of these tests
 
 
 @pytest.fixture(scope="module")
