@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .core.errors import MLTradingError, ParameterError
-from .core.params import beside, read_params, root
+from .core.params import root
 from .core.stage import rebase
 
 if TYPE_CHECKING:
@@ -59,8 +59,7 @@ def _universe(given: argparse.Namespace) -> None:
 def _run_symbols(given: argparse.Namespace) -> None:
     from mltrading.systems.run import run_multi_asset
 
-    profile = given.profile or "default"
-    found = run_multi_asset([s.strip() for s in given.symbols.split(",") if s.strip()], root() / rebase("data", beside(profile, read_params())), given.start or None, system=given.system or "multiasset", profile=profile, workers=given.workers or 1)
+    found = run_multi_asset([s.strip() for s in given.symbols.split(",") if s.strip()], None, given.start or None, system=given.system or "multiasset", profile=given.profile or "default", workers=given.workers or 1)
     print(found.table.round(3).to_string(na_rep="–"))
     print("all of them: " + ", ".join(f"{name} {value:.3f}" for name, value in found.metrics.items()))
 
@@ -230,7 +229,7 @@ def _data_options(data: argparse.ArgumentParser) -> None:
 
 # %% ../nbs/90_cli.ipynb #7af8e036
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; return the exit code, 141 where nobody reads on."""
+    """Run a command; return the exit code, 130 where somebody interrupts it, 141 where nobody reads on."""
     given = parser().parse_args(argv)
     try:
         given.run(given)
@@ -238,6 +237,9 @@ def main(argv: list[str] | None = None) -> int:
     except MLTradingError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130                                                      # what a shell says of a program that ended so
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more when it flushes at its end
         return 141                                                      # what a shell says of a program that ended so

@@ -8,6 +8,7 @@ import pytest
 
 from mltrading.backtest.costs import CostParams
 from mltrading.backtest.engine import BacktestParams
+from mltrading.core.errors import DataError
 from mltrading.market.panel import Panel
 from mltrading.market.simulate import random_walk
 from mltrading.systems.assets import (
@@ -120,10 +121,34 @@ def test_each_reason_is_told() -> None:
     said = said[(said["timestamp"] >= market.index[100]) & (said["symbol"] != "S000")]
     returns = Alone(sick, RULE, COSTS, MONEY, 60).earned(said)
     refused = pd.DataFrame({"fold": [4], "model": "own", "symbol": "S003", "reason": "training rows: there are none"})
-    why = reasons([*market.symbols, "NONE"], sick, returns, refused, folds, 20, 60)
+    why = reasons([*market.symbols, "NONE"], sick, returns, said, refused, folds, 20, 60)
     assert why["S000"] == "its price is 7 on all 300 bars; no forecast: 300 bars, none in a test window with a volatility"
     assert why["S001"] == f"ends on {market.index[129]:%Y-%m-%d}, inside fold 4; 29 bars of record, less than a year"
     assert why["S002"] == "9 bars of record, less than a year"
     assert why["S003"] == "never held: no probability was far enough from one half; own: no model of its own in 1 of 2 folds (training rows: there are none)"
     assert why["S004"] == "never held: no probability was far enough from one half"
     assert why["NONE"] == "no data"
+
+
+def test_one_forecast_is_not_none() -> None:
+    """An account lasts from the first forecast to the last: with a single one there is no return, and it is said why."""
+    market = random_walk(3, 300, seed=9, ragged=False)
+    folds = pd.DataFrame({"fold": [0], "test_start": market.index[[100]], "test_end": market.index[[299]]})
+    said = forecasts(market, np.full((300, 3), 0.6))
+    said = said[(said["symbol"] == "S002") | ((said["symbol"] == "S001") & (said["timestamp"] == market.index[150]))]
+    returns = Alone(market, RULE, COSTS, MONEY, 60).earned(said)
+    for shown in (returns, returns.dropna(axis=1, how="all")):  # as it is at once, and as it comes back from the disk
+        why = reasons(market.symbols, market, shown, said, pd.DataFrame(columns=["fold", "model", "symbol", "reason"]), folds, 20, 60)
+        assert why.to_dict() == {"S000": "no forecast: 300 bars, none in a test window with a volatility", "S001": "a single forecast: an account lasts from the first to the last", "S002": ""}
+
+
+def test_two_forecasts_of_one_instant_are_refused() -> None:
+    """None of them may win by standing last."""
+    market = random_walk(3, 300, seed=9, ragged=False)
+    said, alone = forecasts(market, np.full((300, 3), 0.6)), Alone(market, RULE, COSTS, MONEY, 60)
+    other = said[(said["symbol"] == "S001") & (said["timestamp"] == market.index[150])].assign(prob_up=0.4)
+    for table in (pd.concat([said, other]), pd.concat([other, said])):
+        with pytest.raises(DataError, match=rf"forecasts: S001 has two at {market.index[150]:%Y-%m-%d}"):
+            alone.targets(table)
+    elsewhere = said.iloc[[0, 0]].assign(symbol="XXX")  # of assets that have no account here: not looked at
+    np.testing.assert_array_equal(alone.targets(pd.concat([said, elsewhere])), alone.targets(said))

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from mltrading.core.errors import ParameterError
 from mltrading.core.params import block
-from mltrading.systems.checks import Quote, after_split, morning_checks
-from mltrading.systems.decisions import LAYERS, PANIC, TRIGGERS, Decision, decide, score_candidates, sells, size
-from mltrading.systems.facts import (
+from mltrading.systems.regime.checks import Quote, after_split, morning_checks
+from mltrading.systems.regime.decisions import LAYERS, PANIC, TRIGGERS, Decision, decide, score_candidates, sells, size
+from mltrading.systems.regime.facts import (
     BEHAVIOURS,
     BUCKETS,
     EXAMPLE,
@@ -70,7 +71,7 @@ def some_facts(rng: np.random.Generator) -> tuple[list[Asset], list[Holding], Ni
 def some_morning(rng: np.random.Generator) -> tuple[Any, ...]:
     """What a random night has decided, and quotes that jump, stand still, are missing or old."""
     funds, held, night, review, params = some_facts(rng)
-    intents, now = decide(funds, held, night, review, params).intents, TIME + pd.Timedelta(hours=int(rng.choice([12, 12, 12, 12, 60, 90])))
+    intents, now = decide(funds, held, night, review, params).intents, TIME + pd.Timedelta(hours=int(rng.choice([12, 12, 12, 12, 60, 110])))
     last, quotes = {h.symbol: h.highest for h in held} | {a.symbol: a.price for a in funds}, {}
     for symbol in sorted({*intents["symbol"], *(h.symbol for h in held)}):
         if rng.random() > 0.1:
@@ -195,6 +196,10 @@ def test_more_caution_never_makes_a_size_larger(given_: Any) -> None:
             for less in ({"throttle": night.throttle / 2}, {"size_modifier": night.size_modifier / 2}, {"disagreement": (1 + night.disagreement) / 2}):
                 assert size(asset, replace(night, **less), review, params)[-1].weight <= now
             assert size(replace(asset, volatility=2 * asset.volatility), night, review, params)[-1].weight <= now
+            for bucket in BUCKETS:
+                assert size(replace(asset, bucket=bucket), night, review, params)[-1].weight <= size(replace(asset, bucket=""), night, review, params)[-1].weight
+            by_regime = [size(asset, replace(night, regime=regime), review, params)[-1].weight for regime in ByRegime.model_fields]
+            assert by_regime == sorted(by_regime, reverse=True)  # from the calmest to the most defensive
 
 
 @MANY
@@ -290,6 +295,32 @@ def test_tables_survive_the_disk(tmp_path: Any) -> None:
         pd.testing.assert_frame_equal(back, intents, check_exact=True)
         quotes = {"SPY": Quote(188.0, TIME), "TLT": Quote(104.0, TIME)}
         pd.testing.assert_frame_equal(morning_checks(back, quotes, [], 100_000, TIME, PARAMS), morning_checks(intents, quotes, [], 100_000, TIME, PARAMS), check_exact=True)
+
+
+@pytest.mark.parametrize(("zone", "friday", "clocks"), [("America/New_York", "2014-03-07", "forward"), ("America/New_York", "2014-10-31", "back"), ("America/New_York", "2014-06-06", "as they were"), ("Asia/Tokyo", "2014-06-06", "as they were")])
+def test_an_intent_of_friday_is_good_on_monday_and_stale_after_a_holiday(zone: str, friday: str, clocks: str) -> None:
+    """Whatever the hour of the morning, and whatever the clocks did in between."""
+    close = pd.Timestamp(f"{friday} 16:00" if zone.startswith("America") else f"{friday} 15:00", tz=zone).tz_convert("UTC")
+    intents = decide([Asset("SPY", "equity", False, 187.0, 0.12, 0.9, 0.5, 0.0)], [], Night(close, "calm_uptrend", 1.0, 1.0, 0.0, 100_000, 100_000), Review(), PARAMS).intents
+    done = {}
+    for days in range(6):
+        for time in ("00:00", "09:30", "13:30", "14:30", "20:00", "21:30", "23:59"):
+            now = close.normalize() + pd.Timedelta(days=days) + pd.Timedelta(time + ":00")
+            if now >= close:
+                row = morning_checks(intents, {"SPY": Quote(187.0, now)}, [], 100_000, now, PARAMS).iloc[0]
+                done.setdefault(days, set()).add(row["action"])
+                assert row["action"] == "execute" or row["reason"] == f"{days} days old; at most 3", clocks
+    assert done == {0: {"execute"}, 1: {"execute"}, 2: {"execute"}, 3: {"execute"}, 4: {"skip"}, 5: {"skip"}}
+
+
+@pytest.mark.parametrize("worse", [1, 2, 3, 4])
+def test_a_warning_must_not_enlarge_positions(worse: int) -> None:
+    """Sizes that grow towards the more defensive regimes are refused, equal ones are not."""
+    names = list(ByRegime.model_fields)
+    rising = EXAMPLE | {"size": EXAMPLE["size"] | {"regime": {name: 0.6 if k == worse else 0.5 for k, name in enumerate(names)}}}
+    with pytest.raises(ParameterError, match=rf"decisions.size.regime.{names[worse]}: is 0.6, above the 0.5 of the calmer {names[worse - 1]}"):
+        block(DecisionParams, rising, "decisions")
+    block(DecisionParams, EXAMPLE | {"size": EXAMPLE["size"] | {"regime": dict.fromkeys(names, 0.5)}}, "decisions")
 
 
 @pytest.mark.parametrize("missing", ["price", "volatility", "health", "trend", "strength"])

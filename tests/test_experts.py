@@ -12,7 +12,7 @@ from mltrading.market.calendar import close_of
 from mltrading.market.macro import LAGS, empty_macro, lagged
 from mltrading.market.panel import Panel, from_frame, until
 from mltrading.market.simulate import random_walk
-from mltrading.systems.experts import (
+from mltrading.systems.regime.experts import (
     UNAVAILABLE,
     EntropyShiftParams,
     FragilityParams,

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,10 +24,11 @@ from matplotlib import rc_context
 from mltrading.cli import main
 from mltrading.core import runner
 from mltrading.core.errors import StageError
+from mltrading.core.params import read_yaml
 from mltrading.core.storage import write_parquet
 from mltrading.market.macro import empty_macro
 from mltrading.market.news import empty_news
-from mltrading.market.panel import to_frame
+from mltrading.market.panel import to_frame, write_panel
 from mltrading.market.simulate import random_walk
 
 Frame = pd.DataFrame
@@ -201,6 +207,67 @@ def test_input_that_moves_while_a_stage_runs(shop: Path, capsys: pytest.CaptureF
         {"cell_type": "code", "id": "b", "metadata": {}, "outputs": [], "execution_count": None, "source": f"open({str(shop / 'data' / 'manifest.json')!r}, 'a').write(' ')"}]}
     (shop / "nbs" / "pipeline" / "10_panel.ipynb").write_text(json.dumps(notebook))
     fails(shop, capsys, "data: changed while stage panel@multiasset was reading it")
+
+
+@pytest.mark.parametrize("command", [["stage", "panel", "multiasset", "--profile", "etf230"], ["run", "multiasset", "--profile", "etf230"], ["run", "--symbols", "SPY", "--profile", "etf230"]])
+def test_a_universe_without_its_snapshot(shop: Path, capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
+    """The prices of the project are there; those of the universe are not, and `make repro` would not bring them."""
+    assert main(command) == 1
+    message = capsys.readouterr().err
+    assert "build/etf230/data" in message, message
+    assert "→ run `MLTRADING_DATA=… make universe NAME=etf230`" in message, message
+    assert "make repro" not in message
+
+
+@pytest.mark.parametrize("command", [["stage", "features", "multiasset", "--profile", "etf230"], ["run", "--symbols", "SPY", "--profile", "etf230"]])
+def test_parameters_are_read_once(shop: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
+    """What a command is told at its beginning holds until its end."""
+    seen = []
+
+    def counted(path: str | Path) -> dict[str, Any]:
+        seen.append(Path(path).name)
+        return read_yaml(path)
+
+    for module in ("params", "stage"):
+        monkeypatch.setattr(f"mltrading.core.{module}.read_yaml", counted)
+    assert main(command) == 1
+    assert seen.count("params.yaml") == 1
+
+
+def test_an_interrupt_is_one_sentence(shop: Path) -> None:
+    """Control-C while a notebook computes."""
+    (shop / "nbs").unlink()
+    (shop / "nbs" / "pipeline").mkdir(parents=True)
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("system = 'x'\nprofile = 'smoke'", metadata={"tags": ["parameters"]}),
+                                               nbformat.v4.new_code_cell(f"import pathlib, time\npathlib.Path({str(shop / 'begun')!r}).touch()\ntime.sleep(60)")], metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
+    nbformat.write(notebook, shop / "nbs" / "pipeline" / "10_panel.ipynb")
+    ran = subprocess.Popen([sys.executable, "-c", "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from mltrading.cli import main; sys.exit(main(['stage', 'panel', 'multiasset', '--profile', 'smoke']))"],
+                           stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (shop / "begun").exists() and ran.poll() is None:
+        time.sleep(0.05)
+    assert ran.poll() is None, ran.communicate()
+    os.killpg(ran.pid, signal.SIGINT)  # as a terminal does, to all of its foreground processes
+    message = ran.communicate(timeout=30)[1]
+    assert (ran.returncode, message) == (1, "error: stage panel@multiasset: was interrupted\n  → its outputs are as they were; run it again\n")
+    assert (shop / "build" / "smoke" / "multiasset" / "panel" / "panel.parquet").read_text() == "an earlier output"
+
+
+def test_an_interrupt_between_stages_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mltrading.core.pipeline.repro", interrupted)
+    assert main(["repro"]) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_a_scorer_without_news(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change(shop, lambda p: p["systems"]["multiasset"]["features"].update(sentiment="vader"))
+    write_panel(random_walk(3, 400, seed=1, ragged=False), shop / "build" / "smoke" / "multiasset" / "panel" / "panel.parquet")
+    for name, table in (("macro", empty_macro()), ("news", empty_news())):
+        write_parquet(table, shop / "build" / "smoke" / "multiasset" / "panel" / f"{name}.parquet")
+    assert main(["stage", "features", "multiasset", "--profile", "smoke"]) == 1
+    assert "features.sentiment: `vader` has nothing to read: the prices come without news" in capsys.readouterr().err
 
 
 def test_notebook_without_its_tag(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:

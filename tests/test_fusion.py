@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mltrading.core.errors import DataError, ParameterError
-from mltrading.systems.experts import UNAVAILABLE, FragilityParams, fragility_cap
-from mltrading.systems.fusion import (
+from mltrading.systems.regime.experts import UNAVAILABLE, FragilityParams, fragility_cap
+from mltrading.systems.regime.fusion import (
     Fused,
     FusionParams,
     Reading,

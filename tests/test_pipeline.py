@@ -12,10 +12,15 @@ import pytest
 from nbclient import NotebookClient
 
 from mltrading.core.notebooks import clean, contents, readme
-from mltrading.core.params import load_params, read_params, read_yaml
+from mltrading.core.params import block, load_params, read_params, read_yaml
 from mltrading.core.pipeline import stages
 from mltrading.core.storage import read_json
+from mltrading.features.registry import FeatureParams
+from mltrading.labels.horizons import LabelParams
+from mltrading.models.zoo import ModelsParams
 from mltrading.reports.league import read_metrics, results_markdown, results_sentence
+from mltrading.systems.strategies import StrategiesParams
+from mltrading.validation.splits import ValidationParams
 
 
 def test_running_a_notebook_by_hand_and_cleaning_it_changes_no_byte(project: Path, embedded_data: Path) -> None:
@@ -73,6 +78,17 @@ def test_parameters_are_known(root: Path) -> None:
     for system in params["systems"]:
         for profile in params["profiles"]:
             load_params(system, profile, root)
+
+
+def test_what_is_learned_fits_together(root: Path) -> None:
+    """Under every profile, before anything is computed: models learn what strategies ask for, of labels that there are."""
+    for system in (params := read_params(root))["systems"]:
+        for profile in params["profiles"]:
+            given = load_params(system, profile, root)
+            block(FeatureParams, given["features"], "features")
+            block(ValidationParams, given["validation"], "validation")
+            labels, models = block(LabelParams, given["labels"], "labels"), block(ModelsParams, given["models"], "models")
+            block(StrategiesParams, given["strategies"], "strategies").check(models.specs(), labels, [], given["choice"].get("among", []))
 
 
 def test_stages_run_in_order(root: Path) -> None:

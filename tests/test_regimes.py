@@ -11,22 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mltrading.features.state import CONTEXT, ContextParams, context
+from mltrading.labels.regimes import REGIMES, RegimeParams, label_regimes, regime_targets
 from mltrading.market import embedded
 from mltrading.market.macro import as_of, lagged
 from mltrading.market.panel import Panel, from_frame
 from mltrading.models.hmm import GaussianHMM
 from mltrading.models.windows import windows
 from mltrading.models.zoo import build, load_forecaster
-from mltrading.systems.context import CONTEXT, ContextParams, context
-from mltrading.systems.regimes import (
-    REGIMES,
-    RegimeParams,
-    hmm_regimes,
-    label_regimes,
-    regime_scores,
-    regime_targets,
-    stay_regimes,
-)
+from mltrading.systems.regimes import hmm_regimes, regime_scores, stay_regimes
 
 DATA = os.environ.get("MLTRADING_DATA")
 ROLES = ContextParams(market="SPY", duration="IEF", credit="LQD", long_bonds="TLT", vix="vix", slope_long=None, slope_short=None, short_bars=5, long_bars=60, vol_bars=20, high_bars=126, mean_bars=200, spread_bars=20, bars_per_year=252, max_age_days=5)

@@ -148,7 +148,8 @@ def test_a_panel_without_news_has_no_feature_of_them() -> None:
     assert np.isnan(compute(panel, ["ret_1d", "sentiment"]).values[1:]).all()
     with pytest.raises(DataError, match="has no field `sentiment`, which `sentiment_mean_5d` needs"):
         compute(panel, ["sentiment_mean_5d"])
-    assert scored_panel(panel, empty_news(), "vader") is panel
+    with pytest.raises(ParameterError, match=r"features\.sentiment: `vader` has nothing to read"):
+        scored_panel(panel, empty_news(), "vader")
     with pytest.raises(ParameterError, match="did you mean `textblob`"):
         scored_panel(panel, news_of([(1, "wire", "Profit", "S000", 0.0)]), "text_blob")
 

@@ -69,6 +69,13 @@ def test_imports_go_down(root: Path) -> None:
     assert wrong == []
 
 
+def test_modules_import_each_other_relatively(root: Path) -> None:
+    """The export makes an import relative where it stands on one line."""
+    wrong = [f"{path.relative_to(root)}:{node.lineno}" for path in sorted((root / "mltrading").rglob("*.py")) for node in ast.parse(path.read_text()).body
+             if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").split(".")[0] == "mltrading"]
+    assert wrong == [], "write the import on one line"
+
+
 def test_notebooks_are_in_their_stored_form(root: Path) -> None:
     unclean = [p.relative_to(root) for p in notebooks(root) if stored_form(json.loads(p.read_text()), "pipeline" in p.parts) != p.read_text()]
     assert unclean == [], "run `make refresh`"

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 from mltrading.core.errors import DataError, LeakError, ParameterError
+from mltrading.core.params import block
 from mltrading.features.machine import FeatureBlock
 from mltrading.features.redundancy import ic
 from mltrading.market.http import secret
@@ -88,6 +89,71 @@ def test_a_longer_history_leaves_old_folds_alone(case, data):
         assert (a.number, a.test_start, a.train_end, list(a.purged), list(a.embargoed)) == (b.number, b.test_start, b.train_end, list(b.purged), list(b.embargoed))
         if b.test_end < bars[cut - 1]:
             np.testing.assert_array_equal(a.test, b.test)
+
+
+@settings(max_examples=200, deadline=None)
+@given(long_rows(), st.integers(1, 3), st.integers(0, 40))
+def test_calendar_windows_begin_with_a_month_and_tile_the_axis(case, months, later):
+    t, end, bars, walk = case
+    walk, shift = splits.WalkForward(walk.train_bars, None, walk.embargo_bars, walk.anchored, test_months=months), np.timedelta64(later, "D")
+    t, end, bars = t + shift, end + shift, bars + shift
+    month = bars.astype("datetime64[M]").astype(int)
+    first = [s for s in range(walk.train_bars, len(bars)) if month[s] != month[s - 1]]
+    if not first:
+        with pytest.raises(DataError, match="no month begins after"):
+            walk.folds(t, end, bars)
+        return
+    folds = folds_or_none(walk, t, end, bars)
+    if folds is None:
+        return
+    starts, ends = (np.searchsorted(bars, [getattr(f, name) for f in folds]) for name in ("test_start", "test_end"))
+    assert list(starts) == [s for s in first if (month[s] - month[first[0]]) % months == 0]
+    assert list(starts[1:]) == list(ends[:-1] + 1)
+    assert ends[-1] == len(bars) - 1
+    np.testing.assert_array_equal(np.concatenate([f.test for f in folds]), np.flatnonzero(t >= bars[first[0]]))
+    for f, s in zip(folds, starts, strict=True):
+        assert (end[f.train] < bars[s - walk.embargo_bars]).all()
+        assert f.train_start == bars[0 if walk.anchored else s - walk.train_bars]
+        window = (t >= f.train_start) & (t < f.test_start)
+        np.testing.assert_array_equal(np.flatnonzero(window), np.sort(np.concatenate([f.train, f.purged, f.embargoed])))
+
+
+@settings(max_examples=100, deadline=None)
+@given(long_rows(), st.integers(1, 2), st.data())
+def test_a_longer_history_leaves_old_months_alone(case, months, data):
+    t, end, bars, walk = case
+    walk = splits.WalkForward(walk.train_bars, None, walk.embargo_bars, walk.anchored, test_months=months)
+    cut = data.draw(st.integers(walk.train_bars + 1, len(bars)))
+    old = t <= bars[cut - 1]
+    known = np.where(end <= bars[cut - 1], end, np.datetime64("NaT"))
+    try:
+        now, then = walk.folds(t, end, bars), walk.folds(t[old], known[old], bars[:cut])
+    except DataError:
+        return
+    for a, b in zip(then, now, strict=False):
+        np.testing.assert_array_equal(a.train, b.train)
+        assert (a.number, a.test_start, a.train_end, list(a.purged), list(a.embargoed)) == (b.number, b.test_start, b.train_end, list(b.purged), list(b.embargoed))
+
+
+def test_a_month_without_bars_begins_no_window():
+    bars = BARS.union(BARS + pd.DateOffset(months=8))
+    bars = bars[bars.month != 3]
+    ends = bars.to_series().shift(-1).array
+    starts = [str(f.test_start)[:10] for f in splits.WalkForward(10, None, test_months=1).folds(bars, ends)]
+    assert starts[:3] == ["2020-02-03", "2020-04-01", "2020-05-01"]
+    every_other = [str(f.test_start)[:10] for f in splits.WalkForward(10, None, test_months=2).folds(bars, ends)]
+    assert every_other[:2] == ["2020-02-03", "2020-04-01"]
+    late = splits.WalkForward(10, None, test_months=1).folds(bars[bars.month != 2], bars[bars.month != 2].to_series().shift(-1).array)
+    assert str(late[0].test_start)[:10] == "2020-04-01"
+
+
+@pytest.mark.parametrize("lengths", [{"test_bars": None}, {"test_bars": 20, "test_months": 1}])
+def test_windows_have_one_length(lengths):
+    params = {"train_bars": 30, "embargo_bars": 0, "anchored": False, **lengths}
+    with pytest.raises(ParameterError, match=r"validation\.test_bars: is .* one of the two says"):
+        block(splits.ValidationParams, params, "validation")
+    with pytest.raises(ParameterError, match=r"validation\.test_bars: is "):
+        splits.WalkForward(**params)
 
 
 @settings(max_examples=100, deadline=None)

@@ -18,20 +18,28 @@ from mltrading.core.storage import content_id, read_parquet, write_parquet
 from mltrading.core.tasks import Task
 from mltrading.features.redundancy import SelectionParams
 from mltrading.features.registry import compute, write_features
+from mltrading.features.state import ContextParams, context
 from mltrading.labels.horizons import horizon_sigma, label_frame
+from mltrading.labels.regimes import REGIMES, RegimeParams, label_regimes
 from mltrading.market.panel import long_column
 from mltrading.market.simulate import random_walk
 from mltrading.models.zoo import spec
 from mltrading.systems import walk as module
-from mltrading.systems.lessons import Rows, rows
+from mltrading.systems.lessons import Rows, market_rows, rows
 from mltrading.systems.strategies import Learner, Strategy
-from mltrading.systems.walk import Walked, walk
+from mltrading.systems.walk import Course, Walked, walk
 from mltrading.validation.splits import WalkForward
 
 NAMES = ["ret_1d", "ret_5d", "ret_10d", "vol_20d", "vol_60d", "rsi_14"]
 FEW = SelectionParams(max_features=4, max_correlation=0.9, min_presence=0.5, slices=2, row_step=2)
 BOOSTED = {"n_estimators": 5, "max_depth": 2, "learning_rate": 0.3, "subsample": 0.8, "colsample_bytree": 0.8, "min_child_weight": 1, "reg_lambda": 1, "max_bin": 32, "early_stopping_rounds": 0, "inner_valid_fraction": 0.2}
 LINE = {"l2": 0.01, "winsor": 0.005, "missing_indicators": False, "max_iter": 100}
+ROLES = ContextParams(market="S000", duration=None, credit=None, long_bonds=None, vix=None, slope_long=None, slope_short=None, short_bars=5, long_bars=20, vol_bars=20, high_bars=40, mean_bars=40, spread_bars=20, bars_per_year=252, max_age_days=10)
+RULE = RegimeParams(panic_vix=30, panic_vol=26, panic_drawdown=0.08, risk_off_return=0.04, credit_stress=0.02, calm_vol=20, choppy_vol=20, choppy_return=0.04, min_stay_bars=3)
+QUICK = {"epochs": 2, "batch_size": 64, "learning_rate": 0.01, "patience": 0}
+NET = {"steps": 5, "width": 8, "heads": 2, "layers": 1, "feedforward": 8, "task": {"kind": "classes", "names": list(REGIMES)}, "train": QUICK}
+CODED = {"hidden": [8], "latent": 2, "auxiliary": [{"kind": "health"}, {"kind": "volatility"}], "train": QUICK}
+SPLIT = WalkForward(120, 60, 2)
 
 
 def how(workers: int = 1, cluster: str | None = None) -> ComputeParams:
@@ -47,20 +55,32 @@ def small(folder: Path | None = None) -> Rows:
     return rows(write_features(panel, folder, NAMES) if folder else table, sigma, labels, "S007")
 
 
+def moods() -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The state of a symbol that has bars throughout, and its regimes."""
+    state = context(random_walk(20, 260, seed=3), None, ROLES).rename_axis("timestamp")
+    return state.reset_index(), label_regimes(state, RULE).astype("str").reset_index()
+
+
+def course(state: pd.DataFrame, regimes: pd.DataFrame) -> Course:
+    data = market_rows(state, regimes, [1, 5])
+    return Course(data, SPLIT.folds(data.times, data.end, state["timestamp"]))
+
+
 def learners() -> dict[str, Learner]:
     week = Strategy(model="any", horizon_bars=5, target="ret_voladj", scope="pooled", row_step=2)
     day = week.model_copy(update={"horizon_bars": 1, "target": "ret"})
     return {"trees": Learner(week, spec("xgboost", BOOSTED), SEED, THREADS), "line": Learner(day, spec("logistic", LINE), SEED, THREADS),
-            "own": Learner(week.model_copy(update={"scope": "asset", "row_step": 1}), spec("logistic", LINE), SEED, THREADS)}
+            "own": Learner(week.model_copy(update={"scope": "asset", "row_step": 1}), spec("logistic", LINE), SEED, THREADS),
+            "mood": Learner(week.model_copy(update={"scope": "market", "target": "regime", "row_step": 1}), spec("transformer", NET), SEED, THREADS), "health": Learner(week, spec("autoencoder", CODED), SEED, THREADS)}
 
 
 def walked(data: Rows, folder: Path, compute: ComputeParams = how(), unfinished: Path | None = None) -> Walked:  # noqa: B008
-    return walk(data, WalkForward(120, 60, 2).folds(data.times, data.end), learners(), folder, FEW, unfinished=unfinished, compute=compute)
+    return walk(data, SPLIT.folds(data.times, data.end, moods()[0]["timestamp"]), learners(), folder, FEW, unfinished=unfinished, compute=compute, market=course(*moods()))
 
 
 def put(done: Walked, folder: Path) -> str:
     """All of it in a folder, and the folder's id."""
-    for name in ("forecasts", "quality", "selection", "refused"):
+    for name in ("forecasts", "regimes", "quality", "selection", "refused"):
         write_parquet(getattr(done, name), folder / f"{name}.parquet")
     return content_id(folder)
 
@@ -82,8 +102,9 @@ def test_two_processes_and_a_block_give_what_one_gives_from_a_table(alone: str, 
     assert fresh(tmp_path / "two", 2, in_a_block=True) == alone
     assert not (tmp_path / "unfinished").exists()
     made = read_parquet(tmp_path / "two" / "forecasts.parquet")
-    assert set(made["model"]) == {"trees", "line", "own"}
+    assert set(made["model"]) == {"trees", "line", "own", "health"}
     assert "S007" not in set(made["symbol"])
+    assert set(read_parquet(tmp_path / "two" / "regimes.parquet")["model"]) == {"mood"}
 
 
 @pytest.mark.slow
@@ -126,12 +147,43 @@ def test_one_symbol_that_cannot_learn_harms_no_other(tmp_path: Path) -> None:
     assert "S005" in set(done.forecasts.query("model == 'own'")["symbol"])
 
 
+def test_what_comes_later_moves_no_model_of_the_market(tmp_path: Path) -> None:
+    """Everything is different from the second test window on: the first two folds' models stay, and what was said before."""
+    state, regimes = moods()
+    one, data = course(state, regimes), small()
+    folds = SPLIT.folds(data.times, data.end, state["timestamp"])
+    cut = pd.Timestamp(one.folds[1].test_start, tz="UTC")
+    late = (state["timestamp"] >= cut).to_numpy()
+    other = state.assign(**{c: state[c].where(~late, 1 - 2 * state[c]) for c in state.columns[1:]})
+    swapped = regimes.assign(regime=regimes["regime"].where(~late | regimes["regime"].isna(), "choppy"))
+    two, asked = course(other, swapped), {name: learners()[name] for name in ("mood", "line")}
+    here, there = (walk(data, folds, asked, tmp_path / name, market=c).regimes for name, c in (("here", one), ("there", two)))
+    early = here["timestamp"] < cut
+    pd.testing.assert_frame_equal(there[early], here[early], check_exact=True)
+    assert not there[~early].equals(here[~early])
+    for fold in ("fold_000", "fold_001"):
+        assert content_id(tmp_path / "here" / "mood" / fold) == content_id(tmp_path / "there" / "mood" / fold)
+
+
+def test_windows_and_labels_of_the_market(tmp_path: Path) -> None:
+    """The same windows of the calendar as those of the assets; no label of a training row is known after its window began."""
+    market, data = course(*moods()), small()
+    folds = SPLIT.folds(data.times, data.end, moods()[0]["timestamp"])
+    assert [f.windows.tolist() for f in market.folds] == [f.windows.tolist() for f in folds]
+    for f in market.folds:
+        assert (market.data.end.dt.tz_localize(None).to_numpy()[f.train] < f.test_start).all()
+    done = walked(data, tmp_path / "models")
+    assert done.regimes["timestamp"].tolist() == [t for f in market.folds for t in market.data.keys["timestamp"][f.test]]
+    volatility = done.forecasts.query("model == 'health'")
+    assert 0.2 < (volatility["volatility"] / volatility["sigma"]).median() < 5  # both in units of return
+
+
 def test_what_goes_wrong_is_told(tmp_path: Path) -> None:
     data = small()
-    folds = WalkForward(120, 60, 2).folds(data.times, data.end)
+    folds = SPLIT.folds(data.times, data.end)
     still = Rows(data.keys, data.features * 0, data.labels, data.sigma)
     with pytest.raises(DataError, match=r"task fold_000.*none of 6 features has spread"):
-        walk(still, folds, learners(), tmp_path, FEW)
+        walk(still, folds, {"trees": learners()["trees"]}, tmp_path, FEW)
     with pytest.raises(DataError, match=r"task fold_000 trees: XGBoost, seed: 'one' is not a whole number"):
         walk(data, folds, {"trees": learners()["trees"]._replace(seed="one")}, tmp_path, FEW)  # type: ignore[arg-type]
     asked = learners()["trees"].strategy.model_copy(update={"target": "nothing"})

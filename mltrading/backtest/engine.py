@@ -19,31 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from .actions import DIVIDEND, SETTLEMENT, SPLIT, Actions, lay_actions, without_splits
 from .costs import MULTIPLIER, CostParams, fill_order, liquidity
 from .instruments import FINANCING, FUTURES, LOT, MARGIN, Instrument, lay_terms, whole_lots
-from mltrading.backtest.ledger import (
-    BORROW,
-    CARRY,
-    CASH,
-    COSTS,
-    DIVIDENDS,
-    EQUITY,
-    FILLED,
-    GROSS,
-    INTEREST,
-    LAPSED,
-    LOST,
-    NET,
-    PARTIAL,
-    PENDING,
-    REQUIRED,
-    TRADED,
-    VALUE,
-    Grid,
-    Ledger,
-    equity_table,
-    fill_table,
-    order_table,
-    position_table,
-)
+from .ledger import BORROW, CARRY, CASH, COSTS, DIVIDENDS, EQUITY, FILLED, GROSS, INTEREST, LAPSED, LOST, NET, PARTIAL, PENDING, REQUIRED, TRADED, VALUE, Grid, Ledger, equity_table, fill_table, order_table, position_table
 from ..core.errors import DataError, unknown
 from ..core.jit import njit
 from ..market.panel import Panel, fill_price

@@ -359,7 +359,7 @@ class Exchange(Book):
         self.terms[:, MINIMUM] = 0.0
         self.patient = passive(self.terms)
         self.traded, self.room = np.zeros(n, bool), np.empty(n)
-        self.alive, self.last = np.zeros(n, bool), np.full(n, np.nan)
+        self.alive, self.last, self.settled = np.zeros(n, bool), np.full(n, np.nan), self.nobody
 
     def draft(
         self,
@@ -388,16 +388,28 @@ class Exchange(Book):
             if s in self.place and not self.alive[self.place[s]]:
                 raise DataError(f"orders at {np.datetime64(int(now), 'us')}, symbol {s}", "has no bar: its session is closed", "order when it trades")
 
+    def open(
+        self,
+        bar: Bar,
+    ) -> Grid:                    # (N,) price at which an order is filled at once: the open, or the close where orders are filled at closes; NaN where there is none
+        """Begin a bar: corporate actions change the orders that wait. `match` has to follow."""
+        self.settled = _adjust(self.working, bar, self.nobody)
+        for n, kind, value in zip(bar.column, bar.kind, bar.value, strict=True):
+            if kind == SPLIT:
+                self.last[n] /= value
+        quotes = bar.prices[3] if self.costs.fill == "close" else np.where(np.isnan(bar.prices[0]), bar.prices[3], bar.prices[0])
+        self.alive = ~np.isnan(quotes)
+        return np.asarray(quotes)
+
     def match(
         self,
         bar: Bar,
     ) -> Grid:                    # (K, 11) fills, valid until the next bar; columns F_…
-        """Show the book a bar."""
-        ended = _adjust(self.working, bar, self.nobody)
+        """Show the book a bar that `open` began."""
         share = math.inf if self.costs.participation is None else self.costs.participation
         found = _match(micros(bar.time), bar.prices, share, self.costs.fill == "close", self.flow.vol, self.flow.adv, self.terms, self.patient, self.costs.commission_minimum,
                           self.traded, self.room, self.book, self.count, self.fills)
-        self.sweep(ended, ages=True)
+        self.sweep(self.settled, ages=True)
         self.flow.observe(bar)
         self.alive = ~np.isnan(bar.prices[3])
         self.last = np.where(self.alive, bar.prices[3], self.last)

@@ -12,18 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike
 
-from mltrading.backtest.ledger import (
-    O_COLUMN,
-    O_DECIDED,
-    O_FILLED,
-    O_KIND,
-    O_LIMIT,
-    O_NUMBER,
-    O_QUANTITY,
-    O_STOP,
-    ORDER_KINDS,
-    Grid,
-)
+from .ledger import O_COLUMN, O_DECIDED, O_FILLED, O_KIND, O_LIMIT, O_NUMBER, O_QUANTITY, O_STOP, ORDER_KINDS, Grid
 from ..core.errors import DataError, unknown
 from ..core.jit import njit
 

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from .actions import Actions, lay_actions, without_splits
 from .bars import bars_of
+from .books import AGE, BEST, ENTRY
 from .costs import MULTIPLIER, CostParams
 from .engine import BacktestParams
-from .events import AGE, BEST, ENTRY, Moment, Weights, run
+from .events import Moment, Weights, run
 from .instruments import Instrument
 from .ledger import Grid, Ledger
 from ..core.errors import DataError, unknown

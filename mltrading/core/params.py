@@ -20,7 +20,7 @@ from .errors import DataError, MLTradingError, ParameterError, unknown
 # %% auto #0
 __all__ = ['M', 'E', 'SMOKE', 'RESULT', 'PARTS', 'root', 'read_yaml', 'merge', 'block', 'whole', 'Named', 'folder_name',
            'RunParams', 'ComputeParams', 'TableParams', 'SymbolParams', 'UniverseParams', 'beside', 'system_blocks',
-           'check_params', 'read_params', 'load_params']
+           'check_params', 'read_params', 'system_params', 'load_params']
 
 # %% ../../nbs/core/20_params.ipynb #6eb8d49e
 def root() -> Path:
@@ -283,15 +283,12 @@ def read_params(
     check_params(params, read_yaml(folder / "dvc.yaml"))
     return params
 
-def load_params(
+def system_params(
+    params: dict[str, Any],     # the whole file, from `read_params`
     system: str,                # a block under `systems`, or "" for none
     profile: str = "default",   # a block under `profiles`
-    folder: Path | None = None, # where params.yaml and dvc.yaml are; the project's root unless told
 ) -> dict[str, Any]:            # the system's blocks, and of `compute` what results depend on
-    """A system's parameters under a profile, names checked.
-
-    Raises `ParameterError` on an unknown system, profile or block."""
-    params = read_params(folder)
+    """A system's parameters under a profile. Raises `ParameterError` on an unknown system, profile or block."""
     if system and system not in params["systems"]:
         raise unknown("system", system, list(params["systems"]), "params.yaml: systems")
     if profile not in params["profiles"]:
@@ -301,3 +298,13 @@ def load_params(
         return {"run": params["run"], "compute": compute}
     change = params["profiles"][profile].get(system, {})
     return merge(params["systems"][system], change, f"profiles.{profile}.{system}") | {"compute": compute}
+
+def load_params(
+    system: str,                # a block under `systems`, or "" for none
+    profile: str = "default",   # a block under `profiles`
+    folder: Path | None = None, # where params.yaml and dvc.yaml are; the project's root unless told
+) -> dict[str, Any]:            # the system's blocks, and of `compute` what results depend on
+    """A system's parameters under a profile, from the file, names checked.
+
+    Raises `ParameterError` on an unknown system, profile or block."""
+    return system_params(read_params(folder), system, profile)

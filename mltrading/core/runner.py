@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import MLTradingError, StageError, unknown
-from .params import read_params, root
+from .params import root
 from .stage import Declared, open_stage, rebase
 from .storage import content_id, put
 
@@ -124,7 +124,7 @@ def execute(
     env: dict[str, str],       # set for the kernel
     keep: Path,                # where the executed notebook is kept if it fails
 ) -> Any:                      # the executed notebook
-    """Execute a notebook in a fresh kernel; its progress bars appear on this process's error stream. Raises `StageError` where a cell raises."""
+    """Execute a notebook in a fresh kernel; its progress bars appear on this process's error stream. Raises `StageError` where a cell raises, and where somebody interrupts it."""
     import papermill
     from traitlets.config import Config
 
@@ -134,7 +134,10 @@ def execute(
     os.environ.update(env)
     try:
         return papermill.execute_notebook(str(notebook), str(out), parameters=passed, kernel_name="python3", progress_bar=False, log_output=False, stderr_file=sys.stderr, cwd=str(root()),
-                                          config=Config({"KernelManager": {"transport": "ipc"}}))  # sockets of this machine's files, not of its network
+                                          config=Config({"KernelManager": {"transport": "ipc"},  # sockets of this machine's files, not of its network
+                                                         "NotebookClient": {"extra_arguments": ["--IPKernelApp.log_level=CRITICAL"]}}))  # a kernel that is interrupted would tell of its sockets
+    except KeyboardInterrupt:
+        raise StageError(f"stage {keep.stem}", "was interrupted", "its outputs are as they were; run it again") from None
     except papermill.exceptions.PapermillExecutionError as error:
         out.replace(keep)
         raise StageError(f"stage {keep.stem}", explain(error, notebook.name, str(keep)), "") from None
@@ -169,20 +172,18 @@ def run_stage(
     from mltrading.core.render import normalise, render
 
     folder = root()
-    params = read_params(folder)
-    profile = profile or str(params["run"]["profile"])
     opened = open_stage(stage, system, profile)
     entry = opened.declared
     path = _notebook(entry, stage)
-    passed = {"profile": profile} | ({"system": system} if system else {})
+    passed = {"profile": opened.profile} | ({"system": system} if system else {})
     nb = nbformat.read(folder / path, as_version=4)
     check_parameters(nb.cells, passed, path)
     deps = tuple(rebase(d, opened.aside) for d in entry.deps)
-    inputs = {d: content_id(folder / d) for d in deps}
+    inputs = {d: content_id(opened.there(d)) for d in deps}
     outs, in_place = (tuple(rebase(o, opened.aside) for o in paths) for paths in (entry.staged, [o for o in entry.outs if o not in entry.staged]))
     label = f"{stage}@{system}" if system else stage
     with _staging(folder, " ".join(filter(None, (opened.aside, label)))) as staging:
-        env = fixed_environment(int(params["compute"]["threads"]), int(params["compute"]["seed"])) | {"MLTRADING_ROOT": str(folder), "MLTRADING_STAGING": str(staging)}
+        env = fixed_environment(opened.compute.threads, opened.compute.seed) | {"MLTRADING_ROOT": str(folder), "MLTRADING_STAGING": str(staging)}
         done = normalise(execute(folder / path, passed, env, folder / "build" / "failed" / f"{label}.ipynb"))
         for d in deps:
             if content_id(folder / d) != inputs[d]:
@@ -192,5 +193,5 @@ def run_stage(
                 (staging / out).parent.mkdir(parents=True, exist_ok=True)
                 nbformat.write(done, staging / out)
             if out.endswith(".html"):
-                render(done, staging / out, provenance(entry, opened.params, inputs, system, profile), **_page(out))
+                render(done, staging / out, provenance(entry, opened.params, inputs, system, opened.profile), **_page(out))
         publish(staging, folder, outs, in_place)

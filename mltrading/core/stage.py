@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from .errors import StageError, unknown
-from .params import SMOKE, ComputeParams, beside, block, load_params, read_params, read_yaml, root
+from .params import SMOKE, ComputeParams, beside, block, read_params, read_yaml, root, system_params
 
 # %% auto #0
-__all__ = ['M', 'Declared', 'declared', 'ledger', 'rebase', 'Stage', 'open_stage']
+__all__ = ['M', 'Declared', 'declared', 'ledger', 'rebase', 'how_made', 'Stage', 'open_stage']
 
 # %% ../../nbs/core/30_stage.ipynb #f2267b21
 @dataclass(frozen=True)
@@ -69,6 +69,13 @@ def rebase(
         return path
     return f"build/{aside}/{path.removeprefix('build/')}"
 
+def how_made(
+    aside: str,    # from `beside`
+) -> str:          # for messages
+    """What to do where an input of a run is not there."""
+    command = f"MLTRADING_DATA=… make universe NAME={aside}" if aside and aside != SMOKE else f"make {aside or 'repro'}"
+    return f"run `{command}`"
+
 # %% ../../nbs/core/30_stage.ipynb #a5485f16
 M = TypeVar("M", bound=BaseModel)
 
@@ -86,6 +93,7 @@ class Stage:
     system: str
     profile: str
     params: dict[str, Any]    # the system's blocks under the profile, and of `compute` what results depend on
+    compute: ComputeParams    # how its tasks are computed: by how many workers, or on which cluster; DVC is not told of these two, for no result depends on them
     declared: Declared
     folder: Path              # the project's root
     aside: str                # the folder below build/ of a run beside the pipeline, or ""
@@ -99,11 +107,16 @@ class Stage:
 
     def input(self, name: str) -> Path:
         """The path of a declared dependency. Raises `StageError` where it is not declared or not there."""
-        path = self.folder / rebase(_pick("input", name, self.declared.deps, self.name), self.aside)
-        if not path.exists():
-            make = f"run the stages before it with the same profile: `{'make smoke' if self.aside == SMOKE else f'make universe NAME={self.aside}'}`" if self.aside else "run `make repro`"
-            raise StageError(str(path.relative_to(self.folder)), f"input of stage {self.name} is not there", make)
-        return path
+        return self.there(rebase(_pick("input", name, self.declared.deps, self.name), self.aside))
+
+    def there(
+        self,
+        path: str,   # from the root, as `rebase` gives it
+    ) -> Path:
+        """Where something is that the stage reads. Raises `StageError` where it is not there."""
+        if not (self.folder / path).exists():
+            raise StageError(path, f"input of stage {self.name} is not there", how_made(self.aside))
+        return self.folder / path
 
     def output(self, name: str) -> Path:
         """Where to write a declared output; folders are made. Raises `StageError` where it is not declared."""
@@ -111,11 +124,6 @@ class Stage:
         out = Path(os.environ.get("MLTRADING_STAGING", self.folder)) / path
         (out if not out.suffix else out.parent).mkdir(parents=True, exist_ok=True)
         return out
-
-    @property
-    def compute(self) -> ComputeParams:
-        "How the stage's tasks are computed: by how many workers, or on which cluster. DVC is not told of these two, for no result depends on them."
-        return block(ComputeParams, read_params(self.folder)["compute"], "compute")
 
     @property
     def trials(self) -> Path:
@@ -131,9 +139,11 @@ class Stage:
 def open_stage(
     name: str,                 # a stage of dvc.yaml
     system: str,               # a block under `systems` in params.yaml
-    profile: str = "default",  # a block under `profiles`
+    profile: str = "",         # a block under `profiles`; the one of params.yaml unless told
 ) -> Stage:
     """Open a stage for its notebook. Raises `ParameterError` on an unknown stage, system, profile or parameter block."""
     folder = root()
-    params = load_params(system, profile, folder)
-    return Stage(name, system, profile, params, declared(name, system, folder), folder, beside(profile, read_yaml(folder / "params.yaml")))
+    params = read_params(folder)
+    profile = profile or str(params["run"]["profile"])
+    compute = block(ComputeParams, params["compute"], "compute")
+    return Stage(name, system, profile, system_params(params, system, profile), compute, declared(name, system, folder), folder, beside(profile, params))

@@ -7,38 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mltrading.features.expressions import (
-    CLOSE,
-    HIGH,
-    LOW,
-    OPEN,
-    VOLUME,
-    VWAP,
-    Expr,
-    absolute,
-    change,
-    delta,
-    lag,
-    log,
-    maximum,
-    minimum,
-)
+from .expressions import CLOSE, HIGH, LOW, OPEN, VOLUME, VWAP, Expr, absolute, change, delta, lag, log, maximum, minimum
 from .registry import REGISTRY, SETS, feature
-from mltrading.features.windows import (
-    roll_corr,
-    roll_line,
-    roll_max,
-    roll_mean,
-    roll_min,
-    roll_quantile,
-    roll_r2,
-    roll_rank,
-    roll_slope,
-    roll_std,
-    roll_sum,
-    since_max,
-    since_min,
-)
+from .windows import roll_corr, roll_line, roll_max, roll_mean, roll_min, roll_quantile, roll_r2, roll_rank, roll_slope, roll_std, roll_sum, since_max, since_min
 
 # %% auto #0
 __all__ = []

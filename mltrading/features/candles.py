@@ -8,20 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from mltrading.features.expressions import (
-    CLOSE,
-    HIGH,
-    LOW,
-    OPEN,
-    Expr,
-    absolute,
-    equal,
-    lag,
-    maximum,
-    minimum,
-    streak,
-    where,
-)
+from .expressions import CLOSE, HIGH, LOW, OPEN, Expr, absolute, equal, lag, maximum, minimum, streak, where
 from .registry import feature
 from .windows import roll_mean, roll_min, roll_sum
 

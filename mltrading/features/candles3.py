@@ -5,49 +5,8 @@
 # %% ../../nbs/features/45_candles3.ipynb #35e0d873
 from __future__ import annotations
 
-from mltrading.features.candles import (
-    BLACK,
-    BODY,
-    BOTTOM,
-    COLOUR,
-    DOJI,
-    FAR,
-    HALF_SHADOWS,
-    LONG,
-    LONG_LOWER,
-    LONG_UPPER,
-    NEAR,
-    NO_LOWER,
-    NO_UPPER,
-    SHORT,
-    SMALL,
-    SOME_LOWER,
-    SOME_UPPER,
-    TENTH,
-    TOP,
-    UPPER,
-    WHITE,
-    C,
-    H,
-    L,
-    O,
-    gap_down,
-    gap_up,
-    pattern,
-    same,
-)
-from mltrading.features.expressions import (
-    Expr,
-    absolute,
-    cumulate,
-    equal,
-    fill,
-    hold,
-    maximum,
-    minimum,
-    since,
-    where,
-)
+from .candles import BLACK, BODY, BOTTOM, COLOUR, DOJI, FAR, HALF_SHADOWS, LONG, LONG_LOWER, LONG_UPPER, NEAR, NO_LOWER, NO_UPPER, SHORT, SMALL, SOME_LOWER, SOME_UPPER, TENTH, TOP, UPPER, WHITE, C, H, L, O, gap_down, gap_up, pattern, same
+from .expressions import Expr, absolute, cumulate, equal, fill, hold, maximum, minimum, since, where
 
 # %% auto #0
 __all__ = ['morning_star', 'evening_star', 'morning_doji_star', 'evening_doji_star', 'abandoned_baby', 'tristar',

@@ -11,17 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
-from mltrading.features.clocks import (
-    Row,
-    Times,
-    clocked,
-    month_cos,
-    month_sin,
-    once,
-    turn_of_month,
-    weekday_cos,
-    weekday_sin,
-)
+from .clocks import Row, Times, clocked, month_cos, month_sin, once, turn_of_month, weekday_cos, weekday_sin
 from .expressions import CLOSE, Expr, change, composed, fill, known, log, macro, market, minimum
 from .registry import feature
 from .windows import roll_mean, roll_std

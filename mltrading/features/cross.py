@@ -5,41 +5,10 @@
 # %% ../../nbs/features/54_cross.ipynb #35e0d873
 from __future__ import annotations
 
-from mltrading.features.across import (
-    demean_across,
-    mean_across,
-    rank_across,
-    std_across,
-    zscore_across,
-)
-from mltrading.features.expressions import (
-    CLOSE,
-    HIGH,
-    LOW,
-    OPEN,
-    VOLUME,
-    Expr,
-    absolute,
-    change,
-    composed,
-    given,
-    lag,
-    sign,
-    square,
-)
+from .across import demean_across, mean_across, rank_across, std_across, zscore_across
+from .expressions import CLOSE, HIGH, LOW, OPEN, VOLUME, Expr, absolute, change, composed, given, lag, sign, square
 from .registry import feature
-from mltrading.features.windows import (
-    ema,
-    roll_beta,
-    roll_corr,
-    roll_max,
-    roll_mean,
-    roll_min,
-    roll_skew,
-    roll_std,
-    roll_sum,
-    roll_var,
-)
+from .windows import ema, roll_beta, roll_corr, roll_max, roll_mean, roll_min, roll_skew, roll_std, roll_sum, roll_var
 
 # %% auto #0
 __all__ = ['rank_ret', 'rank_mom', 'rank_vol', 'rank_ret_vol', 'rank_max_ret', 'rank_skew', 'rank_high', 'rank_sma_dist',

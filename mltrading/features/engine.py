@@ -15,19 +15,7 @@ from numpy.typing import NDArray
 
 from ..core.jit import njit, stream_store
 from .expressions import Expr
-from mltrading.features.instructions import (
-    ADD_NUMBER,
-    AVG,
-    HUGE,
-    NUMBER,
-    POINT,
-    WHERE,
-    arithmetic,
-    function,
-    kernel,
-    merge,
-    with_number,
-)
+from .instructions import ADD_NUMBER, AVG, HUGE, NUMBER, POINT, WHERE, arithmetic, function, kernel, merge, with_number
 from .memory import LAG, MEMORY, PAST, STOP, WINDOW, lag_known, lay_past, push, remember, start_state
 
 # %% auto #0

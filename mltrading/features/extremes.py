@@ -7,36 +7,9 @@ from __future__ import annotations
 
 import math
 
-from mltrading.features.expressions import (
-    CLOSE,
-    HIGH,
-    LOW,
-    Expr,
-    change,
-    composed,
-    cumulative_max,
-    delta,
-    equal,
-    lag,
-    log,
-    sqrt,
-    square,
-    where,
-)
+from .expressions import CLOSE, HIGH, LOW, Expr, change, composed, cumulative_max, delta, equal, lag, log, sqrt, square, where
 from .registry import feature
-from mltrading.features.windows import (
-    apart,
-    roll_kurt,
-    roll_max,
-    roll_mean,
-    roll_min,
-    roll_quantile,
-    roll_skew,
-    roll_std,
-    roll_sum,
-    since_max,
-    since_min,
-)
+from .windows import apart, roll_kurt, roll_max, roll_mean, roll_min, roll_quantile, roll_skew, roll_std, roll_sum, since_max, since_min
 
 # %% auto #0
 __all__ = ['drawdown', 'rebound', 'drawdowns', 'drawdown_ever', 'rebounds', 'drawdown_z', 'rebound_z', 'since_high', 'since_low',

@@ -5,41 +5,9 @@
 # %% ../../nbs/features/42_flow.ipynb #35e0d873
 from __future__ import annotations
 
-from mltrading.features.expressions import (
-    CLOSE,
-    HIGH,
-    LOW,
-    TYPICAL,
-    VOLUME,
-    VWAP,
-    Expr,
-    absolute,
-    change,
-    composed,
-    cumulate,
-    delta,
-    equal,
-    ewm,
-    exp,
-    fill,
-    given,
-    hold,
-    lag,
-    log,
-    maximum,
-    minimum,
-    sign,
-    where,
-)
+from .expressions import CLOSE, HIGH, LOW, TYPICAL, VOLUME, VWAP, Expr, absolute, change, composed, cumulate, delta, equal, ewm, exp, fill, given, hold, lag, log, maximum, minimum, sign, where
 from .registry import feature
-from mltrading.features.windows import (
-    ema,
-    roll_mean,
-    roll_slope,
-    roll_std,
-    roll_sum,
-    wilder,
-)
+from .windows import ema, roll_mean, roll_slope, roll_std, roll_sum, wilder
 
 # %% auto #0
 __all__ = ['obv', 'obv_slope', 'obv_dist', 'vzo', 'up_volume', 'flow_multiplier', 'accumulation', 'ad_slope', 'chaikin', 'cmf',

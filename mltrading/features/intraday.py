@@ -11,32 +11,7 @@ import numpy as np
 
 from .across import mean_across, rank_across, std_across
 from .clocks import Row, Times, circle, clocked, minutes_in, minutes_left, session
-from mltrading.features.expressions import (
-    CLOSE,
-    HIGH,
-    LOW,
-    OPEN,
-    TYPICAL,
-    VOLUME,
-    Expr,
-    absolute,
-    composed,
-    constant,
-    cumulate,
-    cumulative_max,
-    cumulative_min,
-    fill,
-    given,
-    hold,
-    lag,
-    log,
-    maximum,
-    minimum,
-    sign,
-    sqrt,
-    square,
-    where,
-)
+from .expressions import CLOSE, HIGH, LOW, OPEN, TYPICAL, VOLUME, Expr, absolute, composed, constant, cumulate, cumulative_max, cumulative_min, fill, given, hold, lag, log, maximum, minimum, sign, sqrt, square, where
 from .registry import feature
 from .windows import roll_mean, roll_std
 

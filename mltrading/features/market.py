@@ -5,37 +5,9 @@
 # %% ../../nbs/features/50_market.ipynb #35e0d873
 from __future__ import annotations
 
-from mltrading.features.expressions import (
-    CLOSE,
-    Expr,
-    absolute,
-    change,
-    composed,
-    given,
-    hold,
-    known,
-    lag,
-    log,
-    market,
-    maximum,
-    minimum,
-    sqrt,
-    square,
-)
+from .expressions import CLOSE, Expr, absolute, change, composed, given, hold, known, lag, log, market, maximum, minimum, sqrt, square
 from .registry import feature
-from mltrading.features.windows import (
-    roll_beta,
-    roll_corr,
-    roll_cov,
-    roll_max,
-    roll_mean,
-    roll_min,
-    roll_r2,
-    roll_skew,
-    roll_slope,
-    roll_std,
-    roll_sum,
-)
+from .windows import roll_beta, roll_corr, roll_cov, roll_max, roll_mean, roll_min, roll_r2, roll_skew, roll_slope, roll_std, roll_sum
 
 # %% auto #0
 __all__ = ['RETURN', 'MARKET_CLOSE', 'MARKET_RETURN', 'aggregated_beta', 'beta', 'beta_up', 'beta_down', 'lagged_beta',

@@ -5,43 +5,10 @@
 # %% ../../nbs/features/24_momentum.ipynb #35e0d873
 from __future__ import annotations
 
-from mltrading.features.expressions import (
-    CLOSE,
-    HIGH,
-    LOW,
-    MEDIAN_PRICE,
-    OPEN,
-    TYPICAL,
-    Expr,
-    absolute,
-    change,
-    composed,
-    delta,
-    ewm,
-    hold,
-    known,
-    lag,
-    log,
-    maximum,
-    minimum,
-    where,
-)
+from .expressions import CLOSE, HIGH, LOW, MEDIAN_PRICE, OPEN, TYPICAL, Expr, absolute, change, composed, delta, ewm, hold, known, lag, log, maximum, minimum, where
 from .registry import feature
 from .trend import age, macd, mid_price
-from mltrading.features.windows import (
-    ema,
-    roll_corr,
-    roll_mad,
-    roll_max,
-    roll_mean,
-    roll_min,
-    roll_rank,
-    roll_std,
-    roll_sum,
-    roll_wma,
-    true_range,
-    wilder,
-)
+from .windows import ema, roll_corr, roll_mad, roll_max, roll_mean, roll_min, roll_rank, roll_std, roll_sum, roll_wma, true_range, wilder
 
 # %% auto #0
 __all__ = ['gain_share', 'rsi', 'rsi_close', 'rsi_change', 'rsi_corr', 'cmo', 'rmi', 'imi', 'demarker', 'vol_index', 'laguerre',

@@ -413,15 +413,18 @@ class Candidates:
     ) -> pd.DataFrame:                # the chosen, best first: rank (from 1), feature, members (size of its group), ic, same_sign, score
         """The features that a model may learn from, when it is asked for a target.
 
-        Raises `DataError` on unequal lengths, and where no feature can be kept.
+        Raises `DataError` on unequal lengths, on a target that is the same in all rows, and where no feature can be kept.
 
         Known at: the end of the last training label."""
         if not len(self.where) == len(y) == len(weight):
             raise DataError("training rows", f"{len(self.where)} rows of features, {len(y)} targets, {len(weight)} weights", "give one of each per row")
-        table = _scores(self.steps, _steps(y[:, None]), self.where, weight, self.params.slices).assign(feature=self.names)
+        goal = _steps(y[:, None])
+        if len(known := np.unique(goal[goal != MISSING])) < 2:
+            raise DataError("training rows", f"the target is the same in all {len(y)} rows" if len(known) else f"none of {len(y)} rows has a target", "no feature can be told from another by it: look at the labels, or train on a longer window")
+        table = _scores(self.steps, goal, self.where, weight, self.params.slices).assign(feature=self.names)
         keep = np.flatnonzero(table["score"].notna())
         if not len(keep):
-            raise DataError("training rows", f"no feature has spread and a value in {self.params.min_presence:.0%} of the rows", "lower `selection.min_presence`, or look at the features")
+            raise DataError("training rows", f"none of {len(self.names)} features has {LEAST_ROWS} rows with a target, and more than one value in them", "train on a longer window, or look at the features")
         table = table.iloc[keep].assign(cluster=_groups(self._apart[np.ix_(keep, keep)], self.params.max_correlation))
         table["members"] = table.groupby("cluster")["feature"].transform("size")
         best = table.sort_values(["score", "feature"], ascending=[False, True], kind="stable").drop_duplicates("cluster").head(self.params.max_features)

@@ -23,6 +23,7 @@ from ..core.blocks import RowBlock, open_block, write_block
 from ..core.errors import DataError, ParameterError, unknown
 from .expressions import Expr, needs, steady, text, warmup
 from .machine import FeatureBlock, chunks, evaluate
+from .state import ContextParams
 from ..market.panel import Panel, expect_panel
 
 # %% auto #0
@@ -103,7 +104,7 @@ def feature(
     return register
 
 # %% ../../nbs/features/10_registry.ipynb #cc76c2bb
-_NOT_FAMILIES = ("across", "audit", "clocks", "engine", "expressions", "machine", "proof", "redundancy", "registry", "sentiment", "stream", "windows")
+_NOT_FAMILIES = ("across", "audit", "clocks", "engine", "expressions", "machine", "proof", "redundancy", "registry", "sentiment", "state", "stream", "windows")
 SETS: dict[str, Callable[[], list[str]]] = {}
 
 @functools.cache
@@ -259,3 +260,4 @@ class FeatureParams(BaseModel):
     names: str | list[str] = Field(description="`all` that the panel can feed, or features, sets and families")
     benchmark: str | None = Field(description="the symbol that stands for the market, or null")
     sentiment: str | None = Field(default=None, description="the scorer that reads the snapshot's news: vader, textblob, finbert or finbert:FOLDER; null leaves them out")
+    context: ContextParams | None = Field(default=None, description="the state of the market as a whole, in ten numbers beside the features of its symbols; null: not asked for")

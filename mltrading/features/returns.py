@@ -5,21 +5,7 @@
 # %% ../../nbs/features/20_returns.ipynb #35e0d873
 from __future__ import annotations
 
-from mltrading.features.expressions import (
-    CLOSE,
-    HIGH,
-    LOW,
-    OPEN,
-    Expr,
-    change,
-    composed,
-    exp,
-    lag,
-    log,
-    minimum,
-    sign,
-    where,
-)
+from .expressions import CLOSE, HIGH, LOW, OPEN, Expr, change, composed, exp, lag, log, minimum, sign, where
 from .registry import feature
 from .windows import roll_corr, roll_max, roll_mean, roll_min, roll_std, roll_sum
 

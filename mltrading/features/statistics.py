@@ -8,45 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from mltrading.features.expressions import (
-    CLOSE,
-    HIGH,
-    LOW,
-    Expr,
-    absolute,
-    change,
-    composed,
-    cumulate,
-    cumulative_min,
-    delta,
-    equal,
-    lag,
-    log,
-    maximum,
-    minimum,
-    sign,
-    sqrt,
-    square,
-    streak,
-    where,
-)
+from .expressions import CLOSE, HIGH, LOW, Expr, absolute, change, composed, cumulate, cumulative_min, delta, equal, lag, log, maximum, minimum, sign, sqrt, square, streak, where
 from .registry import feature
 from .volatility import lagged_corr
-from mltrading.features.windows import (
-    apart,
-    rescaled_range,
-    roll_beta,
-    roll_corr,
-    roll_kurt,
-    roll_max,
-    roll_mean,
-    roll_min,
-    roll_quantile,
-    roll_skew,
-    roll_std,
-    roll_sum,
-    roll_var,
-)
+from .windows import apart, rescaled_range, roll_beta, roll_corr, roll_kurt, roll_max, roll_mean, roll_min, roll_quantile, roll_skew, roll_std, roll_sum, roll_var
 
 # %% auto #0
 __all__ = ['skew', 'kurt', 'tail_balance', 'quantile_spread', 'geary', 'up_share', 'gain_loss', 'autocorr', 'autocorr_lag',

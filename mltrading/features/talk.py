@@ -11,25 +11,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ..core.errors import DataError
+from ..core.errors import DataError, ParameterError
 from .across import demean_across, mean_across, rank_across, std_across
-from mltrading.features.expressions import (
-    CLOSE,
-    Expr,
-    composed,
-    delta,
-    ewm,
-    field,
-    fill,
-    given,
-    lag,
-    log,
-    maximum,
-    since,
-    sqrt,
-    square,
-    where,
-)
+from .expressions import CLOSE, Expr, composed, delta, ewm, field, fill, given, lag, log, maximum, since, sqrt, square, where
 from .registry import feature
 from .sentiment import Scorer, scorer
 from .windows import roll_corr, roll_max, roll_mean, roll_min, roll_std, roll_sum
@@ -139,8 +123,13 @@ def scored_panel(
     news: pd.DataFrame,   # columns of NEWS
     by: str | None,       # name of a scorer; None leaves the news out
 ) -> Panel:
-    """The panel with what a snapshot's news say, if there are any and somebody reads them. Raises as `scorer` and `with_news` do."""
-    return panel if by is None or news.empty else with_news(panel, score_news(news, scorer(by)))
+    """The panel with what a snapshot's news say, if somebody is to read them. Raises `ParameterError` where there are none to read, and as `scorer` and `with_news` do."""
+    if by is None:
+        return panel
+    read = scorer(by)
+    if news.empty:
+        raise ParameterError("features.sentiment", f"`{by}` has nothing to read: the prices come without news", "set it to null, or make a snapshot with NEWS=…")
+    return with_news(panel, score_news(news, read))
 
 # %% ../../nbs/features/64_talk.ipynb #8bee59ef
 _S, _N, _SQUARE = field("sentiment"), field("sentiment_count"), field("sentiment_square")

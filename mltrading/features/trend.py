@@ -8,52 +8,9 @@ from __future__ import annotations
 import itertools
 import math
 
-from mltrading.features.expressions import (
-    CLOSE,
-    HIGH,
-    LOW,
-    MEDIAN_PRICE,
-    OPEN,
-    Expr,
-    absolute,
-    adaptive,
-    arctan,
-    change,
-    composed,
-    constant,
-    delta,
-    fill,
-    given,
-    lag,
-    log,
-    maximum,
-    minimum,
-    sign,
-    sqrt,
-    streak,
-    where,
-)
+from .expressions import CLOSE, HIGH, LOW, MEDIAN_PRICE, OPEN, Expr, absolute, adaptive, arctan, change, composed, constant, delta, fill, given, lag, log, maximum, minimum, sign, sqrt, streak, where
 from .registry import feature
-from mltrading.features.windows import (
-    apart,
-    ema,
-    parabolic_stop,
-    roll_line,
-    roll_max,
-    roll_mean,
-    roll_min,
-    roll_r2,
-    roll_slope,
-    roll_std,
-    roll_sum,
-    roll_var,
-    roll_wma,
-    since_max,
-    since_min,
-    trailing_stop,
-    true_range,
-    wilder,
-)
+from .windows import apart, ema, parabolic_stop, roll_line, roll_max, roll_mean, roll_min, roll_r2, roll_slope, roll_std, roll_sum, roll_var, roll_wma, since_max, since_min, trailing_stop, true_range, wilder
 
 # %% auto #0
 __all__ = ['dema', 'tema', 't3', 'trima', 'hma', 'efficiency', 'kama', 'sma_dist', 'ema_dist', 'dema_dist', 'tema_dist',

@@ -7,38 +7,9 @@ from __future__ import annotations
 
 import math
 
-from mltrading.features.expressions import (
-    CLOSE,
-    HIGH,
-    LOW,
-    OPEN,
-    Expr,
-    absolute,
-    change,
-    composed,
-    delta,
-    ewm,
-    given,
-    lag,
-    log,
-    maximum,
-    minimum,
-    sqrt,
-    square,
-)
+from .expressions import CLOSE, HIGH, LOW, OPEN, Expr, absolute, change, composed, delta, ewm, given, lag, log, maximum, minimum, sqrt, square
 from .registry import feature
-from mltrading.features.windows import (
-    roll_corr,
-    roll_max,
-    roll_mean,
-    roll_min,
-    roll_rank,
-    roll_std,
-    roll_sum,
-    roll_var,
-    true_range,
-    wilder,
-)
+from .windows import roll_corr, roll_max, roll_mean, roll_min, roll_rank, roll_std, roll_sum, roll_var, true_range, wilder
 
 # %% auto #0
 __all__ = ['vol', 'vol_ratio', 'vol_change', 'riskmetrics', 'riskmetrics_ratio', 'garman_klass_variance',

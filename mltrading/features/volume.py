@@ -6,43 +6,9 @@
 from __future__ import annotations
 
 from .across import rank_across
-from mltrading.features.expressions import (
-    CLOSE,
-    HIGH,
-    LOW,
-    TYPICAL,
-    VOLUME,
-    VWAP,
-    Expr,
-    absolute,
-    change,
-    composed,
-    delta,
-    equal,
-    exp,
-    field,
-    lag,
-    log,
-    maximum,
-    minimum,
-    sign,
-    sqrt,
-    square,
-)
+from .expressions import CLOSE, HIGH, LOW, TYPICAL, VOLUME, VWAP, Expr, absolute, change, composed, delta, equal, exp, field, lag, log, maximum, minimum, sign, sqrt, square
 from .registry import feature
-from mltrading.features.windows import (
-    ema,
-    roll_beta,
-    roll_corr,
-    roll_cov,
-    roll_max,
-    roll_mean,
-    roll_min,
-    roll_slope,
-    roll_std,
-    roll_sum,
-    since_max,
-)
+from .windows import ema, roll_beta, roll_corr, roll_cov, roll_max, roll_mean, roll_min, roll_slope, roll_std, roll_sum, since_max
 
 # %% auto #0
 __all__ = ['rel_volume', 'volume_z', 'volume_shock', 'volume_max_age', 'volume_ratio', 'volume_growth', 'volume_trend', 'pvo',

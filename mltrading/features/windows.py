@@ -10,20 +10,7 @@ import functools
 import numpy as np
 
 from ..core.errors import ParameterError
-from mltrading.features.expressions import (
-    Expr,
-    absolute,
-    composed,
-    constant,
-    given,
-    lag,
-    maximum,
-    minimum,
-    node,
-    sqrt,
-    square,
-    where,
-)
+from .expressions import Expr, absolute, composed, constant, given, lag, maximum, minimum, node, sqrt, square, where
 
 # %% auto #0
 __all__ = ['LEAST_SPREAD', 'roll_sum', 'roll_mean', 'roll_var', 'roll_std', 'roll_cov', 'roll_corr', 'roll_beta', 'roll_skew',

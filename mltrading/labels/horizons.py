@@ -18,6 +18,7 @@ from ..core.jit import njit
 from ..features.expressions import CLOSE, change
 from ..features.machine import value
 from ..features.windows import LEAST_SPREAD, roll_std
+from .regimes import RegimeParams
 from ..market.panel import Panel, fill_price
 
 # %% auto #0
@@ -116,6 +117,7 @@ class LabelParams(BaseModel):
     horizons: list[Annotated[int, Field(ge=1, le=252)]] = Field(min_length=1, description="own bars from entry to exit, one or several")
     vol_bars: int = Field(ge=2, le=252, description="daily returns in the volatility that a return is divided by")
     fill: Literal["open", "close"] = Field(description="price of entry and exit: `open` where known, or always `close`")
+    regimes: RegimeParams | None = Field(default=None, description="where one regime of the market ends and another begins; null: the market is given no name")
 
     @field_validator("horizons")
     @classmethod

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..core.errors import DataError, unknown
@@ -26,6 +27,12 @@ def _take(path: Path, symbols: str | list[str], out: Path) -> list[str]:
     "Copy some symbols' rows of a file; the symbols."
     if not path.exists():
         raise DataError(str(path), "no such file", "MLTRADING_DATA has to name a folder whose subfolder `bars` holds the tables of the universe")
+    try:
+        columns = pq.read_schema(path).names
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(str(path), f"not a complete Parquet file ({str(error).splitlines()[0]})", "write it again") from error
+    if "symbol" not in columns:
+        raise DataError(str(path), f"has no column `symbol`, but {', '.join(columns) or 'none at all'}", "a table of a universe says in each row of which symbol it is")
     bars = pq.read_table(path, filters=None if symbols == "all" else [("symbol", "in", symbols)])
     known = sorted(set(bars["symbol"].to_pylist()))
     if symbols != "all" and (missing := sorted(set(symbols) - set(known))):
@@ -38,7 +45,7 @@ def gather_universe(
     bars: Path,    # the folder that holds its tables
     folder: Path,  # is made anew: the tables and a manifest.json, as the folder source reads them
 ) -> None:
-    """Put the files of a universe together. Raises `DataError` on a file that is not there, `ParameterError` on a symbol that its file does not have."""
+    """Put the files of a universe together. Raises `DataError` on a file that is not there or holds no table with symbols, `ParameterError` on a symbol that its file does not have."""
     with replacing(folder) as new:
         symbols = {s for name, t in universe.tables.items() for s in _take(bars / f"{name}.parquet", t.symbols, new / f"{name}.parquet")}
         if lost := sorted(set(universe.symbols) - symbols):

@@ -19,33 +19,9 @@ import pandas as pd
 
 from ..core.errors import DataError, unknown
 from .calendar import STEP
-from mltrading.market.http import (
-    Client,
-    Kind,
-    Outcome,
-    Pace,
-    SourceError,
-    first_words,
-    judge,
-    persist,
-    retry_after,
-    secret,
-    unreachable,
-)
+from .http import Client, Kind, Outcome, Pace, SourceError, first_words, judge, persist, retry_after, secret, unreachable
 from .panel import PRICES
-from mltrading.market.source import (
-    Source,
-    all_pages,
-    check_request,
-    daily_bars,
-    day_of,
-    empty_bars,
-    instants,
-    intraday_bars,
-    numbers,
-    plain_days,
-    records,
-)
+from .source import Source, all_pages, check_request, daily_bars, day_of, empty_bars, instants, intraday_bars, numbers, plain_days, records
 
 # %% auto #0
 __all__ = ['PRICE_SOURCES', 'Stooq', 'AlphaVantage', 'Polygon', 'Alpaca', 'Yahoo', 'Ccxt']

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from ..core.errors import DataError, unknown
+from ..core.stage import how_made
 from ..core.storage import read_json, read_parquet, replacing, restore, write_json, write_parquet
 from .macro import check_macro, empty_macro
 from .news import check_news, empty_news
@@ -131,6 +132,8 @@ class Market:
     def manifest(self) -> dict[str, Any]:
         """What is in it and where it came from. Raises `DataError` on a folder that is no snapshot."""
         path = self.folder / "manifest.json"
+        if not path.exists():
+            raise DataError(str(path), "no such file", how_made(self.folder.parent.name) if self.folder.parent.parent.name == "build" else "`dvc pull data` brings the embedded snapshot; `make data` makes another")
         found = read_json(path)
         if not isinstance(found, dict) or not isinstance(found.get("sets"), dict) or not isinstance(found.get("symbols"), dict):
             raise DataError(str(path), "is not the manifest of a snapshot", "`dvc pull data` brings the embedded one; `make data` makes another")

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..core.errors import DataError, ParameterError
 from ..core.jit import njit
+from ..core.params import whole
 
 # %% auto #0
 __all__ = ['Numbers', 'GaussianHMM']
@@ -126,8 +127,9 @@ class GaussianHMM:
     climbs: tuple[Numbers, ...] = field(init=False, repr=False, default=())  # the log-likelihoods of each climb, turn by turn
 
     def __post_init__(self) -> None:
-        for name, holds, need in (("states", self.states >= 2, "2 or more"), ("starts", self.starts >= 1, "1 or more"), ("iterations", self.iterations >= 2, "2 or more"),
-                                  ("tolerance", self.tolerance > 0, "a positive number"), ("floor", 0 < self.floor < 1, "a share between 0 and 1")):
+        for name, least in (("states", 2), ("seed", 0), ("starts", 1), ("iterations", 2)):
+            setattr(self, name, whole(getattr(self, name), f"GaussianHMM.{name}", least))
+        for name, holds, need in (("tolerance", self.tolerance > 0, "a positive number"), ("floor", 0 < self.floor < 1, "a share between 0 and 1")):
             if not holds:
                 raise ParameterError(f"GaussianHMM.{name}", f"{getattr(self, name)} is not possible", f"use {need}")
 
@@ -182,7 +184,7 @@ class GaussianHMM:
         bars: int,               # 0 or more
     ) -> Numbers:                # (T, K) of the states so many bars later
         """What the chain says of later states. Known at: each row."""
-        return probabilities @ np.linalg.matrix_power(self.transition, bars)
+        return probabilities @ np.linalg.matrix_power(self.transition, whole(bars, "GaussianHMM.ahead, bars"))
 
 # %% ../../nbs/models/78_hmm.ipynb #478d913e
 def _rows(x: Numbers) -> Numbers:

@@ -16,7 +16,7 @@ from scipy.stats import rankdata
 from ..core.errors import DataError, ParameterError
 
 # %% auto #0
-__all__ = ['Floats', 'GRID', 'AnyTask', 'NetworkTask', 'AnyHead', 'Task', 'Direction', 'ThreeWay', 'Regression',
+__all__ = ['Floats', 'GRID', 'AnyTask', 'NetworkTask', 'AnyHead', 'HEADS', 'Task', 'Direction', 'ThreeWay', 'Regression',
            'quantile_column', 'Quantiles', 'Volatility', 'Position', 'Risk', 'Health', 'Buckets', 'Behaviour',
            'Classes']
 
@@ -322,3 +322,6 @@ class Classes(Task):
 AnyTask = Annotated[Direction | ThreeWay | Regression | Quantiles, Field(discriminator="kind")]     # gives a forecast of a return
 NetworkTask = Annotated[Direction | ThreeWay | Regression | Quantiles | Classes, Field(discriminator="kind")]  # what a network can be asked
 AnyHead = Annotated[Direction | ThreeWay | Regression | Quantiles | Volatility | Position | Risk | Health | Buckets | Behaviour, Field(discriminator="kind")]  # or a column beside one
+
+# %% ../../nbs/models/04_tasks.ipynb #3a8fce76
+HEADS = ("volatility", "position", "risk", "health", "vol_low", "vol_medium", "vol_high", "behaviour_momentum", "behaviour_reversion", "behaviour_mixed")  # columns of heads that forecast no return

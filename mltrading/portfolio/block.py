@@ -8,42 +8,10 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..core.errors import ParameterError
-from mltrading.portfolio.exits import (
-    Exit,
-    HealthCollapse,
-    MaxHolding,
-    Reentry,
-    StopLoss,
-    TakeProfit,
-    TimeStop,
-    TrailingStop,
-    VolatilityStop,
-)
-from mltrading.portfolio.limits import (
-    CapCount,
-    CapGross,
-    CapGroup,
-    CapNet,
-    CapPosition,
-    CapTurnover,
-    CashReserve,
-    CoolDown,
-    DrawdownStop,
-    LossLimits,
-    MinOrder,
-    NoTradeBand,
-)
+from .exits import Exit, HealthCollapse, MaxHolding, Reentry, StopLoss, TakeProfit, TimeStop, TrailingStop, VolatilityStop
+from .limits import CapCount, CapGross, CapGroup, CapNet, CapPosition, CapTurnover, CashReserve, CoolDown, DrawdownStop, LossLimits, MinOrder, NoTradeBand
 from .policy import Guard, Limit, Policy, Sizing
-from mltrading.portfolio.sizing import (
-    Conviction,
-    Direction,
-    EqualWeight,
-    FixedWeight,
-    InverseVolatility,
-    Kelly,
-    Multipliers,
-    VolatilityTarget,
-)
+from .sizing import Conviction, Direction, EqualWeight, FixedWeight, InverseVolatility, Kelly, Multipliers, VolatilityTarget
 
 # %% auto #0
 __all__ = ['SIZES', 'PolicyParams', 'build_policy']

@@ -32,20 +32,7 @@ from ..models.zoo import load_forecaster
 from . import assets, plots
 from .names import in_full
 from .tables import Signals, Table, signals_table
-from mltrading.reports.tearsheet import (
-    activity,
-    beats,
-    beside,
-    carried,
-    deflation,
-    forecast_table,
-    judged,
-    metric_table,
-    metrics_dict,
-    shown_to,
-    signals,
-    verdict,
-)
+from .tearsheet import activity, beats, beside, carried, deflation, forecast_table, judged, metric_table, metrics_dict, shown_to, signals, verdict
 from ..systems.assets import from_rows, reasons, shares_by_chance
 from ..systems.base import System
 from ..systems.choice import Alone, AloneParams
@@ -339,9 +326,10 @@ class _Assets(_Turned):
         asked, boot = self.stage.block("panel", PanelParams), self.boot
         costs, account = CostParams(**self.setting["costs"]), BacktestParams(**self.setting["account"])
         earned, symbols = from_rows(self.table("backtest", "alone")), {*self.setting["symbols"], *(asked.symbols if isinstance(asked.symbols, list) else [])} - {asked.benchmark}
-        why = reasons(sorted(symbols), self.panel, earned[CHOICE], self.table("train", "refused"), self.table("train", "folds"), account.delist_after_bars, self.bars_per_year)
+        said = self.table("backtest", "forecasts").query("model == @CHOICE")
+        why = reasons(sorted(symbols), self.panel, earned[CHOICE], said, self.table("train", "refused"), self.table("train", "folds"), account.delist_after_bars, self.bars_per_year)
         accounts = Alone(select(self.panel, self.setting["symbols"]), AloneParams(**self.setting["alone"]), costs, account, self.bars_per_year)
-        chance = shares_by_chance(accounts, self.table("backtest", "forecasts").query("model == @CHOICE"), self.params.draws, boot["seed"])
+        chance = shares_by_chance(accounts, said, self.params.draws, boot["seed"])
         return assets.ByAsset(earned, self.table("backtest", "choices"), self.rated[self.rated["model"] == CHOICE], {s: t["class"] for s, t in self.facts["symbols"].items()}, why, chance, **boot, bars_per_year=self.bars_per_year)
 
     def asset_heading(self) -> Markdown | None:

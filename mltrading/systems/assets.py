@@ -210,7 +210,7 @@ def _fold_at(when: Any, folds: pd.DataFrame) -> str:
     inside = folds[(folds["test_start"] <= when) & (when <= folds["test_end"])]
     return f"inside fold {inside['fold'].iloc[0]}" if len(inside) else "before the first fold" if when < folds["test_start"].min() else "between folds" if when < folds["test_end"].max() else "after the last fold"
 
-def _reason(s: str, panel: Panel, returns: pd.DataFrame, refused: pd.DataFrame, folds: pd.DataFrame, stale_bars: int, bars_per_year: float) -> list[str]:
+def _reason(s: str, panel: Panel, returns: pd.DataFrame, forecasts: int, refused: pd.DataFrame, folds: pd.DataFrame, stale_bars: int, bars_per_year: float) -> list[str]:
     "What there is to say about one symbol."
     close = panel["close"][panel.symbols.index(s)] if s in panel.symbols else np.empty(0)
     bars = np.flatnonzero(np.isfinite(close))
@@ -220,7 +220,9 @@ def _reason(s: str, panel: Panel, returns: pd.DataFrame, refused: pd.DataFrame, 
     out = [f"its price is {close[bars[0]]:g} on all {len(bars)} bars"] if len(bars) > 1 and np.ptp(close[bars]) == 0 else []
     if last := ended(panel, s, stale_bars):
         out.append(f"ends on {last:%Y-%m-%d}, {_fold_at(last, folds)}")
-    if own.empty:
+    if own.empty and forecasts:
+        out.append("a single forecast: an account lasts from the first to the last")
+    elif own.empty:
         out.append(f"no forecast: {len(bars)} bars, none in a test window with a volatility")
     elif len(own) < bars_per_year:
         out.append(f"{len(own)} bars of record, less than a year")
@@ -233,7 +235,8 @@ def _reason(s: str, panel: Panel, returns: pd.DataFrame, refused: pd.DataFrame, 
 def reasons(
     symbols: Sequence[str],    # all that were asked for
     panel: Panel,              # those that have a bar
-    returns: pd.DataFrame,     # (T, N) of each asset alone; none for those without forecasts
+    returns: pd.DataFrame,     # (T, N) of each asset alone; none for those with fewer than two forecasts
+    forecasts: pd.DataFrame,   # long: symbol, of the strategy that earned them
     refused: pd.DataFrame,     # fold, model, symbol, reason: models of one asset that could not learn
     folds: pd.DataFrame,       # fold, test_start, test_end
     stale_bars: int,           # instants without a bar after which an asset counts as gone
@@ -242,4 +245,5 @@ def reasons(
     """What is the matter with each asset, for people.
 
     Known at: the end; it is about the whole record."""
-    return pd.Series({s: "; ".join(_reason(s, panel, returns, refused, folds, stale_bars, bars_per_year)) for s in symbols}, name="reason", dtype=str).rename_axis("symbol")
+    count = forecasts["symbol"].value_counts()
+    return pd.Series({s: "; ".join(_reason(s, panel, returns, int(count.get(s, 0)), refused, folds, stale_bars, bars_per_year)) for s in symbols}, name="reason", dtype=str).rename_axis("symbol")

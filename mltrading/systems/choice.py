@@ -64,13 +64,19 @@ class Alone:
         self,
         forecasts: pd.DataFrame,  # long: timestamp, symbol, prob_up, of one strategy; out-of-sample rows only
     ) -> NDArray[np.float64]:     # (N, T) weights, each of an account of its own; NaN before an asset's first forecast and after its last, 0 where there is none between
-        """What each asset's own account holds.
+        """What each asset's own account holds. From its first forecast to its last it holds nothing where there is no forecast, no volatility yet, or no probability far enough from one half.
+
+        Raises `DataError` where an asset has two forecasts at one instant.
 
         Known at: each column at its instant."""
         row, column = pd.Index(self.panel.symbols).get_indexer(pd.Index(forecasts["symbol"])), self.panel.index.get_indexer(pd.Index(forecasts["timestamp"]))
         there, prob = np.zeros(self._sizes.shape, bool), np.full(self._sizes.shape, np.nan)
         known = (row >= 0) & (column >= 0)
-        there[row[known], column[known]], prob[row[known], column[known]] = True, forecasts["prob_up"].to_numpy(np.float64)[known]
+        there[row[known], column[known]] = True
+        if there.sum() < known.sum():
+            twice = forecasts.loc[known & forecasts.duplicated(["timestamp", "symbol"]).to_numpy()].iloc[0]
+            raise DataError("forecasts", f"{twice['symbol']} has two at {twice['timestamp']:%Y-%m-%d %H:%M}", "give those of one strategy, each once")
+        prob[row[known], column[known]] = forecasts["prob_up"].to_numpy(np.float64)[known]
         side = np.where(prob > 0.5 + self.params.prob_threshold, 1.0, np.where((prob < 0.5 - self.params.prob_threshold) & self.params.allow_short, -1.0, 0.0))
         between = np.maximum.accumulate(there, axis=1) & np.maximum.accumulate(there[:, ::-1], axis=1)[:, ::-1]
         return np.where(between, side * self._sizes, np.nan)

@@ -20,15 +20,17 @@ from ..core.blocks import RowBlock, open_block, write_block
 from ..core.errors import DataError, MLTradingError
 from ..core.storage import content_id, read_json, read_parquet, replacing, write_json, write_parquet
 from ..features.redundancy import SelectionParams, candidates
+from ..labels.regimes import NAMES, REGIMES, regime_targets
 from ..labels.weights import uniqueness
 from ..models.forecaster import Model, Resumable
+from ..models.tasks import HEADS
 from ..models.windows import Windows, windows
 from .strategies import Learner, thinned
 from ..validation.splits import Fold
 
 # %% auto #0
-__all__ = ['RECENT', 'LEAST_ROWS', 'Rows', 'rows', 'living', 'reach', 'Question', 'Lesson', 'lessons', 'told', 'put_rows',
-           'open_rows', 'choose_features', 'fit_and_forecast']
+__all__ = ['MARKET', 'RECENT', 'LEAST_ROWS', 'Rows', 'rows', 'market_rows', 'living', 'reach', 'Question', 'Lesson', 'lessons',
+           'told', 'put_rows', 'open_rows', 'choose_features', 'fit_and_forecast']
 
 # %% ../../nbs/systems/08_lessons.ipynb #fd72dff1
 @dataclass(frozen=True, eq=False)
@@ -37,8 +39,8 @@ class Rows:
 
     keys: pd.DataFrame                 # (n,) timestamp, symbol
     features: pd.DataFrame | RowBlock  # (n, F) float32; a block may hold other rows, too
-    labels: dict[int, pd.DataFrame]    # horizon in bars, ascending -> (n,) symbol, start, end, ret, ret_voladj; NaT and NaN where the label is not complete
-    sigma: NDArray[np.float64]         # (n,) volatility of the return over one bar, as known at the row's instant
+    labels: dict[int, pd.DataFrame]    # horizon in bars, ascending -> (n,) symbol, start, end, ret, ret_voladj, or regime in their place; NaT and NaN where the label is not complete
+    sigma: NDArray[np.float64]         # (n,) volatility of the return over one bar, as known at the row's instant; NaN where rows are of no asset
 
     @property
     def times(self) -> NDArray[np.datetime64]:
@@ -56,9 +58,11 @@ class Rows:
         return list(self.features.names if isinstance(self.features, RowBlock) else self.features.columns)
 
     @cached_property
-    def _symbols(self) -> NDArray[np.int64]:
-        "(n,) a number for each row's symbol."
-        return pd.factorize(self.keys["symbol"])[0]
+    def _order(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        "(n,) the rows symbol by symbol; and for each row its place there, and that of its symbol's first row."
+        symbols = pd.factorize(self.keys["symbol"])[0]
+        order = np.argsort(symbols, kind="stable")
+        return order, np.argsort(order, kind="stable"), np.searchsorted(symbols[order], symbols)
 
     @cached_property
     def _place(self) -> NDArray[np.int64]:
@@ -94,6 +98,32 @@ def rows(
     learned = {int(h): keys.merge(labels.loc[labels["horizon_bars"] == h, asked], on=["timestamp", "symbol"], how="left", validate="one_to_one").drop(columns="timestamp") for h in sorted(labels["horizon_bars"].unique())}
     return Rows(keys, features if isinstance(features, RowBlock) else features.loc[kept, features.columns[2:]].reset_index(drop=True), learned, sigma["sigma"].to_numpy(np.float64)[kept])
 
+# %% ../../nbs/systems/08_lessons.ipynb #92d33243
+MARKET = "market"  # stands where other rows have a symbol
+
+def market_rows(
+    context: pd.DataFrame,     # (T,) timestamp, then the state of the market, as `context` gives it
+    regimes: pd.DataFrame,     # (T,) timestamp, regime: its name, missing where it has none
+    horizons: Sequence[int],   # bars from an instant to the one whose regime is asked for
+) -> Rows:
+    """The market as a whole, at each instant at which it has a name.
+
+    Raises `DataError` where it never has one, and where the two tables differ in their instants.
+
+    Known at: the features of each row at its instant, its labels at their `end`."""
+    if not context["timestamp"].equals(regimes["timestamp"]):
+        raise DataError("regimes", "their instants are not those of the context", "make both from one panel")
+    named = regimes.set_index("timestamp")["regime"].astype(NAMES).dropna()
+    if named.empty:
+        raise DataError("regimes", "the market has no name at any instant", "use a longer history, or shorter windows in features.context")
+    labels, index = {}, pd.DatetimeIndex(named.index)
+    for h in sorted(horizons):
+        later = regime_targets(named, h)
+        codes = later["regime"].cat.codes.astype(np.float64)
+        labels[h] = later.assign(regime=codes).reindex(index).reset_index(drop=True).assign(symbol=MARKET)[["symbol", "start", "end", "regime"]]
+    state = context.set_index("timestamp").loc[index].astype(np.float32).reset_index(drop=True)
+    return Rows(pd.DataFrame({"timestamp": index, "symbol": MARKET}), state, labels, np.full(len(index), np.nan))
+
 # %% ../../nbs/systems/08_lessons.ipynb #6de323c3
 RECENT = 20  # instants
 
@@ -121,7 +151,7 @@ class Question(NamedTuple):
     """What is to be forecast."""
 
     horizon_bars: int   # one of the labels'
-    target: str         # ret or ret_voladj
+    target: str         # ret, ret_voladj or regime
 
     @property
     def folder(self) -> str:
@@ -179,20 +209,19 @@ def lessons(
     return out
 
 # %% ../../nbs/systems/08_lessons.ipynb #3f958c88
-def _steps_to(symbols: NDArray[np.int64], at: NDArray[np.int64], steps: int) -> NDArray[np.int64]:
+def _steps_to(data: Rows, at: NDArray[np.int64], steps: int) -> NDArray[np.int64]:
     "Numbers of the rows, ascending, that windows which end at some rows are made of."
-    order = np.argsort(symbols, kind="stable")
-    place, first = np.argsort(order, kind="stable")[at], np.searchsorted(symbols[order], symbols[at])
-    edges = np.zeros(len(symbols) + 1, np.int64)
-    np.add.at(edges, np.maximum(place - steps + 1, first), 1)
-    np.add.at(edges, place + 1, -1)
+    order, place, first = data._order
+    edges = np.zeros(len(order) + 1, np.int64)
+    np.add.at(edges, np.maximum(place[at] - steps + 1, first[at]), 1)
+    np.add.at(edges, place[at] + 1, -1)
     return np.sort(order[np.cumsum(edges[:-1]) > 0])
 
 def _inputs(data: Rows, at: NDArray[np.int64], features: list[str], model: Model) -> pd.DataFrame | Windows:
     "What a model reads of some rows: the rows, or windows that end there, made of no later row than the last of them."
     if not model.sequences:
         return data.take(at, features)
-    seen = _steps_to(data._symbols, at, model.params.steps)
+    seen = _steps_to(data, at, model.params.steps)
     return windows(data.take(seen, features), data.keys["symbol"].iloc[seen], model.params.steps).take(np.searchsorted(seen, at))
 
 def _fitted(data: Rows, own: Lesson, cutoff: np.datetime64, learner: Learner, folder: Path, unfinished: Path | None) -> Model:
@@ -206,7 +235,13 @@ def _fitted(data: Rows, own: Lesson, cutoff: np.datetime64, learner: Learner, fo
         shutil.rmtree(unfinished, ignore_errors=True)
     return model
 
+# %% ../../nbs/systems/08_lessons.ipynb #e2f7eb73
 LEAST_ROWS = 30  # of a symbol, for a model of its own
+
+def _said(predicted: pd.DataFrame, at: NDArray[np.int64], target: str) -> pd.DataFrame:
+    "What is kept of a prediction: the probabilities of regimes, or a forecast of a return and what heads say beside it."
+    kept = [f"prob_{name}" for name in REGIMES] if target == "regime" else ["score", "prob_up", "sigma", *(h for h in HEADS if h in predicted)]
+    return pd.DataFrame({"row": at, **{name: predicted[name].to_numpy(np.float64) for name in kept}})
 
 def told(
     data: Rows,
@@ -217,11 +252,11 @@ def told(
     symbols: Sequence[str],      # those with a model of their own; none: one model for all
     folder: Path,                # for the fitted models, those of symbols in folders of their names
     unfinished: Path | None,     # where a training that survives a kill keeps what it goes on from
-) -> tuple[pd.DataFrame, pd.DataFrame]:  # row, score, prob_up, sigma, in the units of the target; and symbol, reason of the models that could not learn
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # row, score, prob_up, sigma and columns of heads, in the units of the target, of regimes row and prob_<regime>; and symbol, reason of the models that could not learn
     """What the models of a strategy say about a test window. Raises what a pooled model raises on rows that it cannot learn from.
 
     Known at: each forecast at the instant of its row."""
-    said, refused = [pd.DataFrame(np.empty((0, 4)), columns=["row", "score", "prob_up", "sigma"]).astype({"row": np.int64})], []
+    said, refused = [], []
     for symbol in symbols or ("",):
         own, at = (all_of_it.of(data, symbol), test[(data.keys["symbol"].iloc[test] == symbol).to_numpy()]) if symbol else (all_of_it, test)
         try:
@@ -233,9 +268,9 @@ def told(
                 raise
             refused.append({"symbol": symbol, "reason": f"{error.where}: {error.what}"})
             continue
-        predicted = model.predict(_inputs(data, at, own.features, model))
-        said.append(pd.DataFrame({"row": at, **{name: predicted[name].to_numpy(np.float64) for name in ("score", "prob_up", "sigma")}}))
-    return pd.concat(said, ignore_index=True), pd.DataFrame(refused, columns=["symbol", "reason"])
+        said.append(_said(model.predict(_inputs(data, at, own.features, model)), at, learner.strategy.target))
+    nothing = pd.DataFrame({"row": np.empty(0, np.int64)} | {name: np.empty(0) for name in ("score", "prob_up", "sigma")})
+    return pd.concat(said, ignore_index=True) if said else nothing, pd.DataFrame(refused, columns=["symbol", "reason"])
 
 # %% ../../nbs/systems/08_lessons.ipynb #2d56444d
 def put_rows(
@@ -257,13 +292,13 @@ def put_rows(
             np.save(new / f"test_{fold.number:03d}.npy", fold.test)
     return {"rows": home / "rows", "features": block.folder.resolve()}, f"{block.id} {content_id(home / 'rows')}"
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def open_rows(
     rows: Path,
     features: Path,
     data_id: str,   # what lies there: other rows under the same paths are read anew
 ) -> Rows:
-    """Rows as `put_rows` left them, their features still in the file. The last ones are kept, for the next piece of work."""
+    """Rows as `put_rows` left them, their features still in the file. Those of assets and of the market are kept, for the next piece of work."""
     keys = read_parquet(rows / "rows.parquet")
     labels = {int(path.stem.removeprefix("labels_")): read_parquet(path) for path in sorted(rows.glob("labels_*.parquet"))}
     return Rows(keys[["timestamp", "symbol"]], open_block(features), labels, keys["sigma"].to_numpy(np.float64))

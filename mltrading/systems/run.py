@@ -17,16 +17,19 @@ import pandas as pd
 from ..backtest.costs import CostParams
 from ..backtest.engine import BacktestParams
 from ..core.errors import DataError
-from ..core.params import ComputeParams, block, load_params, merge, read_params, root
+from ..core.params import ComputeParams, beside, block, merge, read_params, root, system_params
+from ..core.stage import rebase
 from ..features.redundancy import SelectionParams
 from ..features.registry import FeatureParams, write_features
+from ..features.talk import scored_panel
 from ..labels.horizons import LabelParams, horizon_sigma, label_frame
 from ..market.adjust import adjusted
+from ..market.news import empty_news
 from ..market.panel import Panel, between, from_frame, long_column, select
 from ..market.scope import PanelParams, scope
 from ..market.snapshot import Market, read_snapshot
 from ..models.zoo import ModelsParams
-from ..portfolio.block import PolicyParams
+from ..portfolio.block import PolicyParams, build_policy
 from .assets import account_table, ended, profitable, reasons
 from .base import load_system
 from .choice import ChoiceParams, with_choice
@@ -49,6 +52,7 @@ class _Prices:
 
     panel: Panel                  # the symbols that can be used, and the benchmark
     macro: pd.DataFrame | None
+    news: pd.DataFrame
     classes: dict[str, str]       # symbol -> class
     benchmark: str | None
     refused: dict[str, str]       # symbol -> reason
@@ -58,13 +62,13 @@ class _Prices:
         "Those that may be traded."
         return [s for s in self.panel.symbols if s != self.benchmark]
 
-def _from_snapshot(market: Market, symbols: Sequence[str], params: PanelParams) -> tuple[Panel | None, pd.DataFrame, dict[str, str]]:
-    "The panel of those symbols that a snapshot has, its releases, and the class of each symbol."
+def _from_snapshot(market: Market, symbols: Sequence[str], params: PanelParams) -> tuple[Panel | None, pd.DataFrame, pd.DataFrame, dict[str, str]]:
+    "The panel of those symbols that a snapshot has, its releases and news, and the class of each symbol."
     sets = [params.bars] if isinstance(params.bars, str) else params.bars
     there = {s for name in sets for s in market.store(name).symbols}
     known = [s for s in symbols if s in there and s != params.benchmark]
     panel = scope(market, params.model_copy(update={"symbols": known})) if known else None
-    return panel, market.macro, {s: told["class"] for s, told in market.manifest["symbols"].items()}
+    return panel, market.macro, market.news, {s: told["class"] for s, told in market.manifest["symbols"].items()}
 
 def _unfit(panel: Panel, symbol: str, least: int) -> str:
     "Why a symbol cannot be learned from; nothing if it can."
@@ -77,9 +81,9 @@ def _unfit(panel: Panel, symbol: str, least: int) -> str:
 
 def _prices(given: str | Path | pd.DataFrame | Panel, symbols: Sequence[str], params: PanelParams) -> _Prices:
     "Prices, from wherever. Raises `DataError` where no symbol can be learned from."
-    macro, classes = None, dict.fromkeys(symbols, "asset")
+    macro, news, classes = None, empty_news(), dict.fromkeys(symbols, "asset")
     if isinstance(given, str | Path):
-        panel, macro, classes = _from_snapshot(read_snapshot(Path(given)), symbols, params)
+        panel, macro, news, classes = _from_snapshot(read_snapshot(Path(given)), symbols, params)
     else:
         whole = given if isinstance(given, Panel) else from_frame(given, "prices")
         wanted = [s for s in whole.symbols if s in {*symbols, params.benchmark}]
@@ -90,14 +94,14 @@ def _prices(given: str | Path | pd.DataFrame | Panel, symbols: Sequence[str], pa
     if panel is None or len(refused) == len(symbols):
         raise DataError("prices", "; ".join(f"{s}: {why}" for s, why in refused.items()), "name symbols that the prices have, or an earlier start")
     benchmark = params.benchmark if params.benchmark in panel.symbols else None
-    return _Prices(select(panel, [s for s in panel.symbols if s not in refused or s == benchmark]), macro, classes, benchmark, refused)
+    return _Prices(select(panel, [s for s in panel.symbols if s not in refused or s == benchmark]), macro, news, classes, benchmark, refused)
 
 # %% ../../nbs/systems/18_run.ipynb #3235f8cc
 def _learned(prices: _Prices, params: Mapping[str, Any], folder: Path) -> tuple[Rows, pd.DataFrame]:
     "Features, in a block, beside labels; and the labels alone."
     asked, wanted = block(LabelParams, params["labels"], "labels"), block(FeatureParams, params["features"], "features")
     market = wanted.benchmark if wanted.benchmark in prices.panel.symbols else None
-    made = write_features(prices.panel, folder / "rows", wanted.names, macro=prices.macro, benchmark=market)
+    made = write_features(scored_panel(prices.panel, prices.news, wanted.sentiment), folder / "rows", wanted.names, macro=prices.macro, benchmark=market)
     sigma = made.keys(made.between(None, None)).assign(sigma=long_column(prices.panel, horizon_sigma(prices.panel, 1, asked.vol_bars)))
     labels = pd.concat([label_frame(prices.panel, h, asked.fill, vol_bars=asked.vol_bars) for h in asked.horizons], ignore_index=True)
     return rows(made, sigma, labels, prices.benchmark), labels
@@ -149,7 +153,7 @@ def _by_asset(prices: _Prices, found: _Chosen, params: Mapping[str, Any]) -> pd.
     stale, bars_per_year, how = params["backtest"]["delist_after_bars"], params["policy"]["bars_per_year"], params["report"]
     count = found.forecasts.groupby("symbol").size()
     status = {s: "refused" if s not in count.index else "ended" if ended(prices.panel, s, stale) else "traded" for s in prices.symbols} | dict.fromkeys(prices.refused, "refused")
-    why = reasons(prices.symbols, prices.panel, found.earned[CHOICE], found.refused, found.folds, stale, bars_per_year)
+    why = reasons(prices.symbols, prices.panel, found.earned[CHOICE], found.forecasts, found.refused, found.folds, stale, bars_per_year)
     table = pd.DataFrame({"status": status, "reason": why.to_dict() | prices.refused, "class": {s: prices.classes.get(s, "") for s in status}, "forecasts": count}, index=sorted(status))
     measured = account_table(found.earned, found.choices, found.rated, seed=params["compute"]["seed"], n_boot=how["n_boot"], level=how["level"], bars_per_year=bars_per_year)
     return table.join(measured[MEASURED]).rename_axis("symbol").astype({"forecasts": "Int64"})
@@ -157,7 +161,7 @@ def _by_asset(prices: _Prices, found: _Chosen, params: Mapping[str, Any]) -> pd.
 # %% ../../nbs/systems/18_run.ipynb #6a4eff74
 def run_multi_asset(
     symbols: Sequence[str],
-    prices: str | Path | pd.DataFrame | Panel | None = None,  # a snapshot's folder, a long table of bars, or a panel; the project's snapshot unless told
+    prices: str | Path | pd.DataFrame | Panel | None = None,  # a snapshot's folder, a long table of bars, or a panel; the snapshot of the profile unless told
     start: str | None = None,                       # first day used, as "2015-01-01"
     changes: Mapping[str, Any] | None = None,       # values to replace in the system's block of params.yaml, as {"validation": {"test_bars": 252}}
     *,
@@ -170,13 +174,14 @@ def run_multi_asset(
     Raises `DataError` where none of the symbols can be learned from, `ParameterError` on unknown parameters, and what the walk raises.
 
     Known at: each forecast at its `timestamp`."""
-    params = merge(load_params(system, profile), dict(changes or {}), "changes")
-    compute = block(ComputeParams, read_params()["compute"] | params["compute"] | {"workers": workers, "cluster": None}, "compute")
+    whole = read_params()
+    params = merge(system_params(whole, system, profile), dict(changes or {}), "changes")
+    compute = block(ComputeParams, whole["compute"] | params["compute"] | {"workers": workers, "cluster": None}, "compute")
     scoped = block(PanelParams, params["panel"] | ({"start": start} if start else {}) | {"symbols": list(symbols)}, "panel")
-    found = _prices(root() / "data" if prices is None else prices, list(dict.fromkeys(symbols)), scoped)
+    found = _prices(root() / rebase("data", beside(profile, whole)) if prices is None else prices, list(dict.fromkeys(symbols)), scoped)
     done = _chosen(found, params, system, compute)
     costs, account, rules = block(CostParams, params["costs"], "costs"), block(BacktestParams, params["backtest"], "backtest"), block(PolicyParams, params["policy"], "policy")
-    ledgers = {name: kept for name, (kept, _) in trade(select(found.panel, found.symbols), done.forecasts, [CHOICE], load_system(system).policy(rules), costs, account).items()}
+    ledgers = {name: kept for name, (kept, _) in trade(select(found.panel, found.symbols), done.forecasts, [CHOICE], build_policy(rules), costs, account).items()}
     returns, rated, gained = returns_table(ledgers), done.rated, profitable(done.earned[CHOICE])
     metrics = {str(k): float(v) for k, v in outcome(returns, rules.bars_per_year).T.to_dict()[CHOICE].items()}
     metrics |= {"total_return": float(np.prod(1 + returns[CHOICE].to_numpy()) - 1), "accuracy": accuracy(rated["prob_up"], rated["up"]), "assets": float(len(gained)), "profitable": float(gained.mean())}

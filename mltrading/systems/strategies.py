@@ -14,7 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..core.errors import ParameterError, unknown
 from ..core.params import Named, folder_name
+from ..labels.horizons import LabelParams
+from ..labels.regimes import REGIMES
 from ..models.forecaster import Model
+from ..models.tasks import Classes
 from ..models.zoo import Spec, spec
 
 # %% auto #0
@@ -28,9 +31,14 @@ class Strategy(BaseModel):
 
     model: str = Field(description="a name of the block `models`")
     horizon_bars: int = Field(ge=1, le=252, description="one of `labels.horizons`")
-    target: Literal["ret", "ret_voladj"] = Field(description="what is learned: the return over the horizon, or that divided by its volatility")
-    scope: Literal["pooled", "asset"] = Field(description="whether one model learns from all symbols, or each symbol has its own")
+    target: Literal["ret", "ret_voladj", "regime"] = Field(description="what is learned: the return over the horizon, or that divided by its volatility; or the regime of the market so many bars later")
+    scope: Literal["pooled", "asset", "market"] = Field(description="whether one model learns from all symbols, or each symbol has its own; or one learns from the state of the market, to forecast its regime")
     row_step: int = Field(ge=1, le=252, description="learns from every so-manieth instant of the training rows")
+
+    @property
+    def market(self) -> bool:
+        "Whether it learns from the market as a whole, and forecasts its regime."
+        return self.scope == "market"
 
 # %% ../../nbs/systems/05_strategies.ipynb #e4a26434
 class Learner(NamedTuple):
@@ -70,29 +78,46 @@ class StrategiesParams(Named[Strategy]):
         for name in self.root:
             if name == CHOICE or not folder_name(name):
                 raise ParameterError(name or "''", "is no name for a strategy: its models are kept in a folder of that name, and `choice` is the one that is chosen", "use letters, digits, _ and -")
+        for name, s in self.root.items():
+            if s.market != (s.target == "regime"):
+                raise ParameterError(f"{name}.scope", f"is `{s.scope}`, and the target is `{s.target}`: the regime is a name of the market, and the market has no other target", "use scope: market and target: regime together, or neither")
         return self
 
     def check(
         self,
-        models: Sequence[str],     # names of the block `models`
-        horizons: Sequence[int],   # `labels.horizons`
-        traded: Sequence[str],     # the system's models
+        models: Mapping[str, Spec],  # of the block `models`, by name
+        labels: LabelParams,
+        traded: Sequence[str],     # strategies with an account of their own
         among: Sequence[str],      # `choice.among`; none where nothing is chosen
     ) -> None:
-        """Raises `ParameterError` on a model, a horizon or a strategy that does not exist, and where a choice is traded and nothing is chosen."""
+        """Raises `ParameterError` on a model or a horizon that does not exist, where regimes have no labels or meet a model that does not learn them, and as `check_traded` does."""
+        self.check_traded(traded, among)
+        for name, s in self.root.items():
+            at = f"params.yaml: strategies.{name}"
+            if s.model not in models:
+                raise unknown("model", s.model, list(models), at)
+            if s.horizon_bars not in labels.horizons:
+                raise ParameterError(f"{at}.horizon_bars", f"{s.horizon_bars} is not among labels.horizons {labels.horizons}", "add it there, or use one of them")
+            if s.target == "regime" and labels.regimes is None:
+                raise ParameterError(f"{at}.target", "is the regime, and labels.regimes is null: the market is given no name", "say in labels.regimes where one regime ends and another begins")
+            task = getattr(models[s.model].params, "task", None)
+            if (task.names if isinstance(task, Classes) else ()) != (REGIMES if s.target == "regime" else ()):
+                raise ParameterError(f"{at}.model", f"`{s.model}` does not learn what is asked, the target `{s.target}`", f"regimes need a network of task: {{kind: classes, names: [{', '.join(REGIMES)}]}}, and other targets another task")
+
+    def check_traded(
+        self,
+        traded: Sequence[str],     # strategies with an account of their own
+        among: Sequence[str],      # `choice.among`; none where nothing is chosen
+    ) -> None:
+        """Raises `ParameterError` on a strategy that does not exist, where a choice is traded and nothing is chosen, and where regimes are to be traded."""
         if CHOICE in traded and not among:
             raise ParameterError("params.yaml: choice", "is empty, and the system trades what is chosen", "name the strategies to choose from in choice.among; one is enough")
         for name in among:
             if name not in self.root:
                 raise unknown(self.entry, name, list(self.root), "params.yaml: choice.among")
-        for name in traded:
-            if name != CHOICE:
-                self[name]
-        for name, s in self.root.items():
-            if s.model not in models:
-                raise unknown("model", s.model, list(models), f"params.yaml: strategies.{name}")
-            if s.horizon_bars not in horizons:
-                raise ParameterError(f"params.yaml: strategies.{name}.horizon_bars", f"{s.horizon_bars} is not among labels.horizons {list(horizons)}", "add it there, or use one of them")
+        for name in (*(n for n in traded if n != CHOICE), *among):
+            if self[name].market:
+                raise ParameterError(f"params.yaml: strategies.{name}", "forecasts the regime of the market, and is to be traded: it says nothing of an asset", "trade a strategy of another scope")
 
 # %% ../../nbs/systems/05_strategies.ipynb #201092bb
 def thinned(

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
@@ -22,13 +22,16 @@ from ..core.params import ComputeParams
 from ..core.storage import content_id, read_parquet
 from ..core.tasks import Task, run_tasks
 from ..features.redundancy import SelectionParams, selection_stability
+from ..labels.regimes import NAMES, REGIMES
+from ..models.tasks import HEADS
 from .lessons import Lesson, Question, Rows, choose_features, fit_and_forecast, put_rows
+from .regimes import regime_scores
 from .strategies import Learner, Strategy
 from ..validation.metrics import forecast_quality
 from ..validation.splits import Fold
 
 # %% auto #0
-__all__ = ['AT_ONCE', 'ALONE', 'Walked', 'walk', 'selection_summary']
+__all__ = ['AT_ONCE', 'ALONE', 'Course', 'Walked', 'walk', 'selection_summary']
 
 # %% ../../nbs/systems/10_walk.ipynb #80fd7dee
 AT_ONCE = 16  # models of single symbols in one task
@@ -39,47 +42,75 @@ def _done(table: pd.DataFrame) -> None:
     for task, reason in table.loc[table["status"] == "refused", ["task", "reason"]].to_numpy():
         raise DataError(f"task {task}", reason)
 
+class Course(NamedTuple):
+    """Rows, and the folds in which they are learned from and forecast."""
+
+    data: Rows
+    folds: Sequence[Fold]
+
+def _courses(assets: Course, market: Course | None, learners: Mapping[str, Learner]) -> dict[bool, Course]:
+    "Those of the assets and, under true and where it is asked for, of the market, with folds in the same windows. Raises `DataError` where that cannot be."
+    asked = [name for name, learner in learners.items() if learner.strategy.market]
+    if not asked:
+        return {False: assets}
+    if len(asked) == len(learners) or market is None:
+        raise DataError(f"strategy {asked[0]}", "forecasts the regime of the market, and there are " + ("no rows of it" if market is None else "only such strategies"), "give the walk the rows of assets and of the market, and a strategy for each")
+    same = {fold.number: fold for fold in market.folds}
+    for fold in assets.folds:
+        if fold.number not in same or not np.array_equal(same[fold.number].windows, fold.windows):
+            raise DataError(f"fold {fold.number}", f"the market has no rows of its own between {fold.test_start} and {fold.test_end}", "split both on one axis, and begin where the regime is known: with more validation.train_bars")
+    return {False: assets, True: Course(market.data, [same[fold.number] for fold in assets.folds])}
+
+# %% ../../nbs/systems/10_walk.ipynb #06561122
 @dataclass(frozen=True, eq=False)
 class _Walk:
     "A walk on its way."
 
-    data: Rows
-    folds: Sequence[Fold]
+    courses: Mapping[bool, Course]  # whether it is of the market -> rows and folds
     learners: Mapping[str, Learner]
     home: Path
 
+    def each(self) -> Iterator[tuple[str, Strategy, Fold]]:
+        "Fold by fold all strategies, each with the fold of its own rows."
+        for k in range(len(self.courses[False].folds)):
+            for name, (s, *_) in self.learners.items():
+                yield name, s, self.courses[s.market].folds[k]
+
     def lesson(self, fold: Fold, s: Strategy) -> Path:
         "Where a strategy's lesson of a fold lies, among those of all questions to the same rows."
-        return self.home / "lessons" / f"fold_{fold.number:03d} by {s.row_step}" / Question(s.horizon_bars, s.target).folder
+        task = f"fold_{fold.number:03d}{' of the market' * s.market} by {s.row_step}"
+        return self.home / "lessons" / task / Question(s.horizon_bars, s.target).folder
 
-    def lessons(self, given: dict[str, Any], data_id: str) -> list[Task]:
+    def lessons(self, given: Mapping[bool, dict[str, Any]], selection: SelectionParams | None) -> list[Task]:
         "All there is to choose, one task for each fold and step."
-        asked: dict[int, list[Question]] = {}
-        for s in (learner.strategy for learner in self.learners.values()):
-            asked.setdefault(s.row_step, []).append(Question(s.horizon_bars, s.target))
-        return [Task(f"fold_{fold.number:03d} by {step}", given | {"fold": fold.number, "row_step": step, "questions": sorted(set(questions))}, data_id) for fold in self.folds for step, questions in asked.items()]
+        tasks: dict[str, Task] = {}
+        for _, s, fold in self.each():
+            asked = {Question(o.horizon_bars, o.target) for o, *_ in self.learners.values() if (o.row_step, o.market) == (s.row_step, s.market)}
+            name, chosen = self.lesson(fold, s).parent.name, None if s.market or selection is None else selection.model_dump()
+            tasks[name] = Task(name, given[s.market] | {"fold": fold.number, "row_step": s.row_step, "questions": sorted(asked), "selection": chosen}, given[s.market]["data_id"])
+        return list(tasks.values())
 
     def parts(self, fold: Fold, name: str) -> dict[Path, list[str]]:
         "Where each fit of a fold and strategy lies, and its symbols; none where one model is of all."
         place = self.home / "fits" / f"fold_{fold.number:03d} {quote(name, '')}"
-        if self.learners[name].strategy.scope == "pooled":
+        if self.learners[name].strategy.scope != "asset":
             return {place: []}
-        symbols = sorted(self.data.keys["symbol"].iloc[fold.test].unique())
+        symbols = sorted(self.courses[False].data.keys["symbol"].iloc[fold.test].unique())
         return {place.with_name(f"{place.name} {i // AT_ONCE:03d}"): symbols[i:i + AT_ONCE] for i in range(0, len(symbols), AT_ONCE)}
 
     def run(self, selection: SelectionParams | None, compute: ComputeParams, opened: Callable[[], None], training: Path | None) -> None:
         "Do all tasks; `opened` is called before the first that sees a test window."
-        place, data_id = put_rows(self.data, self.folds, self.home)
-        given: dict[str, Any] = {**place, "data_id": data_id}
-        _done(run_tasks(choose_features, self.lessons(given | {"selection": selection and selection.model_dump()}, data_id), self.home / "lessons", compute))
+        given: dict[bool, dict[str, Any]] = {}
+        for market, (data, folds) in self.courses.items():
+            place, data_id = put_rows(data, folds, self.home / "market" if market else self.home)
+            given[market] = {**place, "data_id": data_id}
+        _done(run_tasks(choose_features, self.lessons(given, selection), self.home / "lessons", compute))
         opened()
-        fits: list[Task] = []
-        for fold in self.folds:
-            for name, learner in self.learners.items():
-                at, resumed = self.lesson(fold, learner.strategy), training and training / name / f"fold_{fold.number:03d}"
-                args = given | {"fold": fold.number, "cutoff": str(fold.test_start), "lesson": at, "learner": learner.plain(), "unfinished": resumed}
-                told = f"{data_id} {content_id(at)}"
-                fits += [Task(part.name, args | {"symbols": symbols}, told) for part, symbols in self.parts(fold, name).items()]
+        ids, fits = {at: content_id(at) for at in {self.lesson(fold, s) for _, s, fold in self.each()}}, list[Task]()
+        for name, s, fold in self.each():
+            at, resumed = self.lesson(fold, s), training and training / name / f"fold_{fold.number:03d}"
+            args = given[s.market] | {"fold": fold.number, "cutoff": str(fold.test_start), "lesson": at, "learner": self.learners[name].plain(), "unfinished": resumed}
+            fits += [Task(part.name, args | {"symbols": symbols}, f"{given[s.market]['data_id']} {ids[at]}") for part, symbols in self.parts(fold, name).items()]
         _done(run_tasks(fit_and_forecast, fits, self.home / "fits", compute))
 
 # %% ../../nbs/systems/10_walk.ipynb #347275d4
@@ -90,44 +121,76 @@ def _forecast(data: Rows, said: pd.DataFrame, strategy: Strategy) -> pd.DataFram
     keys = data.keys.iloc[test].reset_index(drop=True)
     return keys.assign(horizon_bars=strategy.horizon_bars, score=said["score"].to_numpy() * unit, prob_up=said["prob_up"].to_numpy(), sigma=said["sigma"].to_numpy() * unit)
 
+def _heads(data: Rows, said: pd.DataFrame, strategy: Strategy) -> pd.DataFrame:
+    "What heads said of the same rows; volatility in units of return."
+    unit = data.sigma[said["row"]] * np.sqrt(strategy.horizon_bars) if strategy.target == "ret_voladj" else 1.0
+    return pd.DataFrame({h: said[h].to_numpy() * (unit if h == "volatility" else 1.0) for h in HEADS if h in said})
+
+def _regimes(data: Rows, said: pd.DataFrame) -> pd.DataFrame:
+    "Out-of-sample probabilities of regimes."
+    return pd.DataFrame({"timestamp": data.keys["timestamp"].iloc[said["row"]].array} | {r: said[f"prob_{r}"].to_numpy() for r in REGIMES})
+
 def _quality(data: Rows, said: pd.DataFrame, horizon_bars: int) -> dict[str, Any]:
     "How good forecasts were, over the rows whose label is complete."
     y = data.labels[horizon_bars]["ret"].to_numpy(np.float64)[said["row"]]
     known = np.isfinite(y)
     return forecast_quality(said["prob_up"].to_numpy()[known], y[known] > 0) if known.any() else {"n_rows": 0}
 
+def _regime_quality(data: Rows, said: pd.DataFrame, horizon_bars: int) -> dict[str, Any]:
+    "How good probabilities of regimes were, over the rows whose label is complete."
+    came = data.labels[horizon_bars]["regime"].iloc[said["row"]].to_numpy()
+    known = np.isfinite(came)
+    if not known.any():
+        return {"n_rows": 0}
+    told = _regimes(data, said).set_index("timestamp")[known]
+    scores = regime_scores(told, pd.DataFrame({"regime": pd.Categorical.from_codes(came[known].astype(np.int64), dtype=NAMES)}, told.index))
+    return {"n_rows": int(scores["rows"]), "accuracy": scores["accuracy"], "log_loss": scores["log_loss"]}
+
+# %% ../../nbs/systems/10_walk.ipynb #65265746
 @dataclass(frozen=True, eq=False)
 class Walked:
     """What a walk leaves behind, besides the fitted models."""
 
-    forecasts: pd.DataFrame  # long: the contract's columns and `model`, the strategy's name; sorted by model, timestamp and symbol
+    forecasts: pd.DataFrame  # long: the contract's columns and `model`, the strategy's name, then those of heads, NaN where a model has none; sorted by model, timestamp and symbol
+    regimes: pd.DataFrame    # long: timestamp, model, fold and a probability for each regime; sorted by model and timestamp; no rows where no strategy forecasts it
     quality: pd.DataFrame    # one row per fold and strategy
-    selection: pd.DataFrame  # one row per fold, strategy and feature that was learned from, best first: fold, model, rank, feature, members, ic, same_sign, score
+    selection: pd.DataFrame  # one row per fold, strategy of assets and feature that was learned from, best first: fold, model, rank, feature, members, ic, same_sign, score
     candidates: int          # features that at least one fold could choose
     refused: pd.DataFrame    # one row per model that could not learn: fold, model, symbol, reason
 
+def _kept(way: _Walk, fold: Fold, name: str, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    "What the fits of a fold and strategy said, and who could not learn; the models are copied to their place. Raises `DataError` where nobody could."
+    parts = list(way.parts(fold, name))
+    silent = pd.concat([read_parquet(p / "refused.parquet") for p in parts], ignore_index=True)
+    said = pd.concat([read_parquet(p / "said.parquet") for p in parts], ignore_index=True)
+    if said.empty:
+        raise DataError(f"strategy {name}, fold {fold.number}", f"no symbol has rows that can be learned from; the first: {silent['reason'].iloc[0]}", "use the scope `pooled`, or longer training windows")
+    target = folder / name / f"fold_{fold.number:03d}"
+    shutil.rmtree(target, ignore_errors=True)
+    for p in parts:
+        if (p / "models").exists():
+            shutil.copytree(p / "models", target, dirs_exist_ok=True)
+    return said, silent
+
 def _gathered(way: _Walk, folder: Path) -> Walked:
-    "What the tasks have left, put together; the models are copied to their place. Raises `DataError` where no symbol of a strategy could learn."
+    "What the tasks have left, put together. Raises as `_kept` does."
     forecasts, quality, chosen, refused, candidates = [], [], [], [], set[str]()
-    for fold in way.folds:
-        for name, (s, *_) in way.learners.items():
-            lesson, parts = Lesson.load(way.lesson(fold, s)), list(way.parts(fold, name))
-            silent = pd.concat([read_parquet(p / "refused.parquet") for p in parts], ignore_index=True)
-            said = pd.concat([read_parquet(p / "said.parquet") for p in parts], ignore_index=True)
-            if said.empty:
-                raise DataError(f"strategy {name}, fold {fold.number}", f"no symbol has rows that can be learned from; the first: {silent['reason'].iloc[0]}", "use the scope `pooled`, or longer training windows")
-            target = folder / name / f"fold_{fold.number:03d}"
-            shutil.rmtree(target, ignore_errors=True)
-            for p in parts:
-                if (p / "models").exists():
-                    shutil.copytree(p / "models", target, dirs_exist_ok=True)
-            chosen.append(lesson.chosen.assign(fold=fold.number, model=name))
+    regimes = [pd.DataFrame(columns=["timestamp", "model", "fold", *REGIMES])]
+    for name, s, fold in way.each():
+        mark: dict[str, Any] = {"fold": fold.number, "model": name}
+        (said, silent), data = _kept(way, fold, name, folder), way.courses[s.market].data
+        if s.market:
+            regimes.append(_regimes(data, said).assign(**mark))
+        else:
+            lesson = Lesson.load(way.lesson(fold, s))
+            chosen.append(lesson.chosen.assign(**mark))
             candidates.update(lesson.candidates)
-            refused.append(silent.assign(fold=fold.number, model=name))
-            forecasts.append(_forecast(way.data, said, s).assign(fold=fold.number, model=name))
-            quality.append({"fold": fold.number, "model": name, "test_start": pd.Timestamp(fold.test_start, tz="UTC")} | _quality(way.data, said, s.horizon_bars))
+            forecasts.append(_forecast(data, said, s).assign(**mark).join(_heads(data, said, s)))
+        refused.append(silent.assign(**mark))
+        quality.append(mark | {"test_start": pd.Timestamp(fold.test_start, tz="UTC")} | (_regime_quality if s.market else _quality)(data, said, s.horizon_bars))
     table = pd.concat(forecasts).sort_values(["model", "timestamp", "symbol"], ignore_index=True)
-    return Walked(table, pd.DataFrame(quality), pd.concat(chosen, ignore_index=True), len(candidates), pd.concat(refused, ignore_index=True)[["fold", "model", "symbol", "reason"]])
+    states = pd.concat(regimes[1:] or regimes).sort_values(["model", "timestamp"], ignore_index=True)[list(regimes[0])]
+    return Walked(table, states, pd.DataFrame(quality), pd.concat(chosen, ignore_index=True), len(candidates), pd.concat(refused, ignore_index=True)[["fold", "model", "symbol", "reason"]])
 
 # %% ../../nbs/systems/10_walk.ipynb #2133464e
 def walk(
@@ -139,16 +202,18 @@ def walk(
     look: Callable[[str], AbstractContextManager[object]] = nullcontext,  # strategy -> what is open from the first fit to the end of the walk
     unfinished: Path | None = None,            # where tasks are done; a walk that is ended half-way goes on from there. Emptied at the end of a walk
     compute: ComputeParams = ALONE,            # how many processes, or which cluster; no result depends on it
+    market: Course | None = None,              # of strategies that forecast regimes: rows of the market, and folds with the windows of `folds`
 ) -> Walked:
     """In each fold choose features, fit each strategy's models and forecast the test window.
 
-    Raises `DataError` where a pooled model or the choice of features cannot learn from its rows, and what `run_tasks` raises.
+    Raises `DataError` where a pooled model or the choice of features cannot learn from its rows, where the rows or folds of the market are missing, and what `run_tasks` raises.
 
     Known at: each forecast at its `timestamp`, with a model whose last label was known before the fold's test window began."""
+    courses = _courses(Course(data, folds), market, learners)
     with ExitStack() as stack:
         home = (unfinished or Path(stack.enter_context(TemporaryDirectory()))).resolve()
         home.mkdir(parents=True, exist_ok=True)
-        way = _Walk(data, folds, learners, home)
+        way = _Walk(courses, learners, home)
 
         def opened() -> None:
             for name in learners:

@@ -21,18 +21,7 @@ from ..core.style import PALETTE, figure
 from .inference import deflated_sharpe, expected_max_sharpe
 from .metrics import checked, hit_rate, kurtosis, performance, skew
 from .nested import FAILED, OK, Score, Searched, as_returns, best_of, joined
-from mltrading.validation.search import (
-    Dimension,
-    M,
-    Report,
-    Result,
-    check_space,
-    fingerprint,
-    journal,
-    run_study,
-    value_at,
-    with_values,
-)
+from .search import Dimension, M, Report, Result, check_space, fingerprint, journal, run_study, value_at, with_values
 from .splits import Fold
 
 if TYPE_CHECKING:

@@ -19,16 +19,7 @@ from scipy.special import ndtr, ndtri
 from ..core.errors import DataError, ParameterError, unknown
 from ..core.jit import njit
 from ..core.params import whole
-from mltrading.validation.metrics import (
-    METRICS,
-    checked,
-    checked_pair,
-    kurtosis,
-    measure,
-    rate_per_bar,
-    skew,
-    year_of,
-)
+from .metrics import METRICS, checked, checked_pair, kurtosis, measure, rate_per_bar, skew, year_of
 
 # %% auto #0
 __all__ = ['optimal_block', 'resampled_positions', 'redraw', 'bootstrap_metrics', 'bootstrap_intervals', 'sharpe_error',

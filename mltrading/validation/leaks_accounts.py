@@ -14,18 +14,7 @@ from numpy.typing import NDArray
 from ..core.jit import njit
 from ..market.panel import Panel
 from .leaks_fits import forest, squared_loss
-from mltrading.validation.leaks_pairs import (
-    PAIRS,
-    WALK,
-    Tables,
-    feature_rows,
-    numbers,
-    past_return,
-    planted,
-    ridge,
-    walked,
-    with_feature,
-)
+from .leaks_pairs import PAIRS, WALK, Tables, feature_rows, numbers, past_return, planted, ridge, walked, with_feature
 from .splits import WalkForward
 
 # %% auto #0

@@ -13,18 +13,7 @@ import pandas as pd
 
 from ..labels.weights import uniqueness
 from ..market.panel import Panel
-from mltrading.validation.leaks_pairs import (
-    HORIZON,
-    WALK,
-    Tables,
-    feature_rows,
-    numbers,
-    past_return,
-    planted,
-    ridge,
-    walked,
-    with_feature,
-)
+from .leaks_pairs import HORIZON, TEST_BARS, WALK, Tables, feature_rows, numbers, past_return, planted, ridge, walked, with_feature
 
 # %% auto #0
 __all__ = ['label_window_as_a_feature', 'label_joined_by_position', 'label_lagged_by_one_bar', 'labels_overlap_the_test_window',
@@ -60,9 +49,9 @@ def label_lagged_by_one_bar(leak: bool, p: Panel) -> Tables:
 def _unpurged(p: Panel, table: pd.DataFrame, gap_rows: int) -> Tables:
     "Folds by time alone: all rows before the test window but the last few."
     out, column = [], p.index.get_indexer(pd.Index(table["timestamp"]))
-    for number, start in enumerate(range(WALK.train_bars, len(p), WALK.test_bars)):
+    for number, start in enumerate(range(WALK.train_bars, len(p), TEST_BARS)):
         before = np.flatnonzero((column >= start - WALK.train_bars) & (column < start))
-        test = table[(column >= start) & (column < start + WALK.test_bars)]
+        test = table[(column >= start) & (column < start + TEST_BARS)]
         train = table.iloc[before[: len(before) - gap_rows]].dropna()
         out.append(test[["timestamp", "symbol"]].assign(score=ridge(train, test), fold=number))
     return {"forecasts": pd.concat(out, ignore_index=True)}

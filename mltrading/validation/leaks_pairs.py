@@ -21,15 +21,15 @@ from .leaks import Pair
 from .splits import WalkForward
 
 # %% auto #0
-__all__ = ['PAIRS', 'HORIZON', 'WALK', 'FEATURES', 'Tables', 'Learn', 'market', 'releases', 'planted', 'feature_rows', 'walked',
-           'numbers', 'ridge', 'survivors_only', 'most_liquid_of_the_sample', 'index_membership_of_today',
-           'long_histories_only', 'delisting_known_early', 'rows_with_a_label_only', 'price_filter_on_adjusted_prices',
-           'with_feature', 'past_return', 'gaps_filled_from_behind', 'outliers_clipped_by_the_sample',
-           'weeks_stamped_at_their_start', 'denoised_before_the_split', 'macro_at_its_period', 'macro_as_restated',
-           'macro_joined_to_the_next_release', 'scaler_across_folds', 'test_window_scaled_by_itself',
-           'imputer_across_folds', 'components_across_folds', 'symbol_encoded_by_its_label',
-           'symbol_normalized_by_its_history', 'bins_of_the_sample', 'features_selected_on_all_rows',
-           'regimes_smoothed']
+__all__ = ['PAIRS', 'HORIZON', 'TEST_BARS', 'WALK', 'FEATURES', 'Tables', 'Learn', 'market', 'releases', 'planted',
+           'feature_rows', 'walked', 'numbers', 'ridge', 'survivors_only', 'most_liquid_of_the_sample',
+           'index_membership_of_today', 'long_histories_only', 'delisting_known_early', 'rows_with_a_label_only',
+           'price_filter_on_adjusted_prices', 'with_feature', 'past_return', 'gaps_filled_from_behind',
+           'outliers_clipped_by_the_sample', 'weeks_stamped_at_their_start', 'denoised_before_the_split',
+           'macro_at_its_period', 'macro_as_restated', 'macro_joined_to_the_next_release', 'scaler_across_folds',
+           'test_window_scaled_by_itself', 'imputer_across_folds', 'components_across_folds',
+           'symbol_encoded_by_its_label', 'symbol_normalized_by_its_history', 'bins_of_the_sample',
+           'features_selected_on_all_rows', 'regimes_smoothed']
 
 # %% ../../nbs/validation/42_leaks_pairs.ipynb #1d4f1b8a
 def market(
@@ -70,7 +70,8 @@ def planted(
         return run
     return add
 
-HORIZON, WALK = 5, WalkForward(train_bars=120, test_bars=35)
+HORIZON, TEST_BARS = 5, 35
+WALK = WalkForward(train_bars=120, test_bars=TEST_BARS)
 FEATURES = ("ret_5d", "vol_20d", "rsi_14")
 Tables = Mapping[str, pd.DataFrame]
 Learn = Callable[[pd.DataFrame, pd.DataFrame], Any]   # training rows, test rows -> scores of the test rows

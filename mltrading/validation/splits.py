@@ -8,12 +8,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..core.errors import DataError, LeakError, ParameterError
 from ..core.style import PALETTE, date_axis, figure
@@ -26,15 +27,26 @@ __all__ = ['ValidationParams', 'instants', 'Timeline', 'timeline', 'Fold', 'chec
            'fold_table', 'draw']
 
 # %% ../../nbs/validation/00_splits.ipynb #e49bd124
+def _one_length(windows: Any, where: str) -> None:
+    "Raises `ParameterError` unless a walk says in exactly one way how long its test windows are."
+    if (windows.test_bars is None) == (windows.test_months is None):
+        raise ParameterError(where, f"is {windows.test_bars} where test_months is {windows.test_months}: one of the two says how long a test window is", "set one, and the other to null")
+
 class ValidationParams(BaseModel):
     """How a system is judged: the block `validation` of `params.yaml`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     train_bars: int = Field(description="bars of the time axis that a model learns from (the first window of an anchored walk)", ge=2)
-    test_bars: int = Field(description="bars it is then judged on; it is fitted again after so many", ge=1)
+    test_bars: int | None = Field(description="bars it is then judged on; it is fitted again after so many; null: after so many months", ge=1)
     embargo_bars: int = Field(description="bars between the last training label and the first test decision, on top of the purge", ge=0)
     anchored: bool = Field(description="true: learn from everything since the first bar; false: from the last train_bars")
+    test_months: int | None = Field(default=None, description="instead of test_bars: it is fitted again on the first bar of every so-manieth month (UTC), 1 for every month", ge=1)
+
+    @model_validator(mode="after")
+    def _either(self) -> Self:
+        _one_length(self, "test_bars")
+        return self
 
 # %% ../../nbs/validation/00_splits.ipynb #170f46a6
 def instants(
@@ -218,17 +230,27 @@ def require(
             raise ParameterError(f"{where}.{name}", f"{value!r} is too small or not a whole number", f"use a whole number of at least {least}")
 
 # %% ../../nbs/validation/00_splits.ipynb #7e5a0858
-def _starts(walk: WalkForward, n_bars: int) -> range:
-    "Positions on the axis at which test windows begin."
-    if n_bars <= walk.train_bars:
-        raise DataError("time axis", f"{n_bars} bars are too few: {walk.train_bars} to learn from and at least one to judge need {walk.train_bars + 1}",
-                        "use a longer history or smaller `validation.train_bars`")
-    return range(walk.train_bars, n_bars, walk.test_bars)
+def _monthly(bars: NDArray[np.datetime64], first: int, months: int) -> list[int]:
+    "Positions, from `first` on, of the first bars of every so-manieth month; where such a month has no bar, of the next one."
+    month = bars.astype("datetime64[M]").astype(np.int64)
+    begins = first + np.flatnonzero(month[first:] != month[first - 1:-1])
+    number = (month[begins] - month[begins[:1]]) // months
+    return [int(b) for b in begins[np.diff(number, prepend=-1) > 0]]
 
-def _fold(walk: WalkForward, number: int, s: int, rows: Timeline) -> Fold:
-    "The fold whose test window begins at bar `s`."
+def _starts(walk: WalkForward, bars: NDArray[np.datetime64]) -> list[int]:
+    "Positions on the axis at which test windows begin."
+    if len(bars) <= walk.train_bars:
+        raise DataError("time axis", f"{len(bars)} bars are too few: {walk.train_bars} to learn from and at least one to judge need {walk.train_bars + 1}",
+                        "use a longer history or smaller `validation.train_bars`")
+    found = list(range(walk.train_bars, len(bars), walk.test_bars)) if walk.test_bars else _monthly(bars, walk.train_bars, walk.test_months or 1)
+    if not found:
+        raise DataError("time axis", f"no month begins after its first {walk.train_bars} bars", "use a longer history or smaller `validation.train_bars`")
+    return found
+
+def _fold(walk: WalkForward, number: int, s: int, e: int, rows: Timeline) -> Fold:
+    "The fold whose test window begins at bar `s` and ends before bar `e`."
     t, end, bars = rows
-    e, lo = min(s + walk.test_bars, len(bars)), 0 if walk.anchored else s - walk.train_bars
+    lo = 0 if walk.anchored else s - walk.train_bars
     i, j = (int(x) for x in np.searchsorted(t, bars[[lo, s]]))
     k = int(np.searchsorted(t, bars[e - 1], side="right"))
     gap = bars[s - walk.embargo_bars]
@@ -245,12 +267,14 @@ class WalkForward(Splitter):
     """Purged, embargoed walk-forward over rows of many symbols."""
 
     train_bars: int         # bars of the time axis, >= 2
-    test_bars: int          # bars of the time axis, >= 1
+    test_bars: int | None   # bars of the time axis, >= 1
     embargo_bars: int = 0   # bars of the time axis, >= 0, < train_bars
     anchored: bool = False  # learn from all of the past
+    test_months: int | None = None  # months of the calendar (UTC), >= 1, instead of test_bars
 
     def __post_init__(self) -> None:
-        require("validation", {"train_bars": 2, "test_bars": 1, "embargo_bars": 0}, self)
+        _one_length(self, "validation.test_bars")
+        require("validation", {"train_bars": 2, "test_bars" if self.test_months is None else "test_months": 1, "embargo_bars": 0}, self)
         if self.embargo_bars >= self.train_bars:
             raise ParameterError("validation.embargo_bars", f"{self.embargo_bars} leaves nothing of {self.train_bars} training bars", "use a smaller embargo")
 
@@ -271,7 +295,7 @@ class WalkForward(Splitter):
 
         Known at: the training rows of a fold strictly before its `test_start`."""
         rows = timeline(times, label_end, bars)
-        found = [_fold(self, n, s, rows) for n, s in enumerate(_starts(self, len(rows.bars)))]
+        found = [_fold(self, n, s, e, rows) for n, (s, e) in enumerate(pairwise([*_starts(self, rows.bars), len(rows.bars)]))]
         found = [f for f in found if len(f.test)]
         for fold in found:
             check_fold(fold, rows.t, rows.end)
@@ -281,7 +305,7 @@ class WalkForward(Splitter):
         "The number of test windows on the axis of `X`, whose index holds the decision instants."
         if X is None:
             raise ParameterError("WalkForward.get_n_splits", "no `X`: the number of windows depends on the length of the axis", "pass the table that will be split")
-        return len(_starts(self, len(np.unique(instants(getattr(X, "index", range(len(X))), "times")))))
+        return len(_starts(self, np.unique(instants(getattr(X, "index", range(len(X))), "times"))))
 
 # %% ../../nbs/validation/00_splits.ipynb #e4363316
 def fold_table(
