@@ -15,7 +15,8 @@ from ...core.stage import Stage
 from ...core.storage import read_parquet
 from ...labels.regimes import NAMES, REGIMES
 from ...market.panel import Panel
-from ..base import Accounts, Bench, System
+from ..base import System
+from ..bench import Accounts, Bench
 from .accounts import ABLATIONS, SEARCHED, WHOLE, Heard, ablations, bred
 from .mornings import replay_phases
 from .nights import TwoPhaseParams
