@@ -20,6 +20,7 @@ from ..labels.regimes import REGIMES, regime_targets
 from ..market.panel import Panel
 from ..models.hmm import GaussianHMM
 from . import compose
+from .dashboard import TOLD, Dashboard
 from .names import in_full, in_short
 from .plots import plot_fold_quality
 from .tables import Table
@@ -143,6 +144,20 @@ def what_helps(
 
 class Run(_Replayed):
     """A finished run of the system of nights and mornings."""
+
+    @cached_property
+    def board(self) -> Dashboard:
+        "The last night, with the history behind it."
+        p, funds = self.rules.decisions, self.said
+        stops = {s: p.sell.trailing_stop_leveraged if leveraged else p.sell.trailing_stop for s, leveraged in zip(funds.symbols, funds.leveraged, strict=True)}
+        names = {s: told["name"] for s, told in self.facts["symbols"].items()} | {n: in_full(n) for n in NETWORKS}
+        told = {name: self.table("backtest", name) for name in TOLD}
+        return Dashboard(self.ledgers[WHOLE], funds.market, dict(self.heard.probabilities), dict(self.heard.readings), told, self.panel, self.rules.market, self.bars_per_year, names=names, stops=stops, reserves=p.limits.cash.model_dump())
+
+    def dashboard(self) -> None:
+        """The dashboard of the last night."""
+        b = self.board
+        display(b.summary(), b.performance(), b.equity(), b.holdings(), b.candidates(), b.trade_log(), b.regimes(), b.networks(), b.disagreement(), *(b.expert(name) for name in b.signals))
 
     def own(self) -> None:
         """What each part is worth, and whether the regime was foreseen."""
