@@ -196,8 +196,10 @@ def cash_words(
 ) -> str:
     """Cash against the reserve."""
     have = f"Cash is {dollars(cash)} of {dollars(equity)}, {_spell(cash / equity)} of the equity"
-    if not isinstance(regime, str) or regime not in reserves:
+    if not isinstance(regime, str):
         return f"{have}; without a regime there is no reserve to compare it with."
+    if regime not in reserves:
+        return f"{have}; no reserve is stated for {plain(regime)}."
     wanted = reserves[regime]
     gap = cash - wanted * equity
     return f"{have}: {dollars(abs(gap))} {'above' if gap >= 0 else 'below'} the reserve of {_spell(wanted)} that purchases leave in {plain(regime)}."
