@@ -188,6 +188,7 @@ def purchase_words(
 _LAYER = {"expert": "the experts' size modifier", "regime": "the regime", "volatility": "volatility", "disagreement": "disagreement", "throttle": "the throttle", "confidence": "the review's confidence", "cap": "the largest weight",
           "cash": "the reserve of cash", "positions": "the number of positions", "score": "health, class or score", "veto": "a veto", "night": "what is not known of the night", "smallest order": "the smallest order"}
 
+# %% ../../nbs/reports/43_summary.ipynb #c097b1b7
 def cash_words(
     cash: float,                 # dollars
     equity: float,               # dollars
