@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,7 @@ from screenshots import FLAGS, chromium
 
 from mltrading.backtest.actions import lay_actions
 from mltrading.backtest.bars import bars_of
+from mltrading.backtest.books import BEST, ENTRY, Books
 from mltrading.backtest.costs import CostParams
 from mltrading.backtest.engine import BacktestParams
 from mltrading.backtest.events import Moment, run
@@ -44,13 +45,13 @@ ACCOUNT = BacktestParams(initial_cash=50_000, delay_bars=0, max_gross=5, delist_
 
 
 class Plan:
-    """Orders by bar."""
+    """Orders by bar; keeps the books that the account itself has."""
 
     def __init__(self, plan: dict[int, list[tuple[str, float]]]) -> None:
-        self.plan = plan
+        self.plan, self.books = plan, cast("Books", None)
 
     def decide(self, now: Moment) -> Orders | None:
-        rows = self.plan.get(now.number, [])
+        rows, self.books = self.plan.get(now.number, []), now.books
         return Orders([s for s, _ in rows], [q for _, q in rows], life=1, reason=[f"{'buy' if q > 0 else 'sell'}: because of {now.number}" for _, q in rows]) if rows else None
 
 
@@ -60,9 +61,13 @@ def prices(seed: int, gone: int = N) -> Panel:
     return from_frame(pd.DataFrame([(t, s, float(close[s][k])) for k, t in enumerate(DAYS) for s in close if s != "BBB" or k < gone], columns=["timestamp", "symbol", "close"]))
 
 
-def account(panel: Panel, plan: dict[int, list[tuple[str, float]]], actions: list[tuple[int, str, str, float]] = []) -> Ledger:  # noqa: B006 – it is not changed
+def lived(panel: Panel, way: Plan, actions: list[tuple[int, str, str, float]]) -> Ledger:
     table = pd.DataFrame([(DAYS[k], s, what, v) for k, s, what, v in actions], columns=["timestamp", "symbol", "kind", "value"])
-    return run(bars_of(panel, lay_actions(panel, table)), panel.symbols, Plan(plan), COSTS, ACCOUNT)
+    return run(bars_of(panel, lay_actions(panel, table)), panel.symbols, way, COSTS, ACCOUNT)
+
+
+def account(panel: Panel, plan: dict[int, list[tuple[str, float]]]) -> Ledger:
+    return lived(panel, Plan(plan), [])
 
 
 orders = st.dictionaries(st.integers(0, N - 3), st.lists(st.tuples(st.sampled_from(["AAA", "BBB"]), st.sampled_from([-60.0, -25.0, -10.0, 10.0, 25.0, 50.0])), min_size=1, max_size=2, unique_by=lambda o: o[0]), max_size=15)
@@ -72,7 +77,8 @@ happened = st.lists(st.tuples(st.integers(1, N - 2), st.sampled_from(["AAA", "SP
 @given(seed=st.integers(0, 99), plan=orders, actions=happened, gone=st.sampled_from([N, N - 10]))
 @settings(deadline=None, max_examples=60)
 def test_trades_are_the_change_of_the_equity_to_the_cent(seed: int, plan: dict[int, list[tuple[str, float]]], actions: list[tuple[int, str, str, float]], gone: int) -> None:
-    ledger = account(prices(seed, gone), {k: [o for o in rows if o[0] != "BBB" or k < gone - 2] for k, rows in plan.items()}, actions)
+    panel, way = prices(seed, gone), Plan({k: [o for o in rows if o[0] != "BBB" or k < gone - 2] for k, rows in plan.items()})
+    ledger = lived(panel, way, actions)
     found = trades_of(ledger)
     money = ledger.equity
     gross = found.closed["pnl"].sum() + found.held["pnl"].sum() + ledger.fills["commission"].sum()  # realized and unrealized
@@ -84,7 +90,9 @@ def test_trades_are_the_change_of_the_equity_to_the_cent(seed: int, plan: dict[i
     assert set(found.held["symbol"]) == set(last.index)
     for row in found.held.itertuples():
         assert row.shares == pytest.approx(last.loc[row.symbol, "quantity"], rel=1e-9)
-        assert row.best >= row.entry if row.shares > 0 else row.best <= row.entry
+        entry, best = way.books.memory[[ENTRY, BEST], panel.symbols.index(row.symbol)]  # what the engine remembers
+        assert row.entry == pytest.approx(entry, rel=1e-9)
+        assert row.best == pytest.approx(max(entry, best) if row.shares > 0 else min(entry, best), rel=1e-9)
 
 
 def test_a_trade_is_what_its_fills_say() -> None:

@@ -36,6 +36,7 @@ TOLD = {"intents": ("symbol", "side", "dollars", "score", "reason"), "candidates
         "log": ("symbol", "step", "outcome", "reason"), "checks": ("symbol", "side", "action", "price", "reason")}
 MARKET = ("models", "regime", "size_modifier", "throttle", "disagreement", "said")
 
+# %% ../../nbs/reports/44_dashboard.ipynb #d5363af0
 @dataclass(frozen=True, eq=False)
 class _Stored:
     "What a system of nights and mornings has left behind."

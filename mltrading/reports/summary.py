@@ -188,6 +188,7 @@ def purchase_words(
 _LAYER = {"expert": "the experts' size modifier", "regime": "the regime", "volatility": "volatility", "disagreement": "disagreement", "throttle": "the throttle", "confidence": "the review's confidence", "cap": "the largest weight",
           "cash": "the reserve of cash", "positions": "the number of positions", "score": "health, class or score", "veto": "a veto", "night": "what is not known of the night", "smallest order": "the smallest order"}
 
+# %% ../../nbs/reports/43_summary.ipynb #c097b1b7
 def cash_words(
     cash: float,                 # dollars
     equity: float,               # dollars
@@ -196,8 +197,10 @@ def cash_words(
 ) -> str:
     """Cash against the reserve."""
     have = f"Cash is {dollars(cash)} of {dollars(equity)}, {_spell(cash / equity)} of the equity"
-    if not isinstance(regime, str) or regime not in reserves:
+    if not isinstance(regime, str):
         return f"{have}; without a regime there is no reserve to compare it with."
+    if regime not in reserves:
+        return f"{have}; no reserve is stated for {plain(regime)}."
     wanted = reserves[regime]
     gap = cash - wanted * equity
     return f"{have}: {dollars(abs(gap))} {'above' if gap >= 0 else 'below'} the reserve of {_spell(wanted)} that purchases leave in {plain(regime)}."
