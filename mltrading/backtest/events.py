@@ -14,7 +14,6 @@ import numpy as np
 
 from . import ledger as led
 from . import orders as od
-from .actions import SPLIT
 from .bars import Bar, micros
 from .books import Books, Recorder
 from .costs import MULTIPLIER, CostParams
@@ -148,11 +147,9 @@ class Desk:
         """Begin a bar: what waits to be done is split. Raises `DataError` on a bar of other symbols."""
         if bar.prices.shape != (5, len(self.symbols)):
             raise DataError(f"bar at {bar.time}", f"has prices of shape {bar.prices.shape}", f"open, high, low, close and volume of {len(self.symbols)} symbols: {(5, len(self.symbols))}")
-        splits = np.ones(len(self.symbols))
-        for n, kind, value in zip(bar.column, bar.kind, bar.value, strict=True):
-            if kind == SPLIT:
-                splits[n] *= value
-                self.queue = deque(split_batch(w, self.symbols[n], value) if isinstance(w, Orders) else w for w in self.queue)
+        splits = bar.splits
+        for n in np.flatnonzero(splits != 1.0).tolist():
+            self.queue = deque(split_batch(w, self.symbols[n], splits[n]) if isinstance(w, Orders) else w for w in self.queue)
         return self.exchange.open(bar), splits
 
     def early(

@@ -73,6 +73,10 @@ class Memory(NamedTuple):
 
 EMPTY = Memory((), {})
 
+def _restated(waiting: tuple[tuple[Intent, ...], ...], split: Mapping[str, float]) -> tuple[tuple[Intent, ...], ...]:
+    "Intents in shares as after splits: those of a fund that did not trade in the morning of its split wait on."
+    return tuple(tuple(i._replace(price=i.price / split[i.symbol], shares=i.shares * split[i.symbol]) if i.symbol in split else i for i in made) for made in waiting) if split else waiting
+
 @dataclass
 class Phases:
     """Night and morning of one account."""
@@ -94,13 +98,14 @@ class Phases:
     def night(
         self,
         t: int,
+        splits: NDArray[np.float64], # (N,) shares now for one at the close before
         books: Books,
-        review: Review = Review(),  # noqa: B008 – it cannot be changed
-    ) -> Decision | None:           # None before the first night with a regime
+        review: Review = Review(),   # noqa: B008 – it cannot be changed
+    ) -> Decision | None:            # None before the first night with a regime
         """After the close of bar `t`."""
         held = {s for n, s in enumerate(self.opinions.symbols) if books.shares[n] > 0}
         entered = {s: self.memory.entered.get(s, self.opinions.times[t]) for s in sorted(held)}
-        self.memory = self.memory._replace(entered=entered)
+        self.memory = Memory(_restated(self.memory.waiting, {s: float(splits[n]) for n, s in enumerate(self.opinions.symbols) if splits[n] != 1}), entered)
         if t < self.begin:
             return None
         decision = night(self.opinions, t, holdings_of(books, self.opinions, entered), books.equity, books.cash, self.decisions(t), review)
@@ -143,7 +148,7 @@ class Replay:
 
     def decide(self, now: Moment) -> Orders | None:
         """The night. Nothing is ordered before the morning."""
-        decision = self.phases.night(now.number, now.books)
+        decision = self.phases.night(now.number, now.bar.splits, now.books)
         if decision is None:
             return None
         if self.full:
@@ -262,7 +267,7 @@ class Operator:
         if told["early"]:
             desk.early(Early(np.datetime64(told["early"]["time"], "us"), Orders(**told["early"]["orders"])), splits)
         fills, ended = desk.advance(bar)
-        decision = phases.night(len(opinions.times) - 1, desk.books)
+        decision = phases.night(len(opinions.times) - 1, splits, desk.books)
         desk.act(None)
         if decision is not None or told["written"] or self.account.start == "panel":
             recorder.note(desk.books, fills, ended)
