@@ -12,9 +12,13 @@ import pandas as pd
 import pytest
 
 from mltrading.backtest.actions import lay_actions
+from mltrading.backtest.bars import bars_of
 from mltrading.backtest.costs import CostParams
 from mltrading.backtest.engine import BacktestParams
+from mltrading.backtest.events import Early, Moment, Opening, run
 from mltrading.backtest.ledger import Ledger
+from mltrading.backtest.orders import Orders
+from mltrading.core.errors import DataError
 from mltrading.core.params import block, read_params
 from mltrading.market.panel import Panel
 from mltrading.systems.regime.mornings import replay_phases
@@ -320,3 +324,124 @@ def test_a_night_without_a_regime_buys_nothing_and_keeps_its_stops() -> None:
     assert bars_from(panel, of(ledger.fills, "BBB")["timestamp"]) == [BEGIN + 11]
     nights = told["log"][(told["log"]["timestamp"] >= said.times[BEGIN + 5]) & (told["log"]["timestamp"] < said.times[BEGIN + 10])]
     assert of(nights, "BBB")["reason"].str.contains("the regime is not known").all()
+
+
+# ------------------------------------------------------------------------------------------------ the event engine in the morning
+
+
+class Habit:
+    """Buys and sells by a table of shares, quotes or no quotes: at night, or in the morning in shares as after the splits of that morning."""
+
+    def __init__(self, shares: np.ndarray, early: bool) -> None:
+        self.shares, self.early, self.seen = shares, early, 0
+
+    def _orders(self, number: int, symbols: tuple[str, ...], by: Any) -> Orders | None:
+        wanted = self.shares[number] * by
+        some = np.flatnonzero(wanted)
+        return Orders([symbols[n] for n in some], wanted[some], life=1, reason="habit") if len(some) else None
+
+    def decide(self, now: Moment) -> Orders | None:
+        return Orders([]) if self.early else self._orders(now.number, now.symbols, 1.0)
+
+
+class EarlyHabit(Habit):
+    def open(self, now: Opening) -> Early | None:
+        orders = self._orders(now.number - 1, now.symbols, now.splits) if now.number else None
+        return None if orders is None else Early(now.time - np.timedelta64(375, "m"), orders)
+
+
+REAL_COSTS = CostParams(commission_bps=3, half_spread_bps=5, impact_coefficient=1, adv_bars=3, adv_floor_value=1e4, adv_assumed_value=1e7, vol_floor_daily=0.01, borrow_bps_annual=300, fill="open",
+                        commission_per_share=0.01, commission_minimum=2, slippage_bps=2, margin_rate_annual_bps=500, participation=0.003)
+
+
+@pytest.mark.parametrize("fill", ["open", "close"])
+@pytest.mark.parametrize("seed", range(4))
+def test_orders_of_the_morning_are_orders_of_the_night(seed: int, fill: str) -> None:
+    """Where a strategy does not look at quotes it does not matter when it sends market orders: fills, costs, refusals for want of margin and the account are the same to the bit, splits included."""
+    rng, panel = np.random.default_rng(seed), calm(seed)
+    events = [(int(t), str(rng.choice(SYMBOLS)), "split", float(rng.choice([2.0, 0.5, 4.0]))) for t in rng.choice(np.arange(2, len(panel)), 12, replace=False)]
+    for t, symbol, _, factor in events:
+        panel = changed(panel, symbol, t, 1 / factor)
+    shares = np.where(rng.random((len(panel), len(SYMBOLS))) < 0.2, rng.integers(-4000, 6000, (len(panel), len(SYMBOLS))), 0).astype(float)
+    actions = lay_actions(panel, pd.DataFrame([(panel.index[t], *rest) for t, *rest in events], columns=["timestamp", "symbol", "kind", "value"]))
+    costs, account = REAL_COSTS.model_copy(update={"fill": fill}), ACCOUNT.model_copy(update={"initial_cash": 1e6, "start": "panel"})
+    night, morning = (run(bars_of(panel, actions), SYMBOLS, kind(shares, kind is EarlyHabit), costs, account) for kind in (Habit, EarlyHabit))
+    assert {"filled", "partial", "rejected"} <= set(morning.orders["status"])
+    for name in ("fills", "positions", "equity"):
+        pd.testing.assert_frame_equal(getattr(morning, name), getattr(night, name), check_exact=True)
+    orders = night.orders[night.orders["decision_time"] < panel.index[-1]]  # after the last night no morning came
+    pd.testing.assert_frame_equal(morning.orders.drop(columns="decision_time"), orders.drop(columns="decision_time"), check_exact=True)
+    assert (morning.orders["decision_time"].to_numpy() > orders["decision_time"].to_numpy()).all()
+
+
+class OneMorning:
+    """One batch of orders, on one morning; nothing is ever decided at a close."""
+
+    def __init__(self, number: int, orders: Orders, nightly: Orders | None = None) -> None:
+        self.number, self.orders, self.nightly = number, orders, nightly
+
+    def decide(self, now: Moment) -> Orders | None:
+        return self.nightly if now.number == self.number - 1 else None
+
+    def open(self, now: Opening) -> Early | None:
+        return Early(now.time - np.timedelta64(375, "m"), self.orders) if now.number == self.number else None
+
+
+@pytest.mark.parametrize("factor", [2.0, 0.1])
+@pytest.mark.parametrize(("leverage", "status"), [(0.99, "filled"), (1.03, "rejected")])
+def test_margin_on_a_morning_with_a_split(factor: float, leverage: float, status: str) -> None:
+    """What the account can carry is counted in the shares of the morning: twice the shares at half the price are as much as before."""
+    panel, k = changed(calm(), "AAA", 10, 1 / factor), SYMBOLS.index("AAA")
+    actions = lay_actions(panel, pd.DataFrame({"timestamp": panel.index[[10]], "symbol": "AAA", "kind": "split", "value": factor}))
+    account = ACCOUNT.model_copy(update={"start": "panel"})
+    shares = leverage * ACCOUNT.max_gross * ACCOUNT.initial_cash / panel["close"][k, 9] * factor
+    ledger = run(bars_of(panel, actions), SYMBOLS, OneMorning(10, Orders(["AAA"], shares)), FREE, account)
+    assert ledger.orders["status"].tolist() == [status]
+    half = shares / 2 / factor  # held before the split: what may be added is the other half
+    ledger = run(bars_of(panel, actions), SYMBOLS, Two(8, half, 10, half * factor), FREE, account)
+    assert ledger.orders["status"].tolist() == ["filled", status]
+
+
+class Two:
+    """Two purchases of AAA, each in a morning."""
+
+    def __init__(self, first: int, some: float, second: int, more: float) -> None:
+        self.wanted = {first: some, second: more}
+
+    def decide(self, now: Moment) -> None:
+        return None
+
+    def open(self, now: Opening) -> Early | None:
+        return Early(now.time - np.timedelta64(375, "m"), Orders(["AAA"], self.wanted[now.number])) if now.number in self.wanted else None
+
+
+def test_margin_for_a_symbol_whose_first_bar_begins() -> None:
+    """It has no last price; its order counts at the quote, and the orders behind it are not waved through."""
+    panel = changed(calm(), "AAA", 0, np.nan, 9)
+    for shares, status in ((1e7, ["rejected", "filled"]), (10.0, ["filled", "filled"])):
+        ledger = run(bars_of(panel, lay_actions(panel)), SYMBOLS, OneMorning(10, Orders(["AAA", "BBB"], [shares, 10.0])), FREE, ACCOUNT.model_copy(update={"start": "panel"}))
+        assert ledger.orders["status"].tolist() == status
+    ledger = run(bars_of(panel, lay_actions(panel)), SYMBOLS, OneMorning(10, Orders(["AAA", "BBB"], [10.0, 1e7])), FREE, ACCOUNT.model_copy(update={"start": "panel"}))
+    assert ledger.orders["status"].tolist() == ["filled", "rejected"]
+
+
+def test_a_ledger_begins_with_the_first_orders_of_a_morning() -> None:
+    """A strategy that only acts in the morning has an account all the same."""
+    panel = calm()
+    ledger = run(bars_of(panel, lay_actions(panel)), SYMBOLS, OneMorning(10, Orders(["AAA"], 10.0)), FREE, ACCOUNT)
+    assert ledger.equity["timestamp"].iloc[0] == panel.index[10]
+    assert len(ledger.fills) == 1
+
+
+def test_orders_of_the_morning_are_not_delayed() -> None:
+    """Those of a night wait `delay_bars` bars, those of a morning are for that morning."""
+    panel = calm()
+    ledger = run(bars_of(panel, lay_actions(panel)), SYMBOLS, OneMorning(10, Orders(["AAA"], 10.0), Orders(["BBB"], 10.0)), FREE, ACCOUNT.model_copy(update={"delay_bars": 3}))
+    filled = ledger.fills.set_index("symbol")["timestamp"]
+    assert bars_from(panel, [filled["AAA"], filled["BBB"]]) == [10, 13]
+
+
+def test_orders_of_the_morning_for_a_fund_without_a_quote_are_an_error() -> None:
+    panel = changed(calm(), "AAA", 10, np.nan, 10)
+    with pytest.raises(DataError, match="its session is closed"):
+        run(bars_of(panel, lay_actions(panel)), SYMBOLS, OneMorning(10, Orders(["AAA"], 10.0)), FREE, ACCOUNT)

@@ -228,11 +228,14 @@ class Operator:
         self.folder, self.params, self.costs, self.account, self.symbols = folder, params, costs, account, tuple(symbols)
         self.file = folder / "account.safetensors"
 
-    def _load(self, opinions: Opinions) -> tuple[Desk, Phases, dict[str, Any]]:
-        "The account as it was left. Raises `DataError` where there is none."
+    def _load(self, opinions: Opinions, time: np.datetime64 | None = None) -> tuple[Desk, Phases, dict[str, Any]]:
+        "The account as it was left. Raises `DataError` where there is none, and on opinions of other symbols or that do not end at `time`, the last close unless told."
         if not self.file.exists():
             raise DataError(str(self.file), "is not there: there is no account yet", "begin one")
         desk, told = load_desk(self.file, self.symbols, self.costs, self.account)
+        until, last = desk.books.time if time is None else time, opinions.times[-1].tz_localize(None).to_datetime64()
+        if opinions.symbols != self.symbols or last != until:
+            raise DataError("opinions", f"end at {last} and are of {len(opinions.symbols)} symbols; the account is at {until} and of {len(self.symbols)}", "give what is said of the account's own symbols, up to its last close")
         memory = Memory(tuple(_intents(rows) for rows in told["waiting"]), {s: pd.Timestamp(t) for s, t in told["entered"].items()})
         return desk, Phases(opinions, self.params, memory=memory), told
 
@@ -258,14 +261,14 @@ class Operator:
         bar: Bar,                  # that has just closed, with its splits
         opinions: Opinions,        # up to it
     ) -> Decision | None:          # None before the first night with a regime
-        """Through the day, and the night's decision. Raises `DataError` on a bar that was taken already."""
-        desk, phases, told = self._load(opinions)
+        """Through the day, and the night's decision. Raises `DataError` on a bar that was taken already, and on opinions that do not end at it."""
+        desk, phases, told = self._load(opinions, bar.time)
         if not np.isnat(desk.books.time) and bar.time <= desk.books.time:
             raise DataError(str(self.file), f"the account has been through {desk.books.time} already, and is shown the bar of {bar.time}", "give the next bar")
         recorder = Recorder(desk.symbols, desk.books.terms[:, MULTIPLIER], desk.books.equity, self.folder / "ledger", written=told["written"])
-        _, splits = desk.open(bar)
-        if told["early"]:
-            desk.early(Early(np.datetime64(told["early"]["time"], "us"), Orders(**told["early"]["orders"])), splits)
+        quotes, splits = desk.open(bar)
+        if told["early"] and told["early"]["orders"]:
+            desk.early(Early(np.datetime64(told["early"]["time"], "us"), Orders(**told["early"]["orders"])), quotes, splits)
         fills, ended = desk.advance(bar)
         decision = phases.night(len(opinions.times) - 1, splits, desk.books)
         desk.act(None)
@@ -284,13 +287,13 @@ class Operator:
         splits: NDArray[np.float64],      # (N,) shares now for one at the last close
         opinions: Opinions,               # up to the last close
     ) -> list[Check]:
-        """Check what the night decided, and leave the orders. Raises `DataError` where the morning has been done."""
+        """Check what the night decided, and leave the orders. Raises `DataError` where the morning has been done, and on opinions that do not end at the last close."""
         desk, phases, told = self._load(opinions)
         if told["early"]:
             raise DataError(str(self.file), "has been through this morning already", "do the evening first")
         checks, orders = phases.morning(len(opinions.times), now, quotes, splits, desk.books)
-        early = None if orders is None else {"time": str(now.tz_localize(None).to_datetime64()), "orders": {"symbol": list(orders.symbol), "quantity": np.asarray(orders.quantity).tolist(), "life": 1, "reason": list(orders.reason)}}
-        self._save(desk, phases, told | {"early": early})
+        said = None if orders is None else {"symbol": list(orders.symbol), "quantity": np.asarray(orders.quantity).tolist(), "life": 1, "reason": list(orders.reason)}
+        self._save(desk, phases, told | {"early": {"time": str(now.tz_localize(None).to_datetime64()), "orders": said}})
         return checks
 
     @property
