@@ -19,8 +19,8 @@ from .errors import DataError, MLTradingError, ParameterError, unknown
 
 # %% auto #0
 __all__ = ['M', 'E', 'SMOKE', 'RESULT', 'PARTS', 'root', 'read_yaml', 'merge', 'block', 'whole', 'Named', 'folder_name',
-           'RunParams', 'ComputeParams', 'TableParams', 'SymbolParams', 'UniverseParams', 'beside', 'system_blocks',
-           'check_params', 'read_params', 'system_params', 'load_params']
+           'RunParams', 'ComputeParams', 'TableParams', 'LagParams', 'SeriesParams', 'SymbolParams', 'UniverseParams',
+           'beside', 'run_systems', 'system_blocks', 'check_params', 'read_params', 'system_params', 'load_params']
 
 # %% ../../nbs/core/20_params.ipynb #6eb8d49e
 def root() -> Path:
@@ -191,6 +191,22 @@ class TableParams(BaseModel):
     symbols: Literal["all"] | list[str] = Field(description="those that are taken from it")
     prices: Literal["raw", "splits", "total"] | None = Field(default=None, description="what they are adjusted for, where the file cannot tell")
 
+class LagParams(BaseModel):
+    """From the date of a period to the instant by which its value was public, by the clocks of New York."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    months: int = Field(default=0, ge=0, description="calendar months after the date")
+    days: int = Field(ge=0, description="calendar days after that")
+    clock: str = Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d$", description='time of day, "16:15"')
+
+class SeriesParams(BaseModel):
+    """A macro series of a file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    table: str = Field(description="name of a file of macro values, without its ending")
+    series: str | None = Field(default=None, description="what the file calls it; the same unless told")
+    lag: LagParams | None = Field(default=None, description="when its values were public; as listed in nbs/market/50_macro.ipynb unless told")
+
 class SymbolParams(BaseModel):
     """What is said about a symbol."""
 
@@ -200,12 +216,13 @@ class SymbolParams(BaseModel):
     role: Literal["traded", "benchmark"] | None = None
 
 class UniverseParams(BaseModel):
-    """Bars of a folder, under a name."""
+    """Bars and macro values of a folder, under a name."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     tables: dict[str, TableParams] = Field(min_length=1, description="name of a file of bars, without its ending -> what is taken from it")
     kind: str = Field(description="class of the symbols that are not named below")
     symbols: dict[str, SymbolParams] = Field(description="symbol -> name, class or role")
+    macro: dict[str, SeriesParams] = Field(default_factory=dict, description="macro series -> the file that holds it, and when its values were public")
     caution: str = Field(description="what a reader has to keep in mind")
 
 def beside(
@@ -214,6 +231,16 @@ def beside(
 ) -> str:                    # a folder below build/, or "" where the outputs are those of the pipeline
     """Where a run under a profile keeps its hands off the pipeline's outputs."""
     return profile if profile == SMOKE or profile in params.get("universes", {}) else ""
+
+def run_systems(
+    profile: str,
+    params: dict[str, Any],  # the whole file, from `read_params`
+) -> list[str]:              # blocks under `systems`
+    """Which systems run under a profile: those of `run.systems`, and on a universe those that its profile has a block for, if it has any. Raises `ParameterError` on an unknown profile."""
+    if profile not in params["profiles"]:
+        raise unknown("profile", profile, list(params["profiles"]), "params.yaml: profiles")
+    own = [name for name in params["systems"] if name in params["profiles"][profile]] if profile in params.get("universes", {}) else []
+    return own or list(params["run"]["systems"])
 
 # %% ../../nbs/core/20_params.ipynb #24e03eee
 def system_blocks(

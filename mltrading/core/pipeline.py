@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .errors import StageError
 from .memory import measured
-from .params import SMOKE, beside, read_params, read_yaml, root
+from .params import SMOKE, beside, read_params, read_yaml, root, run_systems
 from .runner import run_stage
 from .stage import rebase
 
@@ -21,10 +21,12 @@ __all__ = ['stages', 'run_all', 'dvc', 'repro']
 # %% ../../nbs/core/70_pipeline.ipynb #b435bfd9
 def stages(
     folder: Path | None = None,    # where params.yaml and dvc.yaml are; the project's root unless told
+    profile: str = "default",
+    only: str = "",                # one system, those that run under the profile unless told
 ) -> list[tuple[str, str]]:        # (stage, system), the system "" for a stage without one
-    """All stages in the order in which they run."""
+    """All stages in the order in which they run. Raises `ParameterError` on an unknown profile."""
     folder = folder or root()
-    systems = read_params(folder)["run"]["systems"]
+    systems = [only] if only else run_systems(profile, read_params(folder))
     entries = read_yaml(folder / "dvc.yaml")["stages"]
     each = [(name, system) for system in systems for name, e in entries.items() if "matrix" in e]
     return each + [(name, "") for name, e in entries.items() if "matrix" not in e]
@@ -32,15 +34,14 @@ def stages(
 # %% ../../nbs/core/70_pipeline.ipynb #6d8b7e63
 def run_all(
     profile: str = SMOKE,
-    only: str = "",          # one system, all unless told
+    only: str = "",          # one system, those that run under the profile unless told
 ) -> Path:                   # the closing report
     """Run all stages one after the other under a profile. Raises `StageError` with the first that fails."""
-    for stage, system in stages():
-        if not only or system in ("", only):
-            print(f"{stage} {system} [{profile}]", file=sys.stderr, flush=True)
-            with measured() as used:
-                run_stage(stage, system, profile)
-            print(f"  {used}", file=sys.stderr, flush=True)
+    for stage, system in stages(profile=profile, only=only):
+        print(f"{stage} {system} [{profile}]", file=sys.stderr, flush=True)
+        with measured() as used:
+            run_stage(stage, system, profile)
+        print(f"  {used}", file=sys.stderr, flush=True)
     return root() / rebase("reports/index.html", beside(profile, read_params()))
 
 # %% ../../nbs/core/70_pipeline.ipynb #cf0c0be8

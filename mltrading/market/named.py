@@ -9,13 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..core.errors import DataError, unknown
-from ..core.params import UniverseParams, block, read_params, root
+from ..core.params import SeriesParams, UniverseParams, block, read_params, root
 from ..core.stage import rebase
-from ..core.storage import replacing, write_json
+from ..core.storage import replacing, write_json, write_parquet
+from .macro import Lag, lagged
 from .request import DataRequest, from_folder
 from .snapshot import write_snapshot
 
@@ -23,16 +25,20 @@ from .snapshot import write_snapshot
 __all__ = ['gather_universe', 'universe_snapshot']
 
 # %% ../../nbs/market/67_named.ipynb #7abf2375
-def _take(path: Path, symbols: str | list[str], out: Path) -> list[str]:
-    "Copy some symbols' rows of a file; the symbols."
+def _columns(path: Path, needed: str, subfolder: str) -> None:
+    "Raises `DataError` where a file is not there, is not complete, or lacks the column that says what a row is of."
     if not path.exists():
-        raise DataError(str(path), "no such file", "MLTRADING_DATA has to name a folder whose subfolder `bars` holds the tables of the universe")
+        raise DataError(str(path), "no such file", f"MLTRADING_DATA has to name a folder whose subfolder `{subfolder}` holds the tables of the universe")
     try:
         columns = pq.read_schema(path).names
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(str(path), f"not a complete Parquet file ({str(error).splitlines()[0]})", "write it again") from error
-    if "symbol" not in columns:
-        raise DataError(str(path), f"has no column `symbol`, but {', '.join(columns) or 'none at all'}", "a table of a universe says in each row of which symbol it is")
+    if needed not in columns:
+        raise DataError(str(path), f"has no column `{needed}`, but {', '.join(columns) or 'none at all'}", f"a table of a universe says in each row of which {needed} it is")
+
+def _take(path: Path, symbols: str | list[str], out: Path) -> list[str]:
+    "Copy some symbols' rows of a file; the symbols."
+    _columns(path, "symbol", "bars")
     bars = pq.read_table(path, filters=None if symbols == "all" else [("symbol", "in", symbols)])
     known = sorted(set(bars["symbol"].to_pylist()))
     if symbols != "all" and (missing := sorted(set(symbols) - set(known))):
@@ -40,16 +46,30 @@ def _take(path: Path, symbols: str | list[str], out: Path) -> list[str]:
     pq.write_table(bars, out)
     return known
 
+# %% ../../nbs/market/67_named.ipynb #dc360a5c
+def _series(path: Path, name: str, told: SeriesParams) -> pd.DataFrame:
+    "A series of a file, each value stamped with its release."
+    _columns(path, "series", "macro")
+    called = told.series or name
+    rows = pq.read_table(path, filters=[("series", "==", called)], columns=["timestamp", "value"]).to_pandas()
+    if rows.empty:
+        raise unknown("series", called, sorted(set(pq.read_table(path, columns=["series"])["series"].to_pylist())), f"params.yaml: universes, macro.{name}")
+    return lagged(rows.set_index("timestamp")["value"], name, Lag(**told.lag.model_dump()) if told.lag else None)
+
+# %% ../../nbs/market/67_named.ipynb #8bc1ed22
 def gather_universe(
     universe: UniverseParams,
-    bars: Path,    # the folder that holds its tables
-    folder: Path,  # is made anew: the tables and a manifest.json, as the folder source reads them
+    data: Path,    # its subfolders `bars` and `macro` hold the tables
+    folder: Path,  # is made anew: the tables, a manifest.json and a macro.parquet, as the folder source reads them
 ) -> None:
-    """Put the files of a universe together. Raises `DataError` on a file that is not there or holds no table with symbols, `ParameterError` on a symbol that its file does not have."""
+    """Put the files of a universe together. Raises `DataError` on a file that is not there or holds no table with symbols or series, `ParameterError` on a symbol or a series that its file does not have."""
     with replacing(folder) as new:
-        symbols = {s for name, t in universe.tables.items() for s in _take(bars / f"{name}.parquet", t.symbols, new / f"{name}.parquet")}
+        symbols = {s for name, t in universe.tables.items() for s in _take(data / "bars" / f"{name}.parquet", t.symbols, new / f"{name}.parquet")}
         if lost := sorted(set(universe.symbols) - symbols):
             raise unknown("symbol", lost[0], sorted(symbols), "params.yaml: universes, symbols")
+        if universe.macro:
+            parts = [_series(data / "macro" / f"{asked.table}.parquet", name, asked) for name, asked in universe.macro.items()]
+            write_parquet(pd.concat(parts).sort_values(["timestamp", "series", "reference"], ignore_index=True), new / "macro.parquet")
         said = {s: facts.model_dump(by_alias=True, exclude_none=True) for s, facts in universe.symbols.items()}
         told = {s: {"class": universe.kind} | said.get(s, {}) for s in sorted(symbols)}
         write_json({"tables": {name: {"prices": t.prices} for name, t in universe.tables.items() if t.prices}, "symbols": told}, new / "manifest.json")
@@ -57,7 +77,7 @@ def gather_universe(
 # %% ../../nbs/market/67_named.ipynb #ca276251
 def universe_snapshot(
     name: str,         # of a universe of params.yaml
-    folder: Path,      # its subfolder `bars` holds the tables
+    folder: Path,      # its subfolders `bars` and `macro` hold the tables
 ) -> dict[str, Any]:   # the manifest of the snapshot
     """Make the snapshot of a universe, where the stages look for it under the profile of its name.
 
@@ -67,6 +87,6 @@ def universe_snapshot(
         raise unknown("universe", name, list(universes), "params.yaml: universes")
     universe, top = block(UniverseParams, universes[name], f"universes.{name}"), root()
     source = top / rebase("build/source", name)
-    gather_universe(universe, folder / "bars", source)
+    gather_universe(universe, folder, source)
     found = from_folder(DataRequest(source="folder", path=source))
     return write_snapshot(replace(found, manifest=found.manifest | {"caution": universe.caution}), top / rebase("data", name))

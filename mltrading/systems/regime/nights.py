@@ -127,8 +127,8 @@ def _said(panel: Panel, forecasts: pd.DataFrame) -> dict[str, Grid]:
         raise DataError("forecasts of health", "two rows of one symbol at one instant", "give the forecasts of one strategy")
     known = (row >= 0) & (column >= 0)
     out = {c: np.full((len(panel), len(panel.symbols)), np.nan) for c in HEALTH}
-    for c, grid in out.items():
-        grid[row[known], column[known]] = forecasts[c].to_numpy(np.float64)[known]
+    for c, laid in out.items():
+        laid[row[known], column[known]] = forecasts[c].to_numpy(np.float64)[known]
     return out
 
 def _ranked(health: Grid, bars: int) -> Grid:
