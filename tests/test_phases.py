@@ -2,29 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import test_events as chaos
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from mltrading.backtest.actions import lay_actions
+from mltrading.backtest import books
+from mltrading.backtest.actions import Actions, lay_actions
 from mltrading.backtest.bars import bars_of
-from mltrading.backtest.costs import CostParams
+from mltrading.backtest.costs import MULTIPLIER, CostParams
 from mltrading.backtest.engine import BacktestParams
-from mltrading.backtest.events import Early, Moment, Opening, run
-from mltrading.backtest.ledger import Ledger
+from mltrading.backtest.events import Desk, Early, Moment, Opening, run
+from mltrading.backtest.ledger import TABLES, Ledger
 from mltrading.backtest.orders import Orders
+from mltrading.backtest.stored import load_desk, save_desk
 from mltrading.core.errors import DataError
 from mltrading.core.params import block, read_params
-from mltrading.market.panel import Panel
-from mltrading.systems.regime.mornings import replay_phases
-from mltrading.systems.regime.nights import HEALTH, Opinions, TwoPhaseParams, opinions
+from mltrading.features.registry import compute
+from mltrading.features.state import ContextParams, context
+from mltrading.labels.horizons import label_frame
+from mltrading.labels.regimes import REGIMES, RegimeParams, label_regimes
+from mltrading.market import embedded
+from mltrading.market.panel import Panel, between, from_frame, select, until
+from mltrading.models.forecaster import Model
+from mltrading.models.windows import windows
+from mltrading.models.zoo import model_class, spec
+from mltrading.systems.lessons import Rows, market_rows
+from mltrading.systems.regime.experts import UNAVAILABLE
+from mltrading.systems.regime.mornings import Operator, replay_phases
+from mltrading.systems.regime.nights import HEALTH, Opinions, TwoPhaseParams, market_view, opinions, signals
+from mltrading.systems.regimes import stay_regimes
 
 BLOCKS = read_params()["systems"]["regime"]
+STATE, RULE = block(ContextParams, BLOCKS["features"]["context"], "context"), block(RegimeParams, BLOCKS["labels"]["regimes"], "regimes")
 CLASSES = {"equity": ["AAA", "BBB", "CCC", "MKT"], "bonds": ["TTT"], "commodities": ["GGG"], "leveraged": ["LLL"]}
 SYMBOLS = tuple(sorted(s for some in CLASSES.values() for s in some))
 FREE = CostParams(commission_bps=0, half_spread_bps=0, impact_coefficient=0, adv_bars=20, adv_floor_value=1e4, adv_assumed_value=1e7, vol_floor_daily=0.005, borrow_bps_annual=0, fill="open")
@@ -101,6 +122,13 @@ def of(table: pd.DataFrame, symbol: str) -> pd.DataFrame:
 def held(ledger: Ledger, symbol: str, panel: Panel) -> pd.Series:
     """(T,) shares of a symbol at each close."""
     return ledger.positions[ledger.positions["symbol"] == symbol].set_index("timestamp")["quantity"].reindex(panel.index).fillna(0.0)
+
+
+def assert_same(by_day: Ledger, at_once: Ledger) -> None:
+    """The same to the bit, order numbers included."""
+    for name in TABLES:
+        key = ["order"] if name == "orders" else ["timestamp", "symbol"] if name != "equity" else ["timestamp"]
+        pd.testing.assert_frame_equal(getattr(by_day, name).sort_values(key, ignore_index=True), getattr(at_once, name).sort_values(key, ignore_index=True), check_exact=True)
 
 
 def bars_from(panel: Panel, stamps: Any) -> list[int]:
@@ -445,3 +473,383 @@ def test_orders_of_the_morning_for_a_fund_without_a_quote_are_an_error() -> None
     panel = changed(calm(), "AAA", 10, np.nan, 10)
     with pytest.raises(DataError, match="its session is closed"):
         run(bars_of(panel, lay_actions(panel)), SYMBOLS, OneMorning(10, Orders(["AAA"], 10.0)), FREE, ACCOUNT)
+
+
+# ------------------------------------------------------------------------------------------------ nothing is known early
+
+
+@dataclass(frozen=True, eq=False)
+class World:
+    """All that there is to know, and when: prices with opens, releases, what networks say of the market and of the funds."""
+
+    panel: Panel
+    macro: pd.DataFrame
+    voices: dict[str, pd.DataFrame]
+    health: pd.DataFrame
+
+    def lived(self) -> tuple[Ledger, Tables]:
+        """The whole chain from prices to orders."""
+        params = block(TwoPhaseParams, BLOCKS["policy"] | {"morning_minutes": 375}, "policy")
+        rule = label_regimes(context(self.panel, self.macro, STATE), RULE)
+        said = opinions(self.panel, self.health, market_view(self.voices, signals(self.panel, self.macro, params.experts), rule, params.fusion), params)
+        return replay_phases(select(self.panel, set(said.symbols)), said, params, FREE.model_copy(update={"half_spread_bps": 2.0, "impact_coefficient": 1.0}), ACCOUNT)
+
+    def otherwise(self, t: int, rng: np.random.Generator) -> World:
+        """Another future: after night t all is different but the opens of the morning after."""
+        fields = {name: b.copy() for name, b in self.panel.fields.items()}
+        factor = np.exp(np.cumsum(rng.normal(0, 0.05, fields["close"][:, t + 1 :].shape), axis=1))
+        for name, b in fields.items():
+            kept = b[:, t + 1].copy()
+            b[:, t + 1 :] *= factor
+            if name == "open":
+                b[:, t + 1] = kept
+        fields["high"], fields["low"] = np.maximum.reduce([fields[f] for f in ("open", "high", "close")]), np.minimum.reduce([fields[f] for f in ("open", "low", "close")])
+        now = self.panel.index[t]
+        late = self.macro["timestamp"] > now
+        macro = self.macro.assign(value=self.macro["value"].where(~late, self.macro["value"] * np.exp(rng.normal(0, 0.5, len(self.macro)))))
+        voices = {}
+        for name, table in self.voices.items():
+            voices[name] = table.copy()
+            voices[name].loc[table.index > now] = rng.dirichlet(np.full(len(REGIMES), 0.3), int((table.index > now).sum()))
+        health = self.health.assign(health=self.health["health"].where(self.health["timestamp"] <= now, rng.random(len(self.health))))
+        return World(Panel(self.panel.times, self.panel.symbols, fields), macro, voices, health)
+
+
+@cache
+def world() -> tuple[World, Ledger, Tables]:
+    """Four years of the embedded funds with opens that were made up; decided is the last of them."""
+    rng, closes, macro = np.random.default_rng(0), from_frame(next(s for s in embedded.sets() if s.name == "etf_daily").bars), embedded.macro()
+    closes = between(closes, "2012-06-01", "2015-12-31")
+    close = closes["close"]
+    start = np.concatenate([close[:, :1], close[:, :-1]], axis=1) * np.exp(rng.normal(0, 0.005, close.shape))
+    panel = Panel(closes.times, closes.symbols, {"open": start, "high": np.maximum(start, close) * 1.001, "low": np.minimum(start, close) * 0.999, "close": close, "volume": np.full(close.shape, 1e6)})
+    rule, since = label_regimes(context(panel, macro, STATE), RULE), panel.index[-160]
+    voices = {"gru": stay_regimes(rule, since, 5)[since:], "transformer": stay_regimes(rule["2014":], since, 5)[since:]}
+    trend = (panel.view("close") / panel.view("close").rolling(20).mean() - 1)[panel.index[-200] :]
+    health = trend.melt(ignore_index=False, var_name="symbol", value_name="health").dropna().rename_axis("timestamp").reset_index().assign(vol_low=0.2, vol_medium=0.5, vol_high=0.3, behaviour_momentum=0.5, behaviour_reversion=0.2, behaviour_mixed=0.3)
+    own = World(panel, macro, voices, health)
+    return own, *own.lived()
+
+
+@pytest.mark.parametrize("place", [0.1, 0.45, 0.8])
+def test_what_comes_later_changes_nothing_before(place: float) -> None:
+    """All prices, releases and forecasts after a night replaced, but the opens of the next morning: every word of the nights up to it, every check up to that morning, its orders and the account before it are the same to the bit. So the morning sees of its bar no high, low, close or volume."""
+    own, ledger, told = world()
+    busy = np.unique(bars_from(own.panel, told["checks"].query("action == 'execute'")["timestamp"]))
+    t = int(busy[int(place * len(busy))]) - 1
+    other, again = own.otherwise(t, np.random.default_rng(t)).lived()
+    night, morning = own.panel.index[t], own.panel.index[t + 1]
+    for name, table in told.items():
+        end = morning if name == "checks" else night
+        pd.testing.assert_frame_equal(again[name][again[name]["timestamp"] <= end], table[table["timestamp"] <= end], check_exact=True)
+    assert (told["checks"]["timestamp"].between(night, morning) & (told["checks"]["action"] == "execute")).any()
+    ordered = ["order", "decision_time", "symbol", "quantity", "reason"]
+    pd.testing.assert_frame_equal(*(x.orders.loc[x.orders["decision_time"] <= morning, ordered] for x in (other, ledger)), check_exact=True)
+    pd.testing.assert_frame_equal(*(x.fills[x.fills["timestamp"] <= morning] for x in (other, ledger)), check_exact=True)
+    pd.testing.assert_frame_equal(*(x.equity[x.equity["timestamp"] <= night] for x in (other, ledger)), check_exact=True)
+    assert not other.equity["equity"].equals(ledger.equity["equity"])
+
+
+def test_the_morning_does_see_its_open() -> None:
+    """Or the test above would say nothing."""
+    own, _, told = world()
+    bought = told["checks"].query("action == 'execute' and side == 'buy'").iloc[0]
+    (t,) = bars_from(own.panel, [bought["timestamp"]])
+    fields = {name: b.copy() for name, b in own.panel.fields.items()}
+    fields["open"][own.panel.symbols.index(bought["symbol"]), t] *= 1.07
+    _, again = replace(own, panel=Panel(own.panel.times, own.panel.symbols, fields)).lived()
+    check = of(again["checks"][again["checks"]["timestamp"] == bought["timestamp"]], bought["symbol"]).iloc[0]
+    assert check["reason"].startswith("gap of")
+
+
+def test_a_week_without_vix() -> None:
+    """The last figure counts for five days; after them its signal is silent and says so, the others and the regime go on, and no night goes by without a decision."""
+    own, _, told = world()
+    params = block(TwoPhaseParams, BLOCKS["policy"], "policy")
+    before = own.macro[own.macro["series"] == "vix"]["timestamp"]
+    gone = before[(before >= "2015-10-05") & (before < "2015-10-15")]
+    blind = replace(own, macro=own.macro[~((own.macro["series"] == "vix") & own.macro["timestamp"].isin(gone))])
+    reading = signals(blind.panel, blind.macro, params.experts)["volatility_complexity"]["2015-10-01":"2015-10-31"]
+    silent = reading[reading["state"] == UNAVAILABLE]
+    assert 0 < len(silent) < len(gone)
+    assert silent["reason"].str.contains("vix").all()
+    ledger, again = blind.lived()
+    nights = again["log"]["timestamp"].unique()
+    assert set(silent.index) <= set(nights)
+    assert not again["log"]["reason"].str.contains("is not known").any()
+    assert len(nights) == told["log"]["timestamp"].nunique()
+    early = again["log"]["timestamp"] < gone.iloc[0]
+    pd.testing.assert_frame_equal(again["log"][early], told["log"][told["log"]["timestamp"] < gone.iloc[0]])
+    assert len(ledger.equity) == len(world()[1].equity)
+
+
+# ------------------------------------------------------------------------------------------------ a desk on disk
+
+
+@settings(max_examples=6)
+@given(seed=st.integers(0, 10_000), rate=st.sampled_from([0.3, 0.9]))
+def test_a_desk_put_away_after_every_bar(seed: int, rate: float) -> None:
+    """Random orders of every kind, with brackets, splits, dividends, settlements, margin and partial fills: an account that is written and read after each bar has the ledger of one that never was, and its file is the same however often it is opened."""
+    rng = np.random.default_rng(seed)
+    panel = chaos.market(rng, 4, 20)
+    actions = lay_actions(panel, chaos.happenings(panel, rng))
+    bars, kinds = list(bars_of(panel, actions)), {s: k for s, k in chaos.KINDS.items() if s in panel.symbols}
+    at_once = run(bars, panel.symbols, chaos.Chaos(seed, rate), chaos.COSTS, chaos.PARAMS, kinds)
+    strategy = chaos.Chaos(seed, rate)
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "account.safetensors"
+        save_desk(Desk(panel.symbols, chaos.COSTS, chaos.PARAMS, kinds), file, chaos.COSTS, 0, kinds)
+        for number, bar in enumerate(bars):
+            desk, written = load_desk(file, panel.symbols, chaos.COSTS, chaos.PARAMS, kinds)
+            kept = file.read_bytes()
+            save_desk(desk, file, chaos.COSTS, written, kinds)
+            assert file.read_bytes() == kept
+            recorder = books.Recorder(desk.symbols, desk.books.terms[:, MULTIPLIER], desk.books.equity, Path(folder) / "ledger", written=written)
+            desk.open(bar)
+            recorder.note(desk.books, *desk.advance(bar))
+            desk.act(strategy.decide(Moment(number, bar, desk.symbols, desk.books, desk.exchange.working)) if desk.books.equity > 0 else None)
+            if number == len(bars) - 1:
+                desk.exchange.close()
+            recorder.orders.append(desk.exchange.collect())
+            recorder.flush()
+            save_desk(desk, file, chaos.COSTS, recorder.written, kinds)
+        assert_same(Ledger.load(Path(folder) / "ledger"), at_once)
+        damaged, place = bytearray(file.read_bytes()), int(rng.integers(file.stat().st_size))
+        damaged[place] ^= 1 << int(rng.integers(8))
+        file.write_bytes(bytes(damaged))
+        with pytest.raises(DataError, match=r"damaged|other symbols"):
+            load_desk(file, panel.symbols, chaos.COSTS, chaos.PARAMS, kinds)
+
+
+# ------------------------------------------------------------------------------------------------ an account on disk, day by day
+
+DEATHS = ("at once", "table 1", "table 2", "table 3", "table 4", "unfinished", "done")  # before anything, after so many tables of the ledger, before the file has its name, before anybody knows that it is done
+
+
+def dying(work: Callable[[], object], where: str) -> int:
+    """Do some work in a process of its own that ends on its way; its exit code."""
+    child = get_context("fork").Process(target=_die, args=(work, where))
+    child.start()
+    child.join(120)
+    assert child.exitcode is not None, where
+    return child.exitcode
+
+
+def _die(work: Callable[[], object], where: str) -> None:
+    tables, write = 0, books.write_parquet
+
+    def counted(table: pd.DataFrame, path: Path) -> None:
+        nonlocal tables
+        write(table, path)
+        tables += 1
+        if where == f"table {tables}":
+            os._exit(9)
+
+    def named(self: Path, target: Path) -> Path:
+        if where == "unfinished" and target.name == "account.safetensors":
+            os._exit(9)
+        return move(self, target)
+    move = Path.replace
+    books.write_parquet, Path.replace = counted, named  # type: ignore[assignment, method-assign]
+    if where != "at once":
+        work()
+    os._exit(9)
+
+
+@dataclass
+class Days:
+    """A history as an operator lives it: a new object for each evening and morning, which knows what is in the folder and what is said tonight."""
+
+    folder: Path
+    panel: Panel
+    actions: Actions
+    params: TwoPhaseParams
+    costs: CostParams
+    account: BacktestParams
+    said: Callable[[int], Opinions]  # at the close of a bar
+
+    @property
+    def operator(self) -> Operator:
+        return Operator(self.folder, self.params, self.costs, self.account, self.panel.symbols)
+
+    def live(self, first: int, last: int, deaths: Mapping[tuple[int, str], str] | None = None) -> Ledger:
+        """From one bar to another; `deaths`: bar, evening or morning, and where the first try ends."""
+        bars, deaths = list(bars_of(self.panel, self.actions)), deaths or {}
+        self.operator.begin(bars[:first])
+        for t in range(first, last + 1):
+            said = self.said(t)
+            self._survived(lambda t=t, said=said: self.operator.evening(bars[t], said), deaths.get((t, "evening")), "has been through")
+            if t < last:
+                begins, now = bars[t + 1], pd.Timestamp(self.panel.times[t + 1], tz="UTC") - pd.Timedelta(minutes=self.params.morning_minutes)
+                quotes = begins.prices[3] if self.costs.fill == "close" else np.where(np.isnan(begins.prices[0]), begins.prices[3], begins.prices[0])
+                self._survived(lambda said=said, now=now, quotes=quotes, splits=begins.splits: self.operator.morning(now, quotes, splits, said), deaths.get((t, "morning")), "has been through")
+        return self.operator.ledger
+
+    @staticmethod
+    def _survived(work: Callable[[], object], where: str | None, told: str) -> None:
+        """A piece of work that may be killed and is then done again; where it had been done, that is said."""
+        if where is None:
+            work()
+            return
+        assert dying(work, where) == 9
+        if where == "done":
+            with pytest.raises(DataError, match=told):
+                work()
+        else:
+            work()
+
+
+def eventful() -> tuple[Panel, Actions, Opinions, TwoPhaseParams]:
+    """Two months with splits, halts, gaps, a day without quotes, changing regimes and healths."""
+    rng, panel = np.random.default_rng(3), calm(3, 75)
+    for _ in range(12):
+        symbol, t = str(rng.choice(SYMBOLS)), int(rng.integers(BEGIN, 70))
+        panel = changed(panel, symbol, t, float(rng.choice([0.88, 0.95, 1.08])), at_open=bool(rng.random() < 0.5))
+    events = [(int(t), str(rng.choice(SYMBOLS)), "split", float(rng.choice([2.0, 0.1]))) for t in rng.choice(np.arange(BEGIN, 70), 8, replace=False)]
+    for t, symbol, _, factor in events:
+        panel = changed(panel, symbol, t, 1 / factor)
+    for _ in range(25):
+        t = int(rng.integers(BEGIN, 70))
+        panel = changed(panel, str(rng.choice(SYMBOLS)), t, np.nan, t + int(rng.integers(0, 3)))
+    panel = changed(panel, None, BEGIN + 20, np.nan, BEGIN + 20)
+    actions, params = lay_actions(panel, pd.DataFrame([(panel.index[t], *rest) for t, *rest in events], columns=["timestamp", "symbol", "kind", "value"])), two_phase(sell={"min_health": 0.35}, buy={"min_health": 0.5})
+    health = {s: {0: rng.random(), **{int(t): rng.random() for t in np.sort(rng.choice(np.arange(BEGIN, 70), 14))}} for s in SYMBOLS}
+    regimes = {int(t): str(rng.choice(["calm_uptrend", "calm_uptrend", "risk_on_trend", "risk_off_trend", "high_vol_panic"])) for t in np.sort(rng.choice(np.arange(BEGIN + 1, 70), 6, replace=False))}
+    return panel, actions, heard(panel, params, dict(health), regimes, actions), params
+
+
+@pytest.mark.parametrize("seed", [None, 1, 2])
+def test_day_by_day_is_the_replay(seed: int | None, tmp_path: Path) -> None:
+    """Undisturbed, and killed at points drawn at random: the ledger of the backtest."""
+    panel, actions, said, params = eventful()
+    costs = REAL_COSTS.model_copy(update={"participation": None})
+    at_once, told = replay_phases(panel, said, params, costs, ACCOUNT, actions)
+    assert told["checks"]["reason"].str.contains("no quote|gap of|replaced by|not held any more").sum() > 5
+    assert len(at_once.fills) > 30
+    rng, last = np.random.default_rng(seed), len(panel) - 1
+    drawn = rng.choice(np.arange(BEGIN - 3, last), 12, replace=False) if seed else []
+    deaths = {(int(t), when): str(rng.choice([d for d in DEATHS if when == "evening" or not d.startswith("table")])) for t in drawn for when in (str(rng.choice(["evening", "morning"])),)}
+    by_day = Days(tmp_path, panel, actions, params, costs, ACCOUNT, lambda t: said.between(0, t)).live(BEGIN - 3, last, deaths)
+    assert_same(by_day, at_once)
+
+
+def test_the_operator_refuses_what_is_not_of_tonight(tmp_path: Path) -> None:
+    panel, actions, said, params = eventful()
+    days, bars = Days(tmp_path, panel, actions, params, FREE, ACCOUNT, lambda t: said.between(0, t)), list(bars_of(panel, actions))
+    days.live(BEGIN, BEGIN + 3)
+    now, one = pd.Timestamp(panel.times[BEGIN + 4], tz="UTC"), np.ones(len(SYMBOLS))
+    for wrong in (said.between(0, BEGIN + 2), said.between(0, BEGIN + 4), replace(said.between(0, BEGIN + 3), symbols=said.symbols[:-1])):
+        with pytest.raises(DataError, match="up to its last close"):
+            days.operator.morning(now, bars[BEGIN + 4].prices[0], one, wrong)
+    with pytest.raises(DataError, match="up to its last close"):
+        days.operator.evening(bars[BEGIN + 4], said.between(0, BEGIN + 3))
+    days.operator.morning(now, np.full(len(SYMBOLS), np.nan), one, said.between(0, BEGIN + 3))  # nothing is ordered, and that is a morning, too
+    with pytest.raises(DataError, match="this morning already"):
+        days.operator.morning(now, bars[BEGIN + 4].prices[0], one, said.between(0, BEGIN + 3))
+
+
+def test_a_morning_that_nobody_came_to(tmp_path: Path) -> None:
+    """The computer was off for a morning on which a wanted fund split; the evening is done later. The next morning knows the intent in new shares."""
+    panel = changed(calm(), "AAA", BEGIN + 1, 0.5)
+    actions, params = lay_actions(panel, pd.DataFrame({"timestamp": panel.index[[BEGIN + 1]], "symbol": "AAA", "kind": "split", "value": 2.0})), two_phase()
+    said = heard(panel, params, {"AAA": {0: 0.9, BEGIN + 1: np.nan}}, actions=actions)
+    days, bars = Days(tmp_path, panel, actions, params, FREE, ACCOUNT, lambda t: said.between(0, t)), list(bars_of(panel, actions))
+    days.live(BEGIN, BEGIN)
+    days.operator.evening(bars[BEGIN + 1], said.between(0, BEGIN + 1))
+    (check,) = days.operator.morning(pd.Timestamp(panel.times[BEGIN + 2], tz="UTC"), bars[BEGIN + 2].prices[0], bars[BEGIN + 2].splits, said.between(0, BEGIN + 1))
+    assert check.action == "execute"
+
+
+# ------------------------------------------------------------------------------------------------ the same with models that are loaded each evening
+
+LEARNED = pd.Timestamp("2014-06-30 20:00", tz="UTC")
+KINDS = {"gru": {"hidden": 8}, "transformer": {"width": 8, "feedforward": 16}, "vae": {"hidden": (16, 8), "latent": 4}}
+
+
+def made(kind: str, purge_bars: int) -> Model:
+    """A small network as the system has it."""
+    values = BLOCKS["models"][kind]
+    return spec(kind, values | KINDS[kind] | {"train": values["train"] | {"epochs": 2}}, "models").build(7, 1, purge_bars)
+
+
+def market_lesson(panel: Panel, macro: pd.DataFrame) -> Rows:
+    """The market's rows, of a history."""
+    state = context(panel, macro, STATE)
+    return market_rows(state.rename_axis("timestamp").reset_index(), label_regimes(state, RULE).rename_axis("timestamp").reset_index(), [5])
+
+
+def fund_rows(panel: Panel, macro: pd.DataFrame) -> pd.DataFrame:
+    """The funds' features, of a history."""
+    return compute(panel, BLOCKS["features"]["names"], macro, BLOCKS["features"]["benchmark"], short=True).to_frame()
+
+
+def taught(panel: Panel, macro: pd.DataFrame, folder: Path) -> None:
+    """Fit the three networks on the history up to LEARNED, and leave them in their folders."""
+    past, released = until(panel, LEARNED), macro[macro["timestamp"] <= LEARNED]
+    data = market_lesson(past, released)
+    known = data.labels[5]["end"].notna().to_numpy()
+    seen = windows(data.features, data.keys["symbol"], 21).take(np.flatnonzero(known))
+    for kind in ("gru", "transformer"):
+        made(kind, 5).fit(seen, data.labels[5]["regime"].to_numpy()[known], np.ones(known.sum()), data.times[known], LEARNED + pd.Timedelta(days=1)).save(folder / kind)
+    rows = fund_rows(past, released).merge(label_frame(past, 5, "close", vol_bars=60)[["timestamp", "symbol", "ret_voladj"]].dropna())
+    names = BLOCKS["features"]["names"]
+    made("vae", 5).fit(rows[names], rows["ret_voladj"].to_numpy(), np.ones(len(rows)), rows["timestamp"].to_numpy("datetime64[us]"), LEARNED + pd.Timedelta(days=1)).save(folder / "vae")
+
+
+def voice(folder: Path, kind: str, panel: Panel, macro: pd.DataFrame, since: pd.Timestamp) -> pd.DataFrame:
+    """What a network, as it lies in its folder, says of the instants since one."""
+    data, model = market_lesson(panel, macro), model_class({"gru": "gru_attention"}.get(kind, kind)).load(folder / kind)
+    at = np.flatnonzero(data.keys["timestamp"] >= since)
+    said = model.predict(windows(data.features, data.keys["symbol"], 21).take(at))
+    return pd.DataFrame(said[[f"prob_{r}" for r in REGIMES]].to_numpy(), pd.DatetimeIndex(data.keys["timestamp"].iloc[at], name=None), list(REGIMES))
+
+
+def healths(folder: Path, panel: Panel, macro: pd.DataFrame, since: pd.Timestamp) -> pd.DataFrame:
+    """What the autoencoder in its folder says of the funds since an instant."""
+    rows = fund_rows(panel, macro)
+    rows = rows[rows["timestamp"] >= since].reset_index(drop=True)
+    return rows[["timestamp", "symbol"]].join(model_class("vae").load(folder / "vae").predict(rows[BLOCKS["features"]["names"]])[list(HEALTH)])
+
+
+@pytest.mark.slow
+def test_sixty_days_with_models_from_their_folders(tmp_path: Path) -> None:
+    """Each evening the history is what had happened by then: features, state of the market, signals and regimes are worked out anew, and the networks, loaded from disk, are asked about tonight alone. At twenty points the process is killed. What was said, and the ledger, are those of the history in one go, to the bit."""
+    full, macro = from_frame(next(s for s in embedded.sets() if s.name == "etf_daily").bars), embedded.macro()
+    full, params = between(full, "2010-06-01", "2015-06-30"), block(TwoPhaseParams, BLOCKS["policy"], "policy")
+    costs, account = block(CostParams, BLOCKS["costs"], "costs"), block(BacktestParams, BLOCKS["backtest"], "backtest")
+    taught(full, macro, tmp_path / "models")
+    first = int(np.searchsorted(full.index, LEARNED)) + 40
+    last, began = first + 64, full.index[first - 39]
+
+    def told(panel: Panel, released: pd.DataFrame, voices: dict[str, pd.DataFrame], health: pd.DataFrame) -> Opinions:
+        rule = label_regimes(context(panel, released, STATE), RULE)
+        return opinions(panel, health, market_view(voices, signals(panel, released, params.experts), rule, params.fusion), params)
+
+    whole = {kind: voice(tmp_path / "models", kind, full, macro, began) for kind in ("gru", "transformer")}
+    health = healths(tmp_path / "models", full, macro, began)
+    at_once = told(full, macro, whole, health)
+    panel = select(full, set(at_once.symbols))
+    heard_of = {kind: table[: full.index[first - 1]] for kind, table in whole.items()} | {"vae": health[health["timestamp"] < full.index[first]]}
+
+    def tonight(t: int) -> Opinions:
+        now = full.index[t]
+        past, released = until(full, now), macro[macro["timestamp"] <= now]
+        for kind in ("gru", "transformer"):
+            heard_of[kind] = pd.concat([heard_of[kind], voice(tmp_path / "models", kind, past, released, now)])
+        heard_of["vae"] = pd.concat([heard_of["vae"], healths(tmp_path / "models", past, released, now)], ignore_index=True)
+        return told(past, released, {kind: heard_of[kind] for kind in ("gru", "transformer")}, heard_of["vae"])
+
+    rng = np.random.default_rng(9)
+    deaths = {(int(t), when): str(rng.choice([d for d in DEATHS if when == "evening" or not d.startswith("table")])) for t in rng.choice(np.arange(first, last), 20, replace=False) for when in (str(rng.choice(["evening", "morning"])),)}
+    days = Days(tmp_path / "account", panel, lay_actions(panel), params, costs, account, tonight)
+    by_day = days.live(first, last, deaths)
+    end = full.index[last]
+    for kind in ("gru", "transformer"):
+        pd.testing.assert_frame_equal(heard_of[kind], whole[kind][:end], check_exact=True, check_freq=False)
+    pd.testing.assert_frame_equal(heard_of["vae"], health[health["timestamp"] <= end], check_exact=True)
+    silent = replace(at_once, market=at_once.market.copy())
+    silent.market.loc[: full.index[first - 1], ["models", "regime"]] = None  # the account is opened on the first of these days
+    replayed, tables = replay_phases(until(panel, end), silent.between(0, last), params, costs, account)
+    assert_same(by_day, replayed)
+    assert len(replayed.fills) > 15
+    assert tables["checks"]["action"].eq("execute").sum() == len(replayed.orders)

@@ -97,7 +97,7 @@ class Liquidity:
     def __init__(self, n: int, costs: CostParams) -> None:
         bars = costs.adv_bars
         self.costs, self.growth, self.last = costs, np.ones(n), np.full(n, np.nan)
-        self.returns, self.values, self.counts = np.empty((n, 2 * bars)), np.empty((n, 2 * bars)), np.zeros((2, n), np.int64)
+        self.returns, self.values, self.counts = np.zeros((n, 2 * bars)), np.zeros((n, 2 * bars)), np.zeros((2, n), np.int64)
         self.vol, self.adv = np.full(n, costs.vol_floor_daily), np.full(n, costs.adv_assumed_value)
 
     def observe(self, bar: Bar) -> None:

@@ -72,13 +72,13 @@ def save_desk(
     arrays, told = _arrays(desk), {"account": _whose(desk.symbols, costs, desk.params, instruments), "values": json.dumps(_values(desk)), "about": json.dumps(about)}
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic(file) as unfinished:
-        unfinished.write_bytes(save(arrays, told | {"sha256": _digest(arrays, list(told.values()))}))
+        unfinished.write_bytes(save(arrays, {"desk": json.dumps(told | {"sha256": _digest(arrays, list(told.values()))})}))  # several entries would stand in any order
 
 def _read(file: Path) -> tuple[Arrays, list[str]]:
     "Arrays and texts of a stored desk. Raises `DataError` on a damaged file."
     try:
         with safe_open(file, "np") as opened:
-            told, arrays = opened.metadata() or {}, {k: opened.get_tensor(k) for k in opened.keys()}  # noqa: SIM118
+            told, arrays = json.loads((opened.metadata() or {})["desk"]), {k: opened.get_tensor(k) for k in opened.keys()}  # noqa: SIM118
         texts = [told[k] for k in ("account", "values", "about")]
         if told["sha256"] != _digest(arrays, texts):
             raise ValueError("its bytes were changed")
