@@ -9,6 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export MLTRADING_ROOT := $(CURDIR)
+unexport PYTHONDONTWRITEBYTECODE # a hundred processes import the package; it is made into bytecode once
 
 .PHONY: help
 help: ## list the targets
@@ -65,11 +66,11 @@ smoke: $(READY) ## run every pipeline notebook once on a small configuration, in
 
 .PHONY: test
 test: $(READY) ## everything that has to hold, in minutes
-	@$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow" $(ARGS)
+	@$(BIN)/python -m pytest -q -n 2 -m "not slow" $(ARGS)
 
 .PHONY: test-all
 test-all: test ## the long proofs, too
-	@$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m slow $(ARGS)
+	@$(BIN)/python -m pytest -q -n 2 -m slow $(ARGS)
 
 .PHONY: coverage
 coverage: $(READY) ## which lines of the package the tests reach

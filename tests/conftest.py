@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadScopeScheduling
 
 # the same examples every time, so that a red run is a red commit; HYPOTHESIS_PROFILE=search looks for new ones
 settings.register_profile("same", derandomize=True, database=None, deadline=None)
@@ -20,6 +23,29 @@ os.environ["MLTRADING_ROOT"] = str(ROOT)
 os.environ["OMP_WAIT_POLICY"] = "passive"  # as in stages: two test processes share the processors
 # temporary projects hold the package by link; kernels import it from where it is, or they would compile it anew for each path
 os.environ |= {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+from mltrading.core.runner import fixed_environment
+
+# kernels are compiled as for stages, so that what is tested is what runs there, and each is compiled once for both
+os.environ |= {name: value for name, value in fixed_environment(1, 0).items() if name.startswith("NUMBA_CPU_")}
+
+
+class ByFile(LoadScopeScheduling):
+    """A file's tests stay in one process: they share its fixtures and what it compiled. Notebooks share neither and fill all processes to the end."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return nodeid if "test_notebooks.py::" in nodeid else nodeid.split("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    return ByFile(config, log)
+
+
+def pytest_collection_finish() -> None:
+    """All libraries are imported by now, and stay: no search for garbage goes through them again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -66,8 +92,6 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     import dask
     from distributed import LocalCluster
     from tasks_work import SEED, THREADS
-
-    from mltrading.core.runner import fixed_environment
 
     for name, value in fixed_environment(THREADS, SEED).items():
         monkeypatch.setenv(name, value)

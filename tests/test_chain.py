@@ -51,6 +51,24 @@ def shuffled_after(embedded: Path, t: pd.Timestamp | None, seed: int = 0) -> Sna
     return Snapshot({"daily": [examined(BarSet("daily", bars, "1d", "XNYS", "total"), {})]}, manifest, macro=mix(read_parquet(embedded / "macro.parquet"), "series", ["value"]))
 
 
+def fewer(block: dict[str, Any]) -> dict[str, Any]:
+    """The same parameters with few trees and one epoch: what a model may know of later rows does not hang on their number."""
+    most = {"n_estimators": 8, "epochs": 1}
+    return {name: fewer(value) if isinstance(value, dict) else min(value, most[name]) if name in most else value for name, value in block.items()}
+
+
+@pytest.fixture(scope="module")
+def new_project(new_project: Callable[[Path], Path]) -> Callable[[Path], Path]:
+    """Projects whose ensembles have small members."""
+    def make(folder: Path) -> Path:
+        params = read_yaml(new_project(folder) / "params.yaml")
+        models = params["systems"][SYSTEM]["models"]
+        models |= {name: fewer(models[name]) for name in ("ensemble", "small")}
+        (folder / "params.yaml").write_text(yaml.safe_dump(params))
+        return folder
+    return make
+
+
 def chain(folder: Path, snapshot: Snapshot) -> Path:
     """Run the small chain on a snapshot in a new project; give the folder of its outputs."""
     write_snapshot(snapshot, folder / "data")
@@ -61,7 +79,7 @@ def chain(folder: Path, snapshot: Snapshot) -> Path:
     return folder / "build" / "smoke" / SYSTEM
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("chain")]  # the whole pipeline runs twice, once for all of these tests
+pytestmark = pytest.mark.slow  # the whole pipeline runs twice, once for all of these tests
 
 
 @pytest.fixture(scope="module")

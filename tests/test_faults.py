@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nbformat
@@ -18,8 +19,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from matplotlib import rc_context
 
 from mltrading.cli import main
+from mltrading.core import runner
+from mltrading.core.errors import StageError
 from mltrading.core.params import read_yaml
 from mltrading.core.storage import write_parquet
 from mltrading.market.macro import empty_macro
@@ -70,6 +74,25 @@ def fails(project: Path, capsys: pytest.CaptureFixture[str], *says: str, stage: 
     assert not staging.exists() or not list(staging.iterdir())
 
 
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook's cells run in this process, and what they raise is told as the runner tells it. The way through a kernel is the same for all of them: other tests go it."""
+    def execute(notebook: Path, passed: dict[str, Any], env: dict[str, str], keep: Path) -> None:
+        monkeypatch.setenv("MLTRADING_STAGING", env["MLTRADING_STAGING"])
+        scope: dict[str, Any] = {"__name__": "__main__"}
+        try:
+            with rc_context():
+                for cell in nbformat.read(notebook, as_version=4).cells:
+                    if cell.cell_type == "code":
+                        exec(cell.source, scope)
+                        scope |= passed if "parameters" in cell.metadata.get("tags", []) else {}
+        except Exception as e:
+            raise StageError(f"stage {keep.stem}", runner.explain(SimpleNamespace(ename=type(e).__name__, evalue=e, cell_index=0, traceback=["Traceback"]), notebook.name, str(keep)), "") from None
+        raise AssertionError("no cell raised")
+
+    monkeypatch.setattr(runner, "execute", execute)
+
+
 def bars(edit: Callable[[Frame], Frame]) -> Frame:
     return edit(to_frame(random_walk(3, 400, seed=1, ragged=False)))
 
@@ -90,7 +113,7 @@ CASES: dict[str, tuple[Callable[[Frame], Frame], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bad_bars(shop: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
+def test_bad_bars(shop: Path, here: None, capsys: pytest.CaptureFixture[str], case: str) -> None:
     edit, says = CASES[case]
     save(shop, bars(edit))
     fails(shop, capsys, *says)
@@ -110,7 +133,7 @@ def test_file_cut_short(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fails(shop, capsys, "daily.parquet", "not a complete Parquet file")
 
 
-def test_unknown_parameter_in_a_block(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_parameter_in_a_block(shop: Path, here: None, capsys: pytest.CaptureFixture[str]) -> None:
     change(shop, lambda p: p["systems"]["multiasset"]["panel"].update(symbol="all"))
     fails(shop, capsys, "systems.multiasset.panel: unknown parameter `symbol`", "did you mean `symbols`?")
 
@@ -154,7 +177,7 @@ def test_unknown_system(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fails(shop, capsys, "unknown system `multiaset`", "did you mean `multiasset`?", system="multiaset")
 
 
-def test_unknown_symbol(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_symbol(shop: Path, here: None, capsys: pytest.CaptureFixture[str]) -> None:
     change(shop, lambda p: p["systems"]["multiasset"]["panel"].update(symbols=["S0001"]))
     fails(shop, capsys, "unknown symbol `S0001`", "did you mean `S001`?")
 

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LIBRARY = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if not {"pipeline", ".ipynb_checkpoints"} & set(p.parts)]
 
-IMPORTED = ["pytest", "nbdev.test", "fastcore.test", "pandas", "numba", "matplotlib.pyplot", "pyarrow.parquet", "pydantic", "scipy.stats", "sklearn.linear_model", "torch"]
+IMPORTED = ["pytest", "nbdev.test", "fastcore.test", "pandas", "numba", "matplotlib.pyplot", "pyarrow.parquet", "scipy.stats", "sklearn.linear_model", "torch", "torch._dynamo", "xgboost", "exchange_calendars", "papermill", "nbconvert", "first_use"]
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,8 @@ def processes() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"MLTRADING_ROOT": str(ROOT), "MLTRADING_QUICK": "1", "NUMBA_NUM_THREADS": "2", "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}.items():
+        for name, value in {"MLTRADING_ROOT": str(ROOT), "MLTRADING_QUICK": "1", "NUMBA_NUM_THREADS": "2", "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg",
+                            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])}.items():
             patch.setenv(name, value)
         patch.chdir(ROOT)
         forkserver.ensure_running()

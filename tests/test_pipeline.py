@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 
 import nbformat
@@ -22,7 +24,7 @@ from mltrading.labels.horizons import LabelParams
 from mltrading.market.scope import PanelParams
 from mltrading.models.zoo import ModelsParams
 from mltrading.reports.league import read_metrics, results_markdown, results_sentence
-from mltrading.systems.base import load_system
+from mltrading.systems.base import load_system, system_names
 from mltrading.systems.strategies import StrategiesParams
 from mltrading.systems.trade import check_fill
 from mltrading.validation.splits import ValidationParams
@@ -45,11 +47,13 @@ def test_running_a_notebook_by_hand_and_cleaning_it_changes_no_byte(project: Pat
     assert (project / "build" / "smoke" / "multiasset" / "panel" / "panel.parquet").exists()
 
 
+@cache
 def imported(source: str, package: tuple[str, ...]) -> set[str]:
     """Modules of this project that a source imports, as dotted names below `mltrading`."""
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom):
+    found, tree = set(), ast.parse(source)
+    unused = {inner for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" for inner in ast.walk(node)}  # never executed
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node not in unused:
             base = package[: len(package) - node.level + 1] if node.level else ()
             name = ".".join([*base, *filter(None, [node.module])])
             if node.level or name.startswith("mltrading."):
@@ -61,11 +65,14 @@ def imported(source: str, package: tuple[str, ...]) -> set[str]:
 def test_every_stage_declares_what_it_imports(root: Path) -> None:
     """Directly or through another module: otherwise a change would leave a stale output locked."""
     package = root / "mltrading"
-    for name, entry in read_yaml(root / "dvc.yaml")["stages"].items():
-        deps = [str(d).replace("${item.system}", "multiasset") for d in entry["deps"]]
+    stages = read_yaml(root / "dvc.yaml")["stages"].items()
+    for (name, entry), system in itertools.product(stages, system_names()):
+        deps = [str(d).replace("${item.system}", system) for d in entry["deps"]]
         notebook = next(d for d in deps if d.endswith(".ipynb"))
         cells = json.loads((root / notebook).read_text())["cells"]
-        todo = imported("\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code"), ())
+        todo = set() | imported("\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code"), ())
+        if name in ("backtest", "report"):  # these load the system, and use it whole
+            todo.add(f"systems.{system}.system")
         seen: set[str] = set()
         while todo:
             module = todo.pop()
@@ -126,11 +133,15 @@ def test_every_fund_of_a_universe_has_its_place(root: Path) -> None:
 
 
 def test_stages_run_in_order(root: Path) -> None:
-    chain, alone = ["panel", "features", "train", "backtest", "report"], ["quality", "catalogue", "compare"]
-    assert [s for s, _ in stages(root)][-8:] == chain + alone
-    assert stages(root, "etf65") == [*((s, "regime") for s in chain), *((s, "") for s in alone)]
-    assert {system for name in ("published", "etf230", "sp500") for _, system in stages(root, name)} == {"multiasset", ""}
-    assert {system for _, system in stages(root, "etf65", only="multiasset")} == {"multiasset", ""}
+    chain = ["panel", "features", "train", "backtest", "report"]
+    for profile, systems in {"default": read_params(root)["run"]["systems"], "etf65": ["regime"], "etf230": ["multiasset"], "sp500": ["multiasset"], "published": ["multiasset"]}.items():
+        order = stages(root, profile)
+        assert {of for _, of in order} == {*systems, ""}
+        for system in systems:
+            assert [s for s, of in order if of == system] == chain
+        assert sorted(s for s, of in order if not of) == ["catalogue", "compare", "quality"]
+        assert order[-1] == ("compare", "")
+    assert {of for _, of in stages(root, "etf65", only="multiasset")} == {"multiasset", ""}
 
 
 def test_front_page_tells_the_numbers_that_stand_in_git(root: Path) -> None:

@@ -31,6 +31,13 @@ class Bar(NamedTuple):
     kind: NDArray[np.int64]      # … kind, split before dividend before settlement, …
     value: Grid                  # … and value
 
+    @property
+    def splits(self) -> Grid:
+        "(N,) shares now for one at the last close."
+        out, split = np.ones(self.prices.shape[1]), self.kind == SPLIT
+        np.multiply.at(out, self.column[split], self.value[split])
+        return out
+
 def micros(
     t: np.datetime64,  # UTC
 ) -> float:

@@ -206,11 +206,14 @@ class Books:
         rows: Grid,                   # (K, 20) new orders; those that the account cannot carry get their status
         working: Grid,                # (M, 20) orders in the book
         max_gross: float,
-        splits: Grid | None = None,   # (N,) shares now for one in the books, before a bar that begins with splits is booked
+        opened: tuple[Grid, Grid] | None = None,  # of a bar that has begun and is not booked yet: (N,) quotes, for symbols whose first bar it is, and (N,) shares now for one in the books
     ) -> None:
         """Reject orders for want of margin."""
-        by = np.ones(len(self.shares)) if splits is None else splits
-        _screen(rows, working, self.shares * by, self.last / by, self.terms, max_gross * self.equity)
+        shares, last = self.shares, self.last
+        if opened is not None:
+            quotes, splits = opened
+            shares, last = shares * splits, np.where(np.isnan(last), quotes, last / splits)
+        _screen(rows, working, shares, last, self.terms, max_gross * self.equity)
 
 # %% ../../nbs/backtest/14_books.ipynb #d108406d
 @dataclass

@@ -14,7 +14,6 @@ import numpy as np
 
 from . import ledger as led
 from . import orders as od
-from .actions import SPLIT
 from .bars import Bar, micros
 from .books import Books, Recorder
 from .costs import MULTIPLIER, CostParams
@@ -148,30 +147,29 @@ class Desk:
         """Begin a bar: what waits to be done is split. Raises `DataError` on a bar of other symbols."""
         if bar.prices.shape != (5, len(self.symbols)):
             raise DataError(f"bar at {bar.time}", f"has prices of shape {bar.prices.shape}", f"open, high, low, close and volume of {len(self.symbols)} symbols: {(5, len(self.symbols))}")
-        splits = np.ones(len(self.symbols))
-        for n, kind, value in zip(bar.column, bar.kind, bar.value, strict=True):
-            if kind == SPLIT:
-                splits[n] *= value
-                self.queue = deque(split_batch(w, self.symbols[n], value) if isinstance(w, Orders) else w for w in self.queue)
+        splits = bar.splits
+        for n in np.flatnonzero(splits != 1.0).tolist():
+            self.queue = deque(split_batch(w, self.symbols[n], splits[n]) if isinstance(w, Orders) else w for w in self.queue)
         return self.exchange.open(bar), splits
 
     def early(
         self,
         said: Early,
-        splits: Grid,          # (N,) as `open` gave them
+        quotes: Grid,          # (N,) as `open` gave them
+        splits: Grid,          # (N,) likewise
     ) -> None:
         """Take orders of the morning, after `open` and before `advance`. Raises `DataError` on what the account or the exchange cannot take."""
         self.exchange.check_open(said.orders.symbol, micros(said.time))
-        self._send(said.orders, micros(said.time), False, splits)
+        self._send(said.orders, micros(said.time), False, (quotes, splits))
 
-    def _send(self, orders: Orders, now: float, late: bool, splits: Grid | None = None) -> None:
+    def _send(self, orders: Orders, now: float, late: bool, opened: tuple[Grid, Grid] | None = None) -> None:
         "Orders to the exchange, those that the account cannot carry rejected."
         if len(orders.cancel):
             self.exchange.cancel(orders.cancel)
         if len(orders.symbol):
             rows, reasons = self.exchange.draft(orders, now, late)
             fine = np.isnan(rows[:, led.O_STATUS])
-            self.books.screen(rows, self.exchange.working, self.params.max_gross, splits)
+            self.books.screen(rows, self.exchange.working, self.params.max_gross, opened)
             refused = fine & ~np.isnan(rows[:, led.O_STATUS])
             self.exchange.add(rows, ["rejected: more than the account can carry" if no else reason for no, reason in zip(refused, reasons, strict=True)])
 
@@ -232,11 +230,12 @@ def run(
         if len(recorder.times) == recorder.size:
             recorder.flush()
         quotes, splits = desk.open(bar)
-        if early is not None and desk.books.equity > 0 and (said := early.open(Opening(number, bar.time, desk.symbols, quotes, splits, desk.books))) is not None:
-            desk.early(said, splits)
+        said = early.open(Opening(number, bar.time, desk.symbols, quotes, splits, desk.books)) if early is not None and desk.books.equity > 0 else None
+        if said is not None:
+            desk.early(said, quotes, splits)
         fills, ended = desk.advance(bar)
         wanted = strategy.decide(Moment(number, bar, desk.symbols, desk.books, desk.exchange.working)) if desk.books.equity > 0 else None
-        started = started or wanted is not None
+        started = started or said is not None or wanted is not None
         if started:
             recorder.note(desk.books, fills, ended)
         desk.act(wanted)

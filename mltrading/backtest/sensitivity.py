@@ -5,7 +5,7 @@
 # %% ../../nbs/backtest/30_sensitivity.ipynb #35e0d873
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..market.panel import Panel
 from ..validation.inference import bootstrap_intervals
 
 # %% auto #0
-__all__ = ['TURNED', 'sensitivity']
+__all__ = ['TURNED', 'under', 'sensitivity']
 
 # %% ../../nbs/backtest/30_sensitivity.ipynb #13c14890
 TURNED = ("cost_scale", "later_bars", "size")
@@ -37,9 +37,8 @@ def _variants(costs: CostParams, params: BacktestParams, scales: Sequence[float]
     out += [("later_bars", float(d), costs, params.model_validate(account | {"delay_bars": params.delay_bars + d})) for d in delays]
     return out + [("size", float(k), costs, params.model_validate(account | {"initial_cash": params.initial_cash * k})) for k in sizes]
 
-def sensitivity(
-    panel: Panel,
-    targets: NDArray[np.float64],     # (T, N) decisions, as for `simulate`
+def under(
+    account: Callable[[CostParams, BacktestParams], pd.Series],  # equity by instant, under the costs and rules that it is given
     costs: CostParams,
     params: BacktestParams,
     scales: Sequence[float] = (),     # multiples of all costs, >= 0
@@ -51,21 +50,42 @@ def sensitivity(
     level: float,                     # of the intervals, 0.95 = 95 %
     bars_per_year: float,
     threads: int = 1,                 # runs side by side; the result does not depend on it
+) -> pd.DataFrame:                    # turned (of TURNED), value, sharpe_annual, low, high, cagr
+    """What one changed assumption does to the Sharpe ratio and the growth of an account.
+
+    Raises `ParameterError` on a negative multiple or delay, and what the account raises.
+
+    Known at: the end; it is about the whole backtest."""
+    def run(variant: tuple[str, float, CostParams, BacktestParams]) -> dict[str, Any]:
+        turned, value, dear, own = variant
+        sharpe, growth = bootstrap_intervals(account(dear, own).pct_change().dropna(), seed, ["sharpe_annual", "cagr"], n_boot, level, bars_per_year).itertuples(index=False)
+        return {"turned": turned, "value": value, "sharpe_annual": sharpe.value, "low": sharpe.low, "high": sharpe.high, "cagr": growth.value}
+    with ThreadPoolExecutor(threads) as pool:
+        return pd.DataFrame(list(pool.map(run, _variants(costs, params, scales, delays, sizes))), columns=["turned", "value", "sharpe_annual", "low", "high", "cagr"])
+
+# %% ../../nbs/backtest/30_sensitivity.ipynb #e088a285
+def sensitivity(
+    panel: Panel,
+    targets: NDArray[np.float64],     # (T, N) decisions, as for `simulate`
+    costs: CostParams,
+    params: BacktestParams,
+    scales: Sequence[float] = (),     # as for `under`, like all that follow
+    delays: Sequence[int] = (),
+    sizes: Sequence[float] = (),
+    *,
+    seed: int,
+    n_boot: int,
+    level: float,
+    bars_per_year: float,
+    threads: int = 1,
     instruments: Mapping[str, Instrument] | None = None,  # symbol -> what it is; others are shares
     actions: Actions | None = None,   # from `lay_actions`
-) -> pd.DataFrame:                    # turned (of TURNED), value, sharpe_annual, low, high, cagr
-    """What one changed assumption does to the Sharpe ratio and the growth of the same decisions.
+) -> pd.DataFrame:                    # as `under` gives it
+    """What one changed assumption does to the same decisions.
 
     Raises `ParameterError` on a negative multiple or delay, `DataError` as `simulate` does.
 
     Known at: the end; it is about the whole backtest."""
-    variants, tape = _variants(costs, params, scales, delays, sizes), lay_tape(panel, costs, instruments, actions)
+    tape = lay_tape(panel, costs, instruments, actions)
     begin = int((~np.isnan(targets)).any(axis=1).argmax())
-
-    def run(variant: tuple[str, float, CostParams, BacktestParams]) -> dict[str, Any]:
-        turned, value, dear, account = variant
-        equity = pd.Series(equity_curve(tape, targets, dear, account), panel.index).iloc[begin:]
-        sharpe, growth = bootstrap_intervals(equity.pct_change().dropna(), seed, ["sharpe_annual", "cagr"], n_boot, level, bars_per_year).itertuples(index=False)
-        return {"turned": turned, "value": value, "sharpe_annual": sharpe.value, "low": sharpe.low, "high": sharpe.high, "cagr": growth.value}
-    with ThreadPoolExecutor(threads) as pool:
-        return pd.DataFrame(list(pool.map(run, variants)), columns=["turned", "value", "sharpe_annual", "low", "high", "cagr"])
+    return under(lambda dear, own: pd.Series(equity_curve(tape, targets, dear, own), panel.index).iloc[begin:], costs, params, scales, delays, sizes, seed=seed, n_boot=n_boot, level=level, bars_per_year=bars_per_year, threads=threads)

@@ -214,6 +214,13 @@ def _css() -> str:
         return "".join(f"--{name}:{pair[k]};" for name, pair in THEME.items())
     return f":root{{color-scheme:light dark;{block(0)}}}\n@media screen and (prefers-color-scheme:dark){{:root{{{block(1)}}}}}\n" + (SLIM / "style.css").read_text(encoding="utf-8")
 
+def _live(nb: Any) -> tuple[str, str]:
+    "The style and the script of what answers to a pointer, empty for a page without anything of the class `live`."
+    shown = [o.get("data", {}).get("text/html", "") for c in nb.cells for o in c.get("outputs", [])]
+    if not any('class="live' in html for html in shown):
+        return "", ""
+    return (SLIM / "live.css").read_text(encoding="utf-8"), f"<script>{(SLIM / 'live.js').read_text(encoding='utf-8')}</script>\n"
+
 @cache
 def _exporter() -> Any:
     from nbconvert.exporters.html import HTMLExporter
@@ -268,7 +275,8 @@ def page(
     title = title or (re.sub(r"[*`]", "", heading[1]).strip() if heading else "Notebook")
     figures = _prepare(nb, code)
     ours = foot if foot is not None else dict(nb.metadata.get("mltrading", {}))
-    slim = {"title": title, "css": _css(), "foot": foot_html(ours), "nav": f'<nav aria-label="Site">{nav}</nav>' if nav else ""}
+    style, script = _live(nb)
+    slim = {"title": title, "css": _css() + style, "script": script, "foot": foot_html(ours), "nav": f'<nav aria-label="Site">{nav}</nav>' if nav else ""}
     html, _ = _exporter().from_notebook_node(nb, resources={"slim": slim})
     head, mark, rest = html.partition('<main id="main">')
     body, end, tail = rest.partition("</main>")

@@ -5,6 +5,7 @@
 # %% ../../nbs/reports/40_compose.ipynb #35e0d873
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -71,7 +72,8 @@ def open_run(
     names = [*system.models, *(n for n in (HOLD, INDEX) if (at["backtest"] / n).exists())]
     returns = read_parquet(at["backtest"] / "returns.parquet").set_index("timestamp")[names]
     ledgers = {n: Ledger.load(at["backtest"] / n) for n in names}
-    return Run(stage, system, params, setting, returns, ledgers, trials.read(stage.input(f"{stage.system}.jsonl")))
+    run: type[Run] = importlib.import_module(f"mltrading.reports.{system.report}").Run
+    return run(stage, system, params, setting, returns, ledgers, trials.read(stage.input(f"{stage.system}.jsonl")))
 
 # %% ../../nbs/reports/40_compose.ipynb #f2267b21
 @dataclass(frozen=True)
@@ -99,6 +101,16 @@ class _Read:
     @property
     def bars_per_year(self) -> float:
         return float(self.setting["bars_per_year"])
+
+    @property
+    def shown(self) -> list[str]:
+        "Accounts that are drawn and tabled side by side."
+        return [str(a) for a in self.returns.columns]
+
+    @property
+    def forecasters(self) -> tuple[str, ...]:
+        "Strategies whose forecasts are judged, the system's first."
+        return self.system.models
 
     @property
     def others(self) -> list[str]:
@@ -175,7 +187,7 @@ class _Said(_Figures):
 
     @cached_property
     def skill(self) -> pd.DataFrame:
-        return forecast_table(self.rated, self.system.models, **self.boot)
+        return forecast_table(self.rated, self.forecasters, **self.boot)
 
     @cached_property
     def last_models(self) -> dict[str, Model]:
@@ -209,7 +221,7 @@ class _Opening(_Said):
         return Markdown(f"# {self.system.title}\n\n> {self.system.about}\n\n{said}\n\nOut of sample from {last[0]:%Y-%m-%d} to {last[-1]:%Y-%m-%d}, on {len(self.setting['symbols'])} symbols of the "
                         f"{self.facts['source']} snapshot, with the parameter profile `{self.stage.profile}` and the strategies {', '.join(self.table('train', 'quality')['model'].unique())}. Past performance says little about the future, and nothing here is advice.")
 
-    def signals(self) -> Signals:
+    def signals(self) -> Signals | Table:
         """The signal report: per symbol direction, probability, target weight and reasons."""
         return signals_table(self.now.rename(columns={"held": "current"}).assign(reasons=[[*r, f"policy: {p}"] for r, p in zip(self.now["reasons"], self.now["policy"], strict=True)]))
 
@@ -245,12 +257,12 @@ class _Past(_Opening):
 
     def equity(self) -> Figure:
         """Equity and drawdown of all accounts."""
-        curves = (1 + self.returns).cumprod()
+        curves = (1 + self.returns[self.shown]).cumprod()
         return plots.plot_equity({in_full(str(a)): curves[a] for a in curves.columns})
 
     def metrics(self) -> Table:
         """Metrics with intervals, a column per account."""
-        wide = {a: [tuple(r) for r in part[["value", "low", "high"]].to_numpy()] for a, part in self.measured.groupby("account", sort=False)}
+        wide = {a: [tuple(r) for r in part[["value", "low", "high"]].to_numpy()] for a, part in self.measured.groupby("account", sort=False) if a in self.shown}
         names = {"cagr": "Growth per year", "vol_annual": "Volatility per year", "sharpe_annual": "Sharpe ratio", "sortino_annual": "Sortino ratio", "max_drawdown": "Maximum drawdown", "calmar": "Calmar ratio", "hit_rate": "Days with a gain",
                  "var_95": "Value at risk 95 %, day", "es_95": "Expected shortfall 95 %, day"}
         order = list(self.measured["metric"].unique())
@@ -358,7 +370,13 @@ class _Assets(_Turned):
 
 # %% ../../nbs/reports/40_compose.ipynb #118b784a
 class Run(_Assets):
-    """A finished run of a system, as its report sees it."""
+    """A finished run of a system, as its report sees it. A system with more to show has a `Run` of its own, in the module that `System.report` names."""
+
+    def dashboard(self) -> None:
+        """Show where a system stands that has more to say of that than its signals."""
+
+    def own(self) -> None:
+        """Show what may be believed of the parts that only this system has."""
 
     def forecasts(self) -> Table:
         """Quality of the forecasts over all out-of-sample rows, and what the system's gain on the baselines."""
@@ -375,15 +393,15 @@ class Run(_Assets):
     def fold_quality(self) -> Figure:
         """Log loss per fold against the constant baseline."""
         rated = self.rated.assign(loss=log_loss_rows(self.rated["prob_up"], self.rated["up"]), test_start=self.rated["fold"].map(self.table("train", "folds").set_index("fold")["test_start"]))
-        wide = rated.pivot_table(index="test_start", columns="model", values="loss")[list(self.system.models)]
-        return plots.plot_fold_quality(wide.rename(columns={m: in_full(m) for m in self.system.models if m != "constant"}))
+        wide = rated.pivot_table(index="test_start", columns="model", values="loss")[list(self.forecasters)]
+        return plots.plot_fold_quality(wide.rename(columns={m: in_full(m) for m in self.forecasters if m != "constant"}))
 
     def calibration(self) -> Figure:
         """Whether the probabilities mean what they say."""
-        mine = self.rated[self.rated["model"] == self.system.model]
+        mine = self.rated[self.rated["model"] == self.forecasters[0]]
         return plots.plot_calibration(calibration_table(mine["prob_up"], mine["up"], bins=20))
 
-    def shap(self) -> Figure:
+    def shap(self) -> Figure | None:
         """What the last model leans on, over rows of its own test window: that of most symbols, where they have several."""
         model = next(iter(self.last_models.values()))
         own = [s for s, m in self.last_models.items() if m is model]

@@ -8,9 +8,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 # %% auto #0
-__all__ = ['NAMES', 'in_full', 'in_short']
+__all__ = ['WITHOUT', 'NAMES', 'in_full', 'in_short']
 
 # %% ../../nbs/reports/05_names.ipynb #39752096
+WITHOUT = "no_"  # what the key of an account without a part of its system begins with
+
 class _Name(NamedTuple):
     full: str
     short: str
@@ -20,6 +22,11 @@ NAMES = {
     "xgboost": _Name("Gradient-boosted trees", "boosted trees"),
     "logistic": _Name("Logistic regression", "logistic"),
     "constant": _Name("Constant", "constant"),
+    "whole": _Name("Whole system", "whole system"),
+    "searched": _Name("With bred parameters", "bred parameters"),
+    "gru": _Name("GRU with attention", "GRU"),
+    "transformer": _Name("Transformer", "Transformer"),
+    "health": _Name("Autoencoder", "autoencoder"),
     "buy_and_hold": _Name("Buy and hold", "buy and hold"),
     "index": _Name("Price index", "price index"),
 }
@@ -28,10 +35,12 @@ def in_full(
     account: str,  # its key
 ) -> str:
     """An account's name as a heading."""
+    if account.startswith(WITHOUT):
+        return f"Without {account.removeprefix(WITHOUT).replace('_', ' ')}"
     return NAMES[account].full if account in NAMES else account
 
 def in_short(
     account: str,  # its key
 ) -> str:
     """An account's name among many, or in a sentence."""
-    return NAMES[account].short if account in NAMES else account
+    return NAMES[account].short if account in NAMES else in_full(account).lower() if account.startswith(WITHOUT) else account

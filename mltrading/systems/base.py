@@ -7,70 +7,23 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
-import pandas as pd
 from pydantic import BaseModel
 
 import mltrading.systems
-from ..backtest.costs import CostParams
-from ..backtest.engine import BacktestParams
-from ..backtest.ledger import Ledger
 from ..core.errors import unknown
-from ..core.stage import Stage
-from ..core.storage import read_json, read_parquet
-from ..market.panel import Panel, read_panel
-from ..market.scope import PanelParams, traded
 from ..models.zoo import ModelsParams
 from ..portfolio.block import PolicyParams
 from .strategies import CHOICE, Learner, StrategiesParams
 
+if TYPE_CHECKING:
+    from mltrading.systems.bench import Accounts, Bench
+
 # %% auto #0
-__all__ = ['Show', 'Bench', 'Accounts', 'open_bench', 'System', 'system_names', 'load_system']
-
-# %% ../../nbs/systems/00_base.ipynb #f2267b21
-Show = Callable[[pd.DataFrame], pd.DataFrame]  # takes a table of returns, a column for each account, and gives it back
-
-@dataclass(frozen=True, eq=False)
-class Bench:
-    """What the stages before have left, and the rules of the accounts."""
-
-    stage: Stage
-    panel: Panel                 # all symbols, the benchmark among them
-    forecasts: pd.DataFrame      # long, with a column `model`; out of sample
-    symbols: list[str]           # that may be traded
-    benchmark: str | None        # compared with, never traded
-    classes: dict[str, str]      # symbol -> class
-    rules: Any                   # the block `policy`, as the system's `Rules`
-    costs: CostParams
-    account: BacktestParams
-    looks: Callable[..., AbstractContextManager[Show]]  # models=[…] -> a record of one trial for each
-
-class Accounts(NamedTuple):
-    """What trading came to."""
-
-    ledgers: dict[str, Ledger]          # by account, the system's own first
-    begin: np.datetime64                # instant from which on the accounts could trade
-    tables: dict[str, pd.DataFrame]     # what was decided and why: name -> table
-    setting: dict[str, Any] = {}        # what a report has to know besides, as JSON
-
-# %% ../../nbs/systems/00_base.ipynb #3a2ddd23
-def open_bench(
-    stage: Stage,                # `backtest`, or `report`, which trades again under other assumptions
-    rules: type[BaseModel],      # of the system
-    looks: Callable[..., AbstractContextManager[Show]],
-) -> Bench:
-    """Read what accounts are made from."""
-    asked, at = stage.block("panel", PanelParams), stage.input("panel")
-    whole = read_panel(at / "panel.parquet")
-    classes = {s: told["class"] for s, told in read_json(at / "facts.json")["symbols"].items()}
-    return Bench(stage, whole, read_parquet(stage.input("train") / "forecasts.parquet"), traded(whole, asked), asked.benchmark, classes,
-                 stage.block("policy", rules), stage.block("costs", CostParams), stage.block("backtest", BacktestParams), looks)
+__all__ = ['System', 'system_names', 'load_system']
 
 # %% ../../nbs/systems/00_base.ipynb #5c1afee6
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from ..market.panel import select
 from ..portfolio.block import build_policy
 from .assets import as_rows, looks_at
-from .base import Accounts, Bench, System
+from .base import System
+from .bench import Accounts, Bench
 from .choice import ChoiceParams, with_choice
 from .strategies import CHOICE
 from .trade import trade

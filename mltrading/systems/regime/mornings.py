@@ -73,6 +73,10 @@ class Memory(NamedTuple):
 
 EMPTY = Memory((), {})
 
+def _restated(waiting: tuple[tuple[Intent, ...], ...], split: Mapping[str, float]) -> tuple[tuple[Intent, ...], ...]:
+    "Intents in shares as after splits: those of a fund that did not trade in the morning of its split wait on."
+    return tuple(tuple(i._replace(price=i.price / split[i.symbol], shares=i.shares * split[i.symbol]) if i.symbol in split else i for i in made) for made in waiting) if split else waiting
+
 @dataclass
 class Phases:
     """Night and morning of one account."""
@@ -94,13 +98,14 @@ class Phases:
     def night(
         self,
         t: int,
+        splits: NDArray[np.float64], # (N,) shares now for one at the close before
         books: Books,
-        review: Review = Review(),  # noqa: B008 – it cannot be changed
-    ) -> Decision | None:           # None before the first night with a regime
+        review: Review = Review(),   # noqa: B008 – it cannot be changed
+    ) -> Decision | None:            # None before the first night with a regime
         """After the close of bar `t`."""
         held = {s for n, s in enumerate(self.opinions.symbols) if books.shares[n] > 0}
         entered = {s: self.memory.entered.get(s, self.opinions.times[t]) for s in sorted(held)}
-        self.memory = self.memory._replace(entered=entered)
+        self.memory = Memory(_restated(self.memory.waiting, {s: float(splits[n]) for n, s in enumerate(self.opinions.symbols) if splits[n] != 1}), entered)
         if t < self.begin:
             return None
         decision = night(self.opinions, t, holdings_of(books, self.opinions, entered), books.equity, books.cash, self.decisions(t), review)
@@ -143,7 +148,7 @@ class Replay:
 
     def decide(self, now: Moment) -> Orders | None:
         """The night. Nothing is ordered before the morning."""
-        decision = self.phases.night(now.number, now.books)
+        decision = self.phases.night(now.number, now.bar.splits, now.books)
         if decision is None:
             return None
         if self.full:
@@ -223,11 +228,14 @@ class Operator:
         self.folder, self.params, self.costs, self.account, self.symbols = folder, params, costs, account, tuple(symbols)
         self.file = folder / "account.safetensors"
 
-    def _load(self, opinions: Opinions) -> tuple[Desk, Phases, dict[str, Any]]:
-        "The account as it was left. Raises `DataError` where there is none."
+    def _load(self, opinions: Opinions, time: np.datetime64 | None = None) -> tuple[Desk, Phases, dict[str, Any]]:
+        "The account as it was left. Raises `DataError` where there is none, and on opinions of other symbols or that do not end at `time`, the last close unless told."
         if not self.file.exists():
             raise DataError(str(self.file), "is not there: there is no account yet", "begin one")
         desk, told = load_desk(self.file, self.symbols, self.costs, self.account)
+        until, last = desk.books.time if time is None else time, opinions.times[-1].tz_localize(None).to_datetime64()
+        if opinions.symbols != self.symbols or last != until:
+            raise DataError("opinions", f"end at {last} and are of {len(opinions.symbols)} symbols; the account is at {until} and of {len(self.symbols)}", "give what is said of the account's own symbols, up to its last close")
         memory = Memory(tuple(_intents(rows) for rows in told["waiting"]), {s: pd.Timestamp(t) for s, t in told["entered"].items()})
         return desk, Phases(opinions, self.params, memory=memory), told
 
@@ -253,16 +261,16 @@ class Operator:
         bar: Bar,                  # that has just closed, with its splits
         opinions: Opinions,        # up to it
     ) -> Decision | None:          # None before the first night with a regime
-        """Through the day, and the night's decision. Raises `DataError` on a bar that was taken already."""
-        desk, phases, told = self._load(opinions)
+        """Through the day, and the night's decision. Raises `DataError` on a bar that was taken already, and on opinions that do not end at it."""
+        desk, phases, told = self._load(opinions, bar.time)
         if not np.isnat(desk.books.time) and bar.time <= desk.books.time:
             raise DataError(str(self.file), f"the account has been through {desk.books.time} already, and is shown the bar of {bar.time}", "give the next bar")
         recorder = Recorder(desk.symbols, desk.books.terms[:, MULTIPLIER], desk.books.equity, self.folder / "ledger", written=told["written"])
-        _, splits = desk.open(bar)
-        if told["early"]:
-            desk.early(Early(np.datetime64(told["early"]["time"], "us"), Orders(**told["early"]["orders"])), splits)
+        quotes, splits = desk.open(bar)
+        if told["early"] and told["early"]["orders"]:
+            desk.early(Early(np.datetime64(told["early"]["time"], "us"), Orders(**told["early"]["orders"])), quotes, splits)
         fills, ended = desk.advance(bar)
-        decision = phases.night(len(opinions.times) - 1, desk.books)
+        decision = phases.night(len(opinions.times) - 1, splits, desk.books)
         desk.act(None)
         if decision is not None or told["written"] or self.account.start == "panel":
             recorder.note(desk.books, fills, ended)
@@ -279,13 +287,13 @@ class Operator:
         splits: NDArray[np.float64],      # (N,) shares now for one at the last close
         opinions: Opinions,               # up to the last close
     ) -> list[Check]:
-        """Check what the night decided, and leave the orders. Raises `DataError` where the morning has been done."""
+        """Check what the night decided, and leave the orders. Raises `DataError` where the morning has been done, and on opinions that do not end at the last close."""
         desk, phases, told = self._load(opinions)
         if told["early"]:
             raise DataError(str(self.file), "has been through this morning already", "do the evening first")
         checks, orders = phases.morning(len(opinions.times), now, quotes, splits, desk.books)
-        early = None if orders is None else {"time": str(now.tz_localize(None).to_datetime64()), "orders": {"symbol": list(orders.symbol), "quantity": np.asarray(orders.quantity).tolist(), "life": 1, "reason": list(orders.reason)}}
-        self._save(desk, phases, told | {"early": early})
+        said = None if orders is None else {"symbol": list(orders.symbol), "quantity": np.asarray(orders.quantity).tolist(), "life": 1, "reason": list(orders.reason)}
+        self._save(desk, phases, told | {"early": {"time": str(now.tz_localize(None).to_datetime64()), "orders": said}})
         return checks
 
     @property

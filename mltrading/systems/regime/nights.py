@@ -14,6 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ...backtest.actions import Actions, without_splits
 from ...core.errors import DataError, ParameterError, unknown
 from ...features.expressions import CLOSE, Expr, change
 from ...features.machine import evaluate
@@ -103,6 +104,10 @@ Grid = NDArray[np.float64]
 def _formulas(p: FactParams, bars_per_year: float) -> dict[str, Expr]:
     return {"price": CLOSE, "volatility": bars_per_year**0.5 * roll_std(change(CLOSE), p.vol_bars), "trend": CLOSE / roll_mean(CLOSE, p.trend_bars) - 1.0, "strength": rel_strength(p.strength_bars)}
 
+def _growth(actions: Actions | None, shape: tuple[int, int]) -> Grid:
+    "(N, T) shares at each bar for one of the first."
+    return np.ones(shape) if actions is None else without_splits(np.ones(shape), actions)
+
 def _last(alive: NDArray[np.bool_]) -> NDArray[np.int64]:
     "(T, N) row of the newest bar, -1 before the first."
     return np.maximum.accumulate(np.where(alive, np.arange(len(alive))[:, None], -1), axis=0)
@@ -122,8 +127,8 @@ def _said(panel: Panel, forecasts: pd.DataFrame) -> dict[str, Grid]:
         raise DataError("forecasts of health", "two rows of one symbol at one instant", "give the forecasts of one strategy")
     known = (row >= 0) & (column >= 0)
     out = {c: np.full((len(panel), len(panel.symbols)), np.nan) for c in HEALTH}
-    for c, block in out.items():
-        block[row[known], column[known]] = forecasts[c].to_numpy(np.float64)[known]
+    for c, laid in out.items():
+        laid[row[known], column[known]] = forecasts[c].to_numpy(np.float64)[known]
     return out
 
 def _ranked(health: Grid, bars: int) -> Grid:
@@ -169,7 +174,7 @@ class Opinions:
     ) -> Night:
         """The market and the account at a night."""
         m = self.market
-        regime, (size, throttle, apart) = m["regime"].iat[t], (float(m[c].to_numpy(np.float64)[t]) for c in ("size_modifier", "throttle", "disagreement"))
+        regime, (size, throttle, apart) = m["regime"].iloc[t], (float(m[c].to_numpy(np.float64)[t]) for c in ("size_modifier", "throttle", "disagreement"))
         return Night(self.times[t], regime if isinstance(regime, str) else "", size, throttle, apart, equity, cash)
 
     def between(
@@ -236,6 +241,7 @@ def opinions(
     market: pd.DataFrame,    # from `market_view`, at the panel's instants
     params: TwoPhaseParams,
     without: Collection[str] = (),  # of PARTS, `health` is looked at here
+    actions: Actions | None = None, # the panel's, from `lay_actions`, where its prices are as traded; of the splits alone
 ) -> Opinions:
     """What is said of the market and of each fund.
 
@@ -248,10 +254,12 @@ def opinions(
         raise DataError(f"symbol {strangers[0]}", "has no class", "name it in policy.universe.classes, or leave it out of panel.symbols")
     if p.market not in panel.symbols:
         raise unknown("symbol", p.market, list(panel.symbols), "policy.market")
-    values = evaluate(panel, _formulas(p.facts, p.bars_per_year), benchmark=p.market)
+    growth = _growth(actions, panel["close"].shape)
+    values = evaluate(Panel(panel.times, panel.symbols, {"close": panel["close"] * growth}), _formulas(p.facts, p.bars_per_year), benchmark=p.market)
     some = [panel.symbols.index(s) for s in symbols]
     last = _last(panel.alive[some].T)
     facts = {name: _held(values.values[k][some].T, last) for k, name in enumerate(values.names)}
+    facts["price"] = facts["price"] / growth[some].T
     said = {c: _held(block[:, some], last) for c, block in _said(panel, health).items()}
     days = (panel.times[:, None] - panel.times[np.maximum(last, 0)]) // np.timedelta64(1, "D")
     codes = {"bucket": _likeliest([said[c] for c in HEALTH[1:4]]), "behaviour": _likeliest([said[c] for c in HEALTH[4:]]), "days": np.where(last >= 0, days.astype(np.int64), -1)}

@@ -8,14 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import pandas as pd
 from pydantic import BaseModel
 
-from ...backtest.costs import CostParams
-from ...backtest.engine import BacktestParams
-from ...backtest.ledger import Ledger
+from ...core.stage import Stage
 from ...core.storage import read_parquet
 from ...labels.regimes import NAMES, REGIMES
-from ..base import Accounts, Bench, System
+from ...market.panel import Panel
+from ..base import System
+from ..bench import Accounts, Bench
 from .accounts import ABLATIONS, SEARCHED, WHOLE, Heard, ablations, bred
 from .mornings import replay_phases
 from .nights import TwoPhaseParams
@@ -26,14 +27,18 @@ __all__ = ['NETWORKS', 'HEALTH_MODEL', 'SYSTEM', 'heard_at', 'RegimeSystem']
 # %% ../../../nbs/systems/regime/60_system.ipynb #c0612d93
 NETWORKS, HEALTH_MODEL = ("gru", "transformer"), "health"
 
-def heard_at(bench: Bench) -> Heard:
+def heard_at(
+    stage: Stage,
+    panel: Panel,             # all symbols, the market's among them
+    forecasts: pd.DataFrame,  # long, with a column `model`
+    rules: TwoPhaseParams,
+) -> Heard:
     """What models, signals and rule have said, from what the stages left. Known at: each row at its instant."""
-    stage = bench.stage
     named = read_parquet(stage.input("features") / "regimes.parquet").set_index("timestamp")["regime"].astype(NAMES)
     said = read_parquet(stage.input("train") / "regimes.parquet")
     networks = {name: said[said["model"] == name].set_index("timestamp")[list(REGIMES)] for name in NETWORKS}
-    health = bench.forecasts[bench.forecasts["model"] == HEALTH_MODEL]
-    return Heard.of(bench.panel, read_parquet(stage.input("panel") / "macro.parquet"), networks, health, named.reindex(bench.panel.index), bench.rules)
+    health = forecasts[forecasts["model"] == HEALTH_MODEL]
+    return Heard.of(panel, read_parquet(stage.input("panel") / "macro.parquet"), networks, health, named.reindex(panel.index), rules)
 
 # %% ../../../nbs/systems/regime/60_system.ipynb #d7d50264
 @dataclass(frozen=True)
@@ -45,19 +50,13 @@ class RegimeSystem(System):
 
     def accounts(self, bench: Bench) -> Accounts:
         """The whole, the whole without each part, and the whole with parameters that were bred."""
-        heard = heard_at(bench)
+        heard = heard_at(bench.stage, bench.panel, bench.forecasts, bench.rules)
         ledgers, tables = ablations(heard, bench.costs, bench.account)
         said = heard.opinions()
         tables |= {"market": said.market.rename_axis("timestamp").reset_index(), **{f"signal_{name}": t.rename_axis("timestamp").reset_index() for name, t in heard.readings.items()}}
         tuned, tables["search"] = bred(heard, bench.costs, bench.account, bench.stage.params["compute"]["seed"], bench.stage.unfinished / "search")
         ledgers[SEARCHED] = replay_phases(heard.funds(said), said, bench.rules, bench.costs, bench.account, tuned=tuned, full=False)[0]
-        return Accounts(ledgers, said.times[said.begin].tz_localize(None).to_datetime64(), tables)
-
-    def again(self, bench: Bench, costs: CostParams, account: BacktestParams) -> Ledger:
-        """The whole under other costs and another account."""
-        heard = heard_at(bench)
-        said = heard.opinions()
-        return replay_phases(heard.funds(said), said, bench.rules, costs, account, full=False)[0]
+        return Accounts(ledgers, said.times[said.begin].tz_localize(None).to_datetime64(), tables | {"forecasts": bench.forecasts}, {"policy": bench.rules.model_dump(mode="json"), "regime_bars": bench.stage.params["strategies"][NETWORKS[0]]["horizon_bars"]})
 
 # %% ../../../nbs/systems/regime/60_system.ipynb #b41d3dd8
 SYSTEM = RegimeSystem(
