@@ -46,7 +46,7 @@ data: $(READY) ## make a snapshot: SOURCE= FROM= SYMBOLS= UNIVERSE= START= END= 
 	@$(BIN)/mltrading data --source $(or $(SOURCE),embedded) $(foreach o,$(DATA_OPTIONS),$(if $($(o)),--$(shell echo $(o) | tr A-Z a-z) '$($(o))'))
 
 .PHONY: universe
-universe: $(READY) ## run all stages on symbols of your folder, into build/NAME: MLTRADING_DATA=… make universe NAME=published|etf230|sp500
+universe: $(READY) ## run all stages on symbols of your folder, into build/NAME: MLTRADING_DATA=… make universe NAME=published|etf230|etf65|sp500
 	@$(BIN)/mltrading universe '$(NAME)'
 
 .PHONY: audit

@@ -191,7 +191,7 @@ def parser() -> argparse.ArgumentParser:
     _run_options(command("run", "run all stages under a profile, without DVC; or a system on some symbols", _run))
     universe = command("universe", "make a snapshot of a named universe and run all stages on it, in build/NAME", _universe)
     universe.add_argument("name", help="a block under `universes` in params.yaml")
-    universe.add_argument("system", nargs="?", default="", help="one system, all unless told")
+    universe.add_argument("system", nargs="?", default="", help="one system, those that the universe's profile has a block for unless told")
     stage = command("stage", "run one stage", _stage)
     stage.add_argument("name")
     stage.add_argument("system", nargs="?", default="")
@@ -210,7 +210,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _run_options(run: argparse.ArgumentParser) -> None:
     "The options of `run`."
-    run.add_argument("system", nargs="?", default="", help="one system, all unless told")
+    run.add_argument("system", nargs="?", default="", help="one system, those that run under the profile unless told")
     run.add_argument("--profile", default="", help="smoke unless told; on symbols, default")
     run.add_argument("--symbols", default="", help="of the profile's snapshot, separated by commas: print what the system finds on them, and keep nothing")
     run.add_argument("--start", default="", help="first day used, as 2015-01-01")

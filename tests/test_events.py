@@ -14,7 +14,7 @@ from mltrading.backtest.actions import Actions, lay_actions
 from mltrading.backtest.bars import bars_of
 from mltrading.backtest.costs import CostParams
 from mltrading.backtest.engine import BacktestParams, simulate
-from mltrading.backtest.events import Moment, Weights, run
+from mltrading.backtest.events import Early, Moment, Opening, Weights, run
 from mltrading.backtest.instruments import Instrument
 from mltrading.backtest.ledger import TABLES, Ledger
 from mltrading.backtest.orders import Orders
@@ -446,3 +446,35 @@ def test_any_orders_at_length(seed: int, fill: str, delay: int) -> None:
 @given(**DRIVEN)
 def test_any_targets_at_length(seed: int, fill: str, delay: int) -> None:
     any_targets(seed, fill, delay)
+
+
+class Mornings:
+    """Orders one share of all that is quoted, in each morning."""
+
+    def __init__(self) -> None:
+        self.unquoted: list[tuple[np.datetime64, str]] = []
+
+    def decide(self, now: Moment) -> Orders | None:
+        return None
+
+    def open(self, now: Opening) -> Early | None:
+        there = [s for s, price in zip(now.symbols, now.quotes, strict=True) if not np.isnan(price)]
+        self.unquoted += [(now.time, s) for s in now.symbols if s not in there]
+        return Early(now.time - np.timedelta64(6, "h"), Orders(there, np.ones(len(there)), life=1)) if there else None
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@given(st.integers(0, 10**6), st.sampled_from(["open", "close"]))
+def test_what_is_quoted_in_the_morning_is_filled_at_that_price(seed: int, fill: str) -> None:
+    """A price at which nothing is traded is no quote: who counts on the proceeds of a sale gets them."""
+    panel = market(np.random.default_rng(seed), 4, 40)
+    way = Mornings()
+    costs = COSTS.model_copy(update={"fill": fill, "participation": None})
+    ledger = run(bars_of(panel, lay_actions(panel)), panel.symbols, way, costs, PARAMS.model_copy(update={"max_gross": 100}))
+    assert (ledger.orders["status"] == "filled").all()
+    place = {t: k for k, t in enumerate(panel.times)}
+    volume, alive = panel["volume"], panel.alive
+    begun = np.logical_or.accumulate(np.nan_to_num(volume) > 0, axis=1)
+    for t, s in way.unquoted:
+        i, k = panel.symbols.index(s), place[t]
+        assert not alive[i, k] or (begun[i, k] and volume[i, k] == 0)

@@ -13,7 +13,8 @@ import yaml
 
 from mltrading.cli import main
 from mltrading.core.storage import content_id, read_json, read_parquet
-from mltrading.market.panel import to_frame
+from mltrading.market.macro import as_of
+from mltrading.market.panel import read_panel, to_frame
 from mltrading.market.simulate import regime_market
 from mltrading.systems.run import run_multi_asset
 
@@ -32,7 +33,7 @@ CHANGES: dict[str, Any] = {
     "models": {"xgboost": {"n_estimators": 10}},
     "report": {"n_boot": 100, "draws": 20, "shap_rows": 50, "published": {"source": "Nobody.", "assets": {"BBB": {"strategy": "5-day", "sharpe": 4.193, "total_return": 0.63, "accuracy": 0.607, "max_drawdown": -0.111}}}},
 }
-UNIVERSE = {"tables": {"vendor": {"symbols": "all"}}, "kind": "stock", "symbols": {"CCC": {"class": "commodity"}, "SPY": {"role": "benchmark"}}, "caution": "Made up."}
+UNIVERSE = {"tables": {"vendor": {"symbols": "all"}}, "kind": "stock", "symbols": {"CCC": {"class": "commodity"}, "SPY": {"role": "benchmark"}}, "macro": {"VIXCLS": {"table": "figures"}, "X": {"table": "figures", "series": "^X", "lag": {"days": 1, "clock": "12:00"}}}, "caution": "Made up."}
 
 
 def vendor() -> pd.DataFrame:
@@ -48,20 +49,27 @@ def vendor() -> pd.DataFrame:
     return bars[~gone].sort_values(["symbol", "timestamp"], ignore_index=True)
 
 
+def figures() -> pd.DataFrame:
+    """Two series, each value the number of its day."""
+    days = pd.bdate_range(START, periods=BARS + 100)
+    return pd.concat([pd.DataFrame({"timestamp": days, "series": name, "value": np.arange(float(len(days)))}) for name in ("VIXCLS", "^X", "other")], ignore_index=True)
+
+
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory, new_project: Callable[[Path], Path]) -> Path:
     """A project after `mltrading universe mine`."""
     top = tmp_path_factory.mktemp("named")
     project = new_project(top / "project")
-    (top / "bars").mkdir()
-    vendor().to_parquet(top / "bars" / "vendor.parquet")
+    for name, table in (("bars/vendor", vendor()), ("macro/figures", figures())):
+        (top / name).parent.mkdir()
+        table.to_parquet(top / f"{name}.parquet")
     params = yaml.safe_load((project / "params.yaml").read_text())
     params["profiles"], params["universes"] = {"default": {}, "mine": {"multiasset": CHANGES}}, {"mine": UNIVERSE}
     (project / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLTRADING_ROOT", str(project))
         patch.setenv("MLTRADING_DATA", str(top))
-        assert main(["universe", "mine", "multiasset"]) == 0
+        assert main(["universe", "mine"]) == 0
     return project
 
 
@@ -80,6 +88,20 @@ def test_all_of_it_stands_beside_the_project(ran: Path) -> None:
 def test_rules_took_out_what_is_impossible(ran: Path) -> None:
     removed = read_parquet(ran / "build" / "mine" / "data" / "removed.parquet")
     assert removed.groupby(["symbol", "rule"]).size().to_dict() == {("AAA", "not_positive"): 1, ("DEAD", "dead"): BARS}
+
+
+def test_macro_values_come_no_sooner_than_they_were_public(ran: Path) -> None:
+    """One series at a quarter past four, after the close; one at noon of the next day: at a close neither has that day's value."""
+    panel, macro = (ran / "build" / "mine" / "multiasset" / "panel" / f"{name}.parquet" for name in ("panel", "macro"))
+    times = read_panel(panel).index
+    known = as_of(read_parquet(macro), times)
+    assert list(known) == ["VIXCLS", "X"]
+    day = pd.Series(np.arange(float(BARS + 100)), pd.bdate_range(START, periods=BARS + 100))
+    today = day.reindex(times.tz_localize(None).normalize()).to_numpy()
+    lag = today[:, None] - known.to_numpy()
+    assert np.nanmin(lag) == 1
+    assert (lag[:, 0] == 1).all()
+    assert set(np.unique(lag[:, 1])) == {1.0}
 
 
 def test_sick_symbols_are_in_the_table_with_the_reason(numbers: dict[str, Any]) -> None:
@@ -119,5 +141,6 @@ def test_the_command_finds_the_snapshot_of_its_profile(ran: Path, monkeypatch: p
     assert main(["run", "multiasset", "--symbols", "AAA,CCC,SHORT", "--profile", "mine"]) == 0
     shown = capsys.readouterr().out
     assert "commodity" in shown
-    assert "all of them: sharpe " in shown
+    assert "all of them: cagr " in shown
+    assert ", sharpe_annual " in shown
     assert content_id(ran / "build" / "mine") == before

@@ -13,16 +13,20 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from mltrading.backtest.costs import CostParams
+from mltrading.backtest.engine import BacktestParams
 from mltrading.core.notebooks import clean, contents, readme
-from mltrading.core.params import block, load_params, read_params, read_yaml
+from mltrading.core.params import UniverseParams, block, load_params, read_params, read_yaml, run_systems
 from mltrading.core.pipeline import stages
 from mltrading.core.storage import read_json
 from mltrading.features.registry import FeatureParams
 from mltrading.labels.horizons import LabelParams
+from mltrading.market.scope import PanelParams
 from mltrading.models.zoo import ModelsParams
 from mltrading.reports.league import read_metrics, results_markdown, results_sentence
-from mltrading.systems.base import system_names
+from mltrading.systems.base import load_system, system_names
 from mltrading.systems.strategies import StrategiesParams
+from mltrading.systems.trade import check_fill
 from mltrading.validation.splits import ValidationParams
 
 
@@ -99,12 +103,45 @@ def test_what_is_learned_fits_together(root: Path) -> None:
             block(StrategiesParams, given["strategies"], "strategies").check(models.specs(), labels, [], given["choice"].get("among", []))
 
 
+def test_what_is_traded_fits_together(root: Path) -> None:
+    for system in (params := read_params(root))["systems"]:
+        for profile in params["profiles"]:
+            given = load_params(system, profile, root)
+            block(PanelParams, given["panel"], "panel")
+            block(BacktestParams, given["backtest"], "backtest")
+            block(load_system(system).Rules, given["policy"], "policy")
+            check_fill(block(LabelParams, given["labels"], "labels").fill, block(CostParams, given["costs"], "costs").fill)
+
+
+def test_every_fund_of_a_universe_has_its_place(root: Path) -> None:
+    """Where the system of regimes runs: one class for each fund, and nobody has a role who is not there."""
+    params = read_params(root)
+    names = [name for name in params["universes"] if "regime" in run_systems(name, params)]
+    assert names == ["etf65"]
+    for name in names:
+        universe, given = block(UniverseParams, params["universes"][name], name), load_params("regime", name, root)
+        there = [s for table in universe.tables.values() for s in table.symbols]
+        assert len(there) == len(set(there)) == 65
+        assert set(universe.symbols) == set(there)
+        assert set(given["panel"]["bars"]) == set(universe.tables)
+        listed = [s for symbols in given["policy"]["universe"]["classes"].values() for s in symbols]
+        assert sorted([*listed, given["panel"]["benchmark"]]) == sorted(there)
+        assert set(given["policy"]["universe"]["leveraged"]) == {s for s, told in universe.symbols.items() if told.kind == "leveraged"}
+        roles, experts = given["features"]["context"], given["policy"]["experts"]
+        assert {*(roles[r] for r in ("market", "duration", "credit", "long_bonds")), experts["macro_credit"]["safe"], experts["macro_credit"]["risky"], *experts["fragility"]["symbols"], experts["entropy_shift"]["market"]} <= set(there)
+        assert {*(roles[r] for r in ("vix", "slope_long", "slope_short")), *(experts["macro_credit"][r] for r in ("slope_long", "slope_short")), *(experts["volatility_complexity"][r] for r in ("vix", "vvix", "skew"))} == set(universe.macro)
+
+
 def test_stages_run_in_order(root: Path) -> None:
-    order = list(stages(root))
-    for system in read_params(root)["run"]["systems"]:
-        assert [s for s, of in order if of == system] == ["panel", "features", "train", "backtest", "report"]
-    assert sorted(s for s, of in order if not of) == ["catalogue", "compare", "quality"]
-    assert order[-1] == ("compare", "")
+    chain = ["panel", "features", "train", "backtest", "report"]
+    for profile, systems in {"default": read_params(root)["run"]["systems"], "etf65": ["regime"], "etf230": ["multiasset"], "sp500": ["multiasset"], "published": ["multiasset"]}.items():
+        order = stages(root, profile)
+        assert {of for _, of in order} == {*systems, ""}
+        for system in systems:
+            assert [s for s, of in order if of == system] == chain
+        assert sorted(s for s, of in order if not of) == ["catalogue", "compare", "quality"]
+        assert order[-1] == ("compare", "")
+    assert {of for _, of in stages(root, "etf65", only="multiasset")} == {"multiasset", ""}
 
 
 def test_front_page_tells_the_numbers_that_stand_in_git(root: Path) -> None:

@@ -58,7 +58,7 @@ class Opening(NamedTuple):
     number: int                      # of the bar that begins
     time: np.datetime64              # at which that bar will close, UTC
     symbols: tuple[str, ...]
-    quotes: Grid                     # (N,) the open, or the close where orders are filled at closes; NaN where there is none
+    quotes: Grid                     # (N,) the open, or the close where orders are filled at closes; NaN where there is none, or nothing is traded
     splits: Grid                     # (N,) shares now for one at the last close
     books: Books                     # to be read, not written; shares as before the splits
 
