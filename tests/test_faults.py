@@ -239,7 +239,7 @@ def test_an_interrupt_is_one_sentence(shop: Path) -> None:
     (shop / "nbs").unlink()
     (shop / "nbs" / "pipeline").mkdir(parents=True)
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("system = 'x'\nprofile = 'smoke'", metadata={"tags": ["parameters"]}),
-                                               nbformat.v4.new_code_cell(f"import pathlib, time\npathlib.Path({str(shop / 'begun')!r}).touch()\ntime.sleep(60)")], metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
+                                               nbformat.v4.new_code_cell(f"import pathlib, time\npathlib.Path({str(shop / 'begun')!r}).touch()\ntime.sleep(600)")], metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
     nbformat.write(notebook, shop / "nbs" / "pipeline" / "10_panel.ipynb")
     ran = subprocess.Popen([sys.executable, "-c", "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from mltrading.cli import main; sys.exit(main(['stage', 'panel', 'multiasset', '--profile', 'smoke']))"],
                            stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -247,7 +247,7 @@ def test_an_interrupt_is_one_sentence(shop: Path) -> None:
         time.sleep(0.05)
     assert ran.poll() is None, ran.communicate()
     os.killpg(ran.pid, signal.SIGINT)  # as a terminal does, to all of its foreground processes
-    message = ran.communicate(timeout=30)[1]
+    message = ran.communicate(timeout=300)[1]
     assert (ran.returncode, message) == (1, "error: stage panel@multiasset: was interrupted\n  → its outputs are as they were; run it again\n")
     assert (shop / "build" / "smoke" / "multiasset" / "panel" / "panel.parquet").read_text() == "an earlier output"
 
