@@ -65,7 +65,7 @@ class Bench:
         self.voices = {"long": stay_regimes(rule, LEARNED, 5)[LEARNED:], "short": stay_regimes(rule["2010":], LEARNED, 5)[LEARNED:]}
         trend = self.panel.view("close") / self.panel.view("close").rolling(100).mean() - 1
         health = trend.melt(ignore_index=False, var_name="symbol", value_name="health").dropna().rename_axis("timestamp").reset_index()
-        self.health = health.assign(vol_low=0.2, vol_medium=0.5, vol_high=0.3, behaviour_momentum=0.5, behaviour_reversion=0.2, behaviour_mixed=0.3)
+        self.health = health.assign(fold=0, vol_low=0.2, vol_medium=0.5, vol_high=0.3, behaviour_momentum=0.5, behaviour_reversion=0.2, behaviour_mixed=0.3)
 
     def said(self, now: pd.Timestamp) -> Opinions:
         """What was said by an instant, from prices, releases and forecasts up to it: state, regimes, signals, fusion, facts."""

@@ -99,7 +99,7 @@ def heard(panel: Panel, params: TwoPhaseParams, health: Mapping[str, Any], regim
     for t, name in {BEGIN: "calm_uptrend", **(regimes or {})}.items():
         regime.iloc[t:] = name
     market = pd.DataFrame({"regime": regime, "size_modifier": 1.0, "throttle": 1.0, "disagreement": 0.0}, index=panel.index)
-    said = opinions(panel, pd.DataFrame(columns=["timestamp", "symbol", *HEALTH]).astype({"timestamp": panel.index.dtype}), market, params, actions=actions)
+    said = opinions(panel, pd.DataFrame(columns=["timestamp", "symbol", "fold", *HEALTH]).astype({"timestamp": panel.index.dtype}), market, params, actions=actions)
     grid = np.full((len(panel), len(SYMBOLS)), np.nan)
     for symbol, value in health.items():
         for t, v in (value if isinstance(value, dict) else {0: value}).items():
@@ -526,7 +526,7 @@ def world() -> tuple[World, Ledger, Tables]:
     rule, since = label_regimes(context(panel, macro, STATE), RULE), panel.index[-160]
     voices = {"gru": stay_regimes(rule, since, 5)[since:], "transformer": stay_regimes(rule["2014":], since, 5)[since:]}
     trend = (panel.view("close") / panel.view("close").rolling(20).mean() - 1)[panel.index[-200] :]
-    health = trend.melt(ignore_index=False, var_name="symbol", value_name="health").dropna().rename_axis("timestamp").reset_index().assign(vol_low=0.2, vol_medium=0.5, vol_high=0.3, behaviour_momentum=0.5, behaviour_reversion=0.2, behaviour_mixed=0.3)
+    health = trend.melt(ignore_index=False, var_name="symbol", value_name="health").dropna().rename_axis("timestamp").reset_index().assign(fold=0, vol_low=0.2, vol_medium=0.5, vol_high=0.3, behaviour_momentum=0.5, behaviour_reversion=0.2, behaviour_mixed=0.3)
     own = World(panel, macro, voices, health)
     return own, *own.lived()
 
@@ -808,7 +808,7 @@ def healths(folder: Path, panel: Panel, macro: pd.DataFrame, since: pd.Timestamp
     """What the autoencoder in its folder says of the funds since an instant."""
     rows = fund_rows(panel, macro)
     rows = rows[rows["timestamp"] >= since].reset_index(drop=True)
-    return rows[["timestamp", "symbol"]].join(model_class("vae").load(folder / "vae").predict(rows[BLOCKS["features"]["names"]])[list(HEALTH)])
+    return rows[["timestamp", "symbol"]].assign(fold=0).join(model_class("vae").load(folder / "vae").predict(rows[BLOCKS["features"]["names"]])[list(HEALTH)])
 
 
 @pytest.mark.slow

@@ -54,13 +54,16 @@ def _faults(asset: Asset, parts: Mapping[str, float], suits: float, score: float
         return [f"no bar for {asset.days_since_bar} days"]
     needed = {"price": asset.price, "volatility": asset.volatility or NAN, **{p: v for p, v in parts.items() if p == "health" or getattr(params.score, p) > 0}}
     missing = [name for name, value in needed.items() if not math.isfinite(value)]
-    tests = (
-        (not night.regime, "the regime is not known"),
-        (suits == 0, f"class {asset.asset_class} does not suit {night.regime}"),
-        (parts["health"] < params.buy.min_health, f"health {parts['health']:.3f} is below {params.buy.min_health:g}"),
-        (score < params.buy.min_score, f"score {score:.3f} is below {params.buy.min_score:g}"),
-    )
-    return [f"{name} is not known" for name in missing] + [words for fails, words in tests if fails]
+    faults = [f"{name} is not known" for name in missing]
+    if not night.regime:
+        faults.append("the regime is not known")
+    if suits == 0:
+        faults.append(f"class {asset.asset_class} does not suit {night.regime}")
+    if parts["health"] < params.buy.min_health:
+        faults.append(f"health {parts['health']:.3f} is below {params.buy.min_health:g}")
+    if score < params.buy.min_score:
+        faults.append(f"score {score:.3f} is below {params.buy.min_score:g}")
+    return faults
 
 def _scores(assets: Sequence[Asset], night: Night, params: DecisionParams) -> list[Scored]:
     "All scores, the best first."

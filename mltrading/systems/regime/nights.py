@@ -29,8 +29,8 @@ from .fusion import FusionParams, fuse_history
 from ...validation.evolution import Objective, Weight
 
 # %% auto #0
-__all__ = ['Grid', 'HEALTH', 'SIGNALS', 'PARTS', 'UniverseParams', 'FactParams', 'ExpertParams', 'SearchParams', 'TwoPhaseParams',
-           'Opinions', 'signals', 'market_view', 'opinions', 'night']
+__all__ = ['Grid', 'HEALTH', 'FIT', 'SIGNALS', 'PARTS', 'UniverseParams', 'FactParams', 'ExpertParams', 'SearchParams',
+           'TwoPhaseParams', 'Opinions', 'signals', 'market_view', 'opinions', 'night']
 
 # %% ../../../nbs/systems/regime/50_nights.ipynb #1cb92c89
 class _Block(BaseModel):
@@ -57,7 +57,7 @@ class FactParams(_Block):
     vol_bars: int = Field(ge=5, le=504, description="returns in the volatility that sizes a position")
     trend_bars: int = Field(ge=2, le=504, description="bars of the mean that the close is compared with")
     strength_bars: int = Field(ge=1, le=504, description="bars over which a fund's return is compared with the market's")
-    health_bars: int = Field(ge=20, le=756, description="nights among whose forecasts of health, of all funds, one is ranked")
+    health_bars: int = Field(ge=20, le=756, description="nights among whose forecasts of health, by the same fitted model, one is ranked")
 
 class ExpertParams(_Block):
     """The four signals."""
@@ -117,28 +117,30 @@ def _held(values: Grid, last: NDArray[np.int64]) -> Grid:
     return np.where(last >= 0, np.take_along_axis(values, np.maximum(last, 0), axis=0), np.nan)
 
 HEALTH = ("health", "vol_low", "vol_medium", "vol_high", "behaviour_momentum", "behaviour_reversion", "behaviour_mixed")  # columns of a model's forecasts
+FIT = "fold"  # the column that tells fitted models apart
 
 def _said(panel: Panel, forecasts: pd.DataFrame) -> dict[str, Grid]:
-    "(T, N) of each column of HEALTH, NaN where the model said nothing. Raises `DataError` where a column is missing or a row comes twice."
-    if missing := [c for c in HEALTH if c not in forecasts]:
-        raise DataError("forecasts of health", f"column `{missing[0]}` is missing", "give those of a model with the heads health, buckets and behaviour")
+    "(T, N) of each column of HEALTH and of FIT, NaN where no model said anything. Raises `DataError` where a column is missing or a row comes twice."
+    if missing := [c for c in (*HEALTH, FIT) if c not in forecasts]:
+        raise DataError("forecasts of health", f"column `{missing[0]}` is missing", "give those of a walk, of a model with the heads health, buckets and behaviour")
     row, column = panel.index.get_indexer(pd.DatetimeIndex(forecasts["timestamp"])), pd.Index(panel.symbols).get_indexer(pd.Index(forecasts["symbol"]))
     if len(np.unique(place := row * len(panel.symbols) + column)) < len(place):
         raise DataError("forecasts of health", "two rows of one symbol at one instant", "give the forecasts of one strategy")
     known = (row >= 0) & (column >= 0)
-    out = {c: np.full((len(panel), len(panel.symbols)), np.nan) for c in HEALTH}
+    out = {c: np.full((len(panel), len(panel.symbols)), np.nan) for c in (*HEALTH, FIT)}
     for c, laid in out.items():
         laid[row[known], column[known]] = forecasts[c].to_numpy(np.float64)[known]
     return out
 
-def _ranked(health: Grid, bars: int) -> Grid:
-    "(T, N) share of the known values of the last `bars` rows that are smaller, ties counting half; NaN before the twentieth row that has any."
-    out, rows = np.full(health.shape, np.nan), np.flatnonzero(~np.isnan(health).all(axis=1))
-    for k, t in enumerate(rows.tolist()):
-        if k >= 19:
-            window = health[max(t - bars + 1, 0) : t + 1]
+def _ranked(health: Grid, fit: Grid, bars: int) -> Grid:
+    "(T, N) share of the values of the same fit in the last `bars` rows that are smaller, ties counting half."
+    out = np.full(health.shape, np.nan)
+    for one in np.unique(fit[~np.isnan(fit)]):
+        its = np.where(fit == one, health, np.nan)
+        for t in np.flatnonzero(~np.isnan(its).all(axis=1)).tolist():
+            window = its[max(t - bars + 1, 0) : t + 1]
             known = np.sort(window[~np.isnan(window)])
-            out[t] = np.where(np.isnan(health[t]), np.nan, (np.searchsorted(known, health[t]) + np.searchsorted(known, health[t], side="right")) / (2 * len(known)))
+            out[t] = np.where(np.isnan(its[t]), out[t], (np.searchsorted(known, its[t]) + np.searchsorted(known, its[t], side="right")) / (2 * len(known)))
     return out
 
 def _likeliest(blocks: Sequence[Grid]) -> NDArray[np.int64]:
@@ -237,7 +239,7 @@ def market_view(
 # %% ../../../nbs/systems/regime/50_nights.ipynb #a5ce991b
 def opinions(
     panel: Panel,
-    health: pd.DataFrame,    # long forecasts with the columns of HEALTH
+    health: pd.DataFrame,    # long forecasts with the columns of HEALTH and FIT
     market: pd.DataFrame,    # from `market_view`, at the panel's instants
     params: TwoPhaseParams,
     without: Collection[str] = (),  # of PARTS, `health` is looked at here
@@ -263,7 +265,7 @@ def opinions(
     said = {c: _held(block[:, some], last) for c, block in _said(panel, health).items()}
     days = (panel.times[:, None] - panel.times[np.maximum(last, 0)]) // np.timedelta64(1, "D")
     codes = {"bucket": _likeliest([said[c] for c in HEALTH[1:4]]), "behaviour": _likeliest([said[c] for c in HEALTH[4:]]), "days": np.where(last >= 0, days.astype(np.int64), -1)}
-    facts["health"] = _ranked(said["health"], p.facts.health_bars)
+    facts["health"] = _ranked(said["health"], said[FIT], p.facts.health_bars)
     if "health" in without:
         facts["health"] = np.where(np.isnan(facts["price"]), np.nan, 1.0)
         codes |= {"bucket": np.zeros_like(codes["bucket"]), "behaviour": np.zeros_like(codes["behaviour"])}
