@@ -66,11 +66,11 @@ smoke: $(READY) ## run every pipeline notebook once on a small configuration, in
 
 .PHONY: test
 test: $(READY) ## everything that has to hold, in minutes
-	@$(BIN)/python -m pytest -q -n 2 -m "not slow" $(ARGS)
+	@$(BIN)/python -m pytest -q -n 2 -m "not slow and not whole" $(ARGS)
 
 .PHONY: test-all
-test-all: test ## the long proofs, too
-	@$(BIN)/python -m pytest -q -n 2 -m slow $(ARGS)
+test-all: test ## the long proofs and the pages' long cells, too
+	@$(BIN)/python -m pytest -q -n 2 -m "slow or whole" $(ARGS)
 
 .PHONY: coverage
 coverage: $(READY) ## which lines of the package the tests reach

@@ -189,11 +189,6 @@ def killed_at_random(shop: Path, service: Replay, kills: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_kill_leaves_a_whole_snapshot(shop: Path, service: Replay) -> None:
-    killed_at_random(shop, service, kills=2)
-
-
-@pytest.mark.slow
 def test_twenty_kills_leave_a_whole_snapshot(shop: Path, service: Replay) -> None:
     killed_at_random(shop, service, kills=20)
 

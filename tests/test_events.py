@@ -435,14 +435,14 @@ def test_random_orders_lose_their_costs_and_nothing_else() -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=1500, **QUIET)
+@settings(max_examples=300, **QUIET)
 @given(**DRIVEN)
 def test_any_orders_at_length(seed: int, fill: str, delay: int) -> None:
     any_orders(seed, fill, delay)
 
 
 @pytest.mark.slow
-@settings(max_examples=1500, **QUIET)
+@settings(max_examples=300, **QUIET)
 @given(**DRIVEN)
 def test_any_targets_at_length(seed: int, fill: str, delay: int) -> None:
     any_targets(seed, fill, delay)

@@ -64,7 +64,7 @@ def test_intervals_hold_the_truth(phi):
 @pytest.mark.slow
 @pytest.mark.parametrize("phi", [0.0, 0.2, 0.4])
 def test_intervals_hold_the_truth_at_length(phi):
-    cover(phi, rounds=1000, bars=2520)
+    cover(phi, rounds=400, bars=2520)
 
 
 def cover(phi, rounds, bars):
@@ -234,7 +234,7 @@ def test_superior_ability_has_size_and_power():
 @pytest.mark.slow
 @pytest.mark.parametrize("phi", [0.0, 0.2])
 def test_superior_ability_has_size_at_length(phi):
-    assert false_alarms(600, 30, phi) <= binom.ppf(0.995, 600, 0.05 if phi == 0 else 0.08)
+    assert false_alarms(400, 30, phi) <= binom.ppf(0.995, 400, 0.05 if phi == 0 else 0.08)
 
 
 def test_stepwise_seldom_names_a_worthless_one_and_the_set_seldom_loses_the_best():

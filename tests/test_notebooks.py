@@ -1,12 +1,14 @@
-"""Every library notebook runs from top to bottom; its cells hold the checks of the code beside them. Explorations and pages with long cells run among the long proofs."""
+"""Every library notebook runs from top to bottom; its cells hold the checks of the code beside them. Explorations, and pages with their long cells, are marked `whole`."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,29 +32,34 @@ def processes() -> ForkServerContext:
     return context
 
 
-def execute(path: Path, said: Path) -> None:
+def execute(path: Path, said: Path, flags: str) -> None:
     """What the command `nbdev_test` does; ends with exit code 1 where a cell raises."""
     from nbdev.test import nbdev_test
 
     with said.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    nbdev_test(str(path), "slow", n_workers=0)
+    nbdev_test(str(path), flags, n_workers=0)
 
 
-def run(processes: ForkServerContext, path: Path, said: Path) -> None:
-    process = processes.Process(target=execute, args=(path, said))
+def run(processes: ForkServerContext, path: Path, said: Path, flags: str = "") -> None:
+    process = processes.Process(target=execute, args=(path, said, flags))
     process.start()
     process.join()
     assert process.exitcode == 0, said.read_text()[-9000:]
     assert "Success." in said.read_text().splitlines()  # a library may grumble after it
 
 
-def long(path: Path) -> bool:
-    """Explorations, and pages with cells that take long, run whole among the long proofs."""
-    return "explore" in path.parts or "#| slow" in path.read_text()
+def pages(of: Callable[[Path], bool]) -> list[Any]:
+    return [pytest.param(p, id=str(p.relative_to(ROOT / "nbs"))) for p in LIBRARY if of(p)]
 
 
-@pytest.mark.parametrize("path", [pytest.param(p, id=str(p.relative_to(ROOT / "nbs")), marks=[pytest.mark.slow] * long(p)) for p in LIBRARY])
+@pytest.mark.parametrize("path", pages(lambda p: "explore" not in p.parts))
 def test_notebook(processes: ForkServerContext, path: Path, tmp_path: Path) -> None:
     run(processes, path, tmp_path / "said.txt")
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("path", pages(lambda p: "explore" in p.parts or "#| slow" in p.read_text()))
+def test_notebook_with_its_long_cells(processes: ForkServerContext, path: Path, tmp_path: Path) -> None:
+    run(processes, path, tmp_path / "said.txt", "slow")

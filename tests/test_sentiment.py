@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mltrading.cli import main
 from mltrading.core.blocks import open_block
 from mltrading.core.errors import DataError, ParameterError
+from mltrading.core.params import read_yaml
 from mltrading.core.runner import run_stage
 from mltrading.core.storage import write_parquet
 from mltrading.features.audit import audit, audit_function, refuse
@@ -421,9 +423,10 @@ def test_the_stages_read_the_news_of_a_snapshot(project: Path, embedded_data: Pa
     rng = np.random.default_rng(0)
     rows = [(f"{t.isoformat()}", f"n{k}", f"{rng.choice(['Great profit', 'Terrible loss'])} {k}", "", "", str(rng.choice(["AAPL", "KO"]))) for k, t in enumerate(days[days.year == 2012])]
     write_parquet(news_table(rows, "wire"), project / "data" / "news.parquet")
-    params = (project / "params.yaml").read_text()
-    assert params.count("sentiment: null") == 1
-    (project / "params.yaml").write_text(params.replace("sentiment: null", "sentiment: vader").replace("names: all ", "names: [sentiment, ret_5d] "))
+    params = read_yaml(project / "params.yaml")
+    own = params["systems"]["multiasset"]["features"]
+    own["names"], own["sentiment"] = ["sentiment", "ret_5d"], "vader"
+    (project / "params.yaml").write_text(yaml.safe_dump(params))
     for stage in ("panel", "features"):
         run_stage(stage, "multiasset", "smoke")
     block = open_block(next(project.glob("build/**/features/rows")))
