@@ -40,7 +40,7 @@ from mltrading.models.windows import windows
 from mltrading.models.zoo import model_class, spec
 from mltrading.systems.lessons import Rows, market_rows
 from mltrading.systems.regime.experts import UNAVAILABLE
-from mltrading.systems.regime.mornings import Operator, replay_phases
+from mltrading.systems.regime.mornings import Operator, Phases, replay_phases
 from mltrading.systems.regime.nights import HEALTH, Opinions, TwoPhaseParams, market_view, opinions, signals
 from mltrading.systems.regimes import stay_regimes
 
@@ -216,6 +216,32 @@ def test_a_stop_that_waits_does_not_wait_for_its_intent() -> None:
     assert sales["action"].iloc[4] == "execute"
     assert "this morning" in sales["reason"].iloc[4]
     assert bars_from(panel, of(ledger.fills, "AAA").query("quantity < 0")["timestamp"])[0] == BEGIN + 9
+
+
+def test_a_waiting_purchase_goes_when_the_night_speaks_against_it() -> None:
+    """A halt over the morning; in the night after it the market is in a panic."""
+    panel = changed(calm(), "AAA", BEGIN + 1, np.nan, BEGIN + 1)
+    for regimes, bought in (({}, [BEGIN + 2]), ({BEGIN + 1: "high_vol_panic"}, [])):
+        ledger, told = played(panel, {"AAA": {0: 0.9, BEGIN + 1: np.nan}}, regimes)
+        assert bars_from(panel, ledger.fills["timestamp"]) == bought
+        dropped = of(told["log"], "AAA").query("step == 'waiting'")
+        assert dropped["reason"].tolist() == ["class equity does not suit high_vol_panic"] * bool(regimes)
+
+
+def test_a_waiting_purchase_goes_when_its_fund_is_seen_again() -> None:
+    """No quote in the morning, a bar all the same, and by then the fund is not wanted any more."""
+    panel = calm()
+    said, params = heard(panel, two_phase(), {"AAA": {0: 0.9, BEGIN + 1: np.nan}}), two_phase()
+    phases, books, none = Phases(said, params), Desk(panel.symbols, FREE, ACCOUNT).books, np.ones(len(SYMBOLS))
+    first = phases.night(BEGIN, none, books)
+    assert first is not None
+    assert [i.symbol for i in first.made] == ["AAA"]
+    phases.morning(BEGIN + 1, panel.index[BEGIN + 1], np.full(len(SYMBOLS), np.nan), none, books)
+    assert [i.symbol for made in phases.memory.waiting for i in made] == ["AAA"]
+    second = phases.night(BEGIN + 1, none, books)
+    assert second is not None
+    assert second.lines[-1].reason == "has a bar tonight: decided anew"
+    assert not [i for made in phases.memory.waiting for i in made]
 
 
 @pytest.mark.parametrize(("halted", "bought"), [(2, BEGIN + 3), (3, None)])
@@ -533,7 +559,7 @@ def world() -> tuple[World, Ledger, Tables]:
 
 @pytest.mark.parametrize("place", [0.1, 0.45, 0.8])
 def test_what_comes_later_changes_nothing_before(place: float) -> None:
-    """All prices, releases and forecasts after a night replaced, but the opens of the next morning: every word of the nights up to it, every check up to that morning, its orders and the account before it are the same to the bit. So the morning sees of its bar no high, low, close or volume."""
+    """All prices, releases and forecasts after a night replaced, but the opens of the next morning: every word of the nights up to it, every check up to that morning, its orders and the account before it are the same to the bit. So the morning sees of its bar no high, low or close, and of its volume only that there is some."""
     own, ledger, told = world()
     busy = np.unique(bars_from(own.panel, told["checks"].query("action == 'execute'")["timestamp"]))
     t = int(busy[int(place * len(busy))]) - 1

@@ -391,7 +391,7 @@ class Exchange(Book):
     def open(
         self,
         bar: Bar,
-    ) -> Grid:                    # (N,) price at which an order is filled at once: the open, or the close where orders are filled at closes; NaN where there is none
+    ) -> Grid:                    # (N,) price that an order of the morning can be judged by: the open, or the close where orders are filled at closes; NaN where there is none
         """Begin a bar: corporate actions change the orders that wait. `match` has to follow.
 
         A bar in which nothing is traded has no such price, though its vendor may carry the last one forward."""
@@ -399,8 +399,8 @@ class Exchange(Book):
         for n, kind, value in zip(bar.column, bar.kind, bar.value, strict=True):
             if kind == SPLIT:
                 self.last[n] /= value
-        quotes = bar.prices[3] if self.costs.fill == "close" else np.where(np.isnan(bar.prices[0]), bar.prices[3], bar.prices[0])
-        self.alive = ~np.isnan(quotes)
+        quotes = bar.prices[3 if self.costs.fill == "close" else 0]
+        self.alive = ~np.isnan(bar.prices[3])
         return np.where(self.traded & (bar.prices[4] == 0.0), np.nan, quotes)
 
     def match(

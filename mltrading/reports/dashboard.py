@@ -76,7 +76,7 @@ class _Stored:
         "(T,) simple returns per bar of the account and of its benchmark, from the account's first bar on."
         own = self.ledger.equity.set_index("timestamp")["ret"]
         other = self.panel.view("close")[self.bench].ffill().pct_change(fill_method=None)
-        return pd.DataFrame({"system": own, self.bench: other.reindex(own.index).fillna(0.0)})
+        return pd.DataFrame({"system": own, self.bench: other.reindex(own.index).fillna(0.0).where(own.index > own.index[0], 0.0)})
 
     @cached_property
     def trades(self) -> Trades:

@@ -138,9 +138,9 @@ def what_helps(
 ) -> str:
     """Which parts help, in words."""
     gaps = against.loc[[a for a in (*ABLATIONS, SEARCHED) if a in against.index]]
-    cases = (("low", gaps["low"] > 0, "The whole is reliably better than"), ("high", gaps["high"] < 0, "It is reliably worse than"), ("", (gaps["low"] <= 0) & (gaps["high"] >= 0), "It cannot be told apart from"))
+    cases = (("low", gaps["low"] > 0, "Taken one at a time, the whole is better than"), ("high", gaps["high"] < 0, "Taken one at a time, it is worse than"), ("", (gaps["low"] <= 0) & (gaps["high"] >= 0), "It cannot be told apart from"))
     told = [f"{words} the account {_listed([in_short(str(a)) for a in gaps.index[which]])}." for _, which, words in cases if which.any()]
-    return " ".join(told)
+    return " ".join([*told, f"Of {len(gaps)} comparisons some come out by luck: the more there are, the less one of them says."])
 
 class Run(_Replayed):
     """A finished run of the system of nights and mornings."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -88,7 +87,6 @@ def bred(
     costs: CostParams,
     account: BacktestParams,
     seed: int,
-    folder: Path | None = None,     # of journals, from which a search that was killed goes on
 ) -> tuple[dict[int, DecisionParams], pd.DataFrame]:  # from which night on: parameters; all trials, one row each, with the search they belong to
     """Breed the decision parameters again and again, on the nights before.
 
@@ -96,8 +94,6 @@ def bred(
 
     Known at: parameters one night before that from which on they are in force."""
     p, said = heard.params, heard.opinions()
-    if p.search is None:
-        raise DataError("bred", "policy.search is null", "say how parameters are bred")
     nights = np.arange(said.begin, len(said.times))
     times, panel = said.times[nights], heard.funds(said)
     if len(nights) <= p.search.history_bars:
@@ -110,7 +106,7 @@ def bred(
         return returns_of(ledger.equity.set_index("timestamp")["equity"])
 
     params = block(EvolutionParams, {"space": _space(p), **p.search.model_dump(include={"population", "generations", "objectives"})}, "policy.search")
-    search = Evolution(params, p.decisions, seed, p.bars_per_year, folder)
+    search = Evolution(params, p.decisions, seed, p.bars_per_year)
     outer, found, rows = WalkForward(p.search.history_bars, p.search.every_bars), {}, []
     for fold in outer.folds(times, times):
         done = search(fold.number, list(inner_folds(fold, PurgedKFold(2), times, times)), score)

@@ -18,7 +18,7 @@ from .decisions import Intent
 from .facts import NAN, DecisionParams, Holding, by_symbol, table_of
 
 # %% auto #0
-__all__ = ['Quote', 'after_split', 'Check', 'check_intents', 'morning_checks']
+__all__ = ['NO_QUOTE', 'Quote', 'after_split', 'Check', 'check_intents', 'morning_checks']
 
 # %% ../../../nbs/systems/regime/44_checks.ipynb #f2267b21
 @dataclass(frozen=True)
@@ -40,16 +40,18 @@ def after_split(
     """The same position after a split."""
     return replace(holding, shares=holding.shares * factor, entry_price=holding.entry_price / factor, highest=holding.highest / factor)
 
+NO_QUOTE = "no quote"
+
 def _seen(quotes: Mapping[str, Quote], symbol: str, now: pd.Timestamp, params: DecisionParams) -> tuple[float, str]:
     "The price of a fund, and what is wrong with it."
     quote = quotes.get(symbol)
     if quote is None or math.isnan(quote.price):
-        return NAN, "no quote"
+        return NAN, NO_QUOTE
     if quote.time > now:
         raise DataError(f"quote of {symbol}", f"is of {quote.time}, and it is {now}", "a check sees what was quoted up to now")
     minutes = (now - quote.time) / pd.Timedelta(minutes=1)
     if minutes > params.morning.max_quote_minutes:
-        return NAN, f"no quote since {minutes:.0f} minutes; at most {params.morning.max_quote_minutes:g}"
+        return NAN, f"{NO_QUOTE} since {minutes:.0f} minutes; at most {params.morning.max_quote_minutes:g}"
     return quote.price, ""
 
 # %% ../../../nbs/systems/regime/44_checks.ipynb #e00aa005

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,14 +26,13 @@ from ...backtest.orders import Orders
 from ...backtest.stored import load_desk, save_desk
 from ...core.errors import DataError
 from ...market.panel import Panel
-from .checks import Check, Quote, after_split, check_intents
+from .checks import NO_QUOTE, Check, Quote, after_split, check_intents
 from .decisions import Decision, Entry, Intent, Layer, Scored
 from .facts import DecisionParams, Holding, Review, table_of
 from .nights import Opinions, TwoPhaseParams, night
 
 # %% auto #0
-__all__ = ['EMPTY', 'NO_QUOTE', 'TOLD', 'holdings_of', 'morning', 'Memory', 'Phases', 'Replay', 'replay_phases', 'check_same',
-           'Operator']
+__all__ = ['EMPTY', 'TOLD', 'holdings_of', 'morning', 'Memory', 'Phases', 'Replay', 'replay_phases', 'check_same', 'Operator']
 
 # %% ../../../nbs/systems/regime/52_mornings.ipynb #5eb8d3fd
 def holdings_of(
@@ -109,8 +108,17 @@ class Phases:
         if t < self.begin:
             return None
         decision = night(self.opinions, t, holdings_of(books, self.opinions, entered), books.equity, books.cash, self.decisions(t), review)
-        self.memory = self.memory._replace(waiting=(*self.memory.waiting, decision.made))
-        return decision
+        unseen, *nights = self.memory.waiting or ((),)
+        dropped = {i.symbol: why for i in unseen if i.side == "buy" and (why := self._against(i.symbol, t, decision, review))}
+        self.memory = self.memory._replace(waiting=(tuple(i for i in unseen if i.side == "sell" or i.symbol not in dropped), *nights, decision.made))
+        return replace(decision, lines=(*decision.lines, *(Entry(symbol, "waiting", "dropped", why) for symbol, why in dropped.items())))
+
+    def _against(self, symbol: str, t: int, decision: Decision, review: Review) -> str:
+        "Why a purchase that found no quote in the morning does not wait for the next."
+        if self.opinions.codes["days"][t, self.opinions.symbols.index(symbol)] == 0:
+            return "has a bar tonight: decided anew"
+        tonight = next(row for row in decision.scored if row.symbol == symbol)
+        return review.veto.get(symbol, "") or ("" if tonight.compatible else f"class {tonight.asset_class} does not suit {self.opinions.market['regime'].iloc[t] or 'a regime that is not known'}")
 
     def morning(
         self,
@@ -119,18 +127,17 @@ class Phases:
         quotes: NDArray[np.float64], # (N,) NaN where there is none
         splits: NDArray[np.float64], # (N,) shares now for one at the last close
         books: Books,                # as of the last close
+        seen: Sequence[pd.Timestamp] | None = None,  # (N,) when each quote was; None: now
     ) -> tuple[list[Check], Orders | None]:
         """Before bar `t` trades."""
         due, waits = self.memory.waiting[: len(self.memory.waiting) - self.later], self.memory.waiting[max(len(self.memory.waiting) - self.later, 0) :]
         intents = [intent for made in due for intent in made]
         held = [after_split(h, float(splits[self.opinions.symbols.index(h.symbol)])) for h in holdings_of(books, self.opinions, self.memory.entered)]
-        seen = {s: Quote(float(quotes[n]), now, float(splits[n])) for n, s in enumerate(self.opinions.symbols)}
-        checks, orders = morning(intents, seen, held, books.cash, now, self.decisions(t - 1))
-        unseen = {(c.symbol, c.created) for c in checks if c.reason == NO_QUOTE}
+        quoted = {s: Quote(float(quotes[n]), now if seen is None else seen[n], float(splits[n])) for n, s in enumerate(self.opinions.symbols)}
+        checks, orders = morning(intents, quoted, held, books.cash, now, self.decisions(t - 1))
+        unseen = {(c.symbol, c.created) for c in checks if c.reason.startswith(NO_QUOTE)}
         self.memory = self.memory._replace(waiting=(tuple(i for i in intents if (i.symbol, i.created) in unseen), *waits))
         return checks, orders
-
-NO_QUOTE = "no quote"
 
 # %% ../../../nbs/systems/regime/52_mornings.ipynb #66d6cefa
 TOLD: dict[str, type[tuple[Any, ...]]] = {"intents": Intent, "candidates": Scored, "sizes": Layer, "log": Entry, "checks": Check}
@@ -260,6 +267,7 @@ class Operator:
         self,
         bar: Bar,                  # that has just closed, with its splits
         opinions: Opinions,        # up to it
+        review: Review = Review(), # noqa: B008 – it cannot be changed
     ) -> Decision | None:          # None before the first night with a regime
         """Through the day, and the night's decision. Raises `DataError` on a bar that was taken already, and on opinions that do not end at it."""
         desk, phases, told = self._load(opinions, bar.time)
@@ -270,7 +278,7 @@ class Operator:
         if told["early"] and told["early"]["orders"]:
             desk.early(Early(np.datetime64(told["early"]["time"], "us"), Orders(**told["early"]["orders"])), quotes, splits)
         fills, ended = desk.advance(bar)
-        decision = phases.night(len(opinions.times) - 1, splits, desk.books)
+        decision = phases.night(len(opinions.times) - 1, splits, desk.books, review)
         desk.act(None)
         if decision is not None or told["written"] or self.account.start == "panel":
             recorder.note(desk.books, fills, ended)
@@ -286,12 +294,13 @@ class Operator:
         quotes: NDArray[np.float64],      # (N,) NaN where there is none
         splits: NDArray[np.float64],      # (N,) shares now for one at the last close
         opinions: Opinions,               # up to the last close
+        seen: Sequence[pd.Timestamp] | None = None,  # (N,) when each quote was; None: now
     ) -> list[Check]:
         """Check what the night decided, and leave the orders. Raises `DataError` where the morning has been done, and on opinions that do not end at the last close."""
         desk, phases, told = self._load(opinions)
         if told["early"]:
             raise DataError(str(self.file), "has been through this morning already", "do the evening first")
-        checks, orders = phases.morning(len(opinions.times), now, quotes, splits, desk.books)
+        checks, orders = phases.morning(len(opinions.times), now, quotes, splits, desk.books, seen)
         said = None if orders is None else {"symbol": list(orders.symbol), "quantity": np.asarray(orders.quantity).tolist(), "life": 1, "reason": list(orders.reason)}
         self._save(desk, phases, told | {"early": {"time": str(now.tz_localize(None).to_datetime64()), "orders": said}})
         return checks

@@ -87,7 +87,7 @@ class TwoPhaseParams(_Block):
     fusion: FusionParams
     decisions: DecisionParams
     morning_minutes: float = Field(ge=0, description="how long before a bar's stamp, which is its close, the morning's prices are seen, minutes; 0 where the price is the close itself")
-    search: SearchParams | None = Field(description="how the decision parameters are bred; null: they are not")
+    search: SearchParams = Field(description="how the decision parameters are bred")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -54,7 +54,7 @@ class RegimeSystem(System):
         ledgers, tables = ablations(heard, bench.costs, bench.account)
         said = heard.opinions()
         tables |= {"market": said.market.rename_axis("timestamp").reset_index(), **{f"signal_{name}": t.rename_axis("timestamp").reset_index() for name, t in heard.readings.items()}}
-        tuned, tables["search"] = bred(heard, bench.costs, bench.account, bench.stage.params["compute"]["seed"], bench.stage.unfinished / "search")
+        tuned, tables["search"] = bred(heard, bench.costs, bench.account, bench.stage.params["compute"]["seed"])
         ledgers[SEARCHED] = replay_phases(heard.funds(said), said, bench.rules, bench.costs, bench.account, tuned=tuned, full=False)[0]
         return Accounts(ledgers, said.times[said.begin].tz_localize(None).to_datetime64(), tables | {"forecasts": bench.forecasts}, {"policy": bench.rules.model_dump(mode="json"), "regime_bars": bench.stage.params["strategies"][NETWORKS[0]]["horizon_bars"]})
 
