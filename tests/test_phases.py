@@ -62,7 +62,7 @@ def two_phase(**decisions: Any) -> TwoPhaseParams:
     given = plain["decisions"] | {"buy": {"min_health": 0.0, "min_score": 0.01}, "score": {"health": 1.0, "trend": 0.0, "strength": 0.0}, "sell": plain["decisions"]["sell"] | {"min_health": 0.0}}
     given |= {name: given[name] | value if isinstance(value, dict) else value for name, value in decisions.items()}
     facts = {"vol_bars": 20, "trend_bars": 20, "strength_bars": 5, "health_bars": 60}
-    return block(TwoPhaseParams, plain | {"market": "MKT", "morning_minutes": 375, "universe": {"classes": CLASSES, "leveraged": ["LLL"]}, "facts": facts, "decisions": given, "search": None}, "policy")
+    return block(TwoPhaseParams, plain | {"market": "MKT", "morning_minutes": 375, "universe": {"classes": CLASSES, "leveraged": ["LLL"]}, "facts": facts, "decisions": given}, "policy")
 
 
 def calm(seed: int = 0, bars: int = 60) -> Panel:
@@ -216,6 +216,16 @@ def test_a_stop_that_waits_does_not_wait_for_its_intent() -> None:
     assert sales["action"].iloc[4] == "execute"
     assert "this morning" in sales["reason"].iloc[4]
     assert bars_from(panel, of(ledger.fills, "AAA").query("quantity < 0")["timestamp"])[0] == BEGIN + 9
+
+
+def test_a_fund_without_opens_is_not_quoted_in_the_morning() -> None:
+    """Its close is hours away: a morning that knew it would know the day."""
+    panel = calm()
+    panel.fields["open"].flags.writeable = True
+    panel["open"][SYMBOLS.index("AAA")] = np.nan
+    ledger, told = played(panel, {"AAA": 0.9, "TTT": 0.9})
+    assert set(ledger.fills["symbol"]) == {"TTT"}
+    assert set(of(told["checks"], "AAA")["action"]) == {"skip"}
 
 
 def test_a_waiting_purchase_goes_when_the_night_speaks_against_it() -> None:
