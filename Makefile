@@ -19,8 +19,8 @@ help: ## list the targets
 
 $(READY): constraints.txt pyproject.toml
 	@command -v git >/dev/null || { echo "git is needed: install it and run make again" >&2; exit 1; }
-	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 or later is needed and '$(PYTHON)' was not found: install it, or name one with make PYTHON=/path/to/python3" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed and $(PYTHON) is $$($(PYTHON) -V 2>&1 | cut -d" " -f2): name a newer one with make PYTHON=/path/to/python3" >&2; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11.5 or later is needed and '$(PYTHON)' was not found: install it, or name one with make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11, 5))' || { echo "Python 3.11.5 or later is needed and $(PYTHON) is $$($(PYTHON) -V 2>&1 | cut -d" " -f2): name a newer one with make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "Python's venv module is needed and $(PYTHON) lacks it: install it (Debian, Ubuntu: apt install python3-venv) and run make again" >&2; exit 1; }
 	@echo "Installing exact versions from constraints.txt into $(VENV) (once, some minutes) …"
 	@$(PYTHON) -m venv $(VENV)
