@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ settings.register_profile("search", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 ROOT = Path(__file__).parents[1]
+BEGAN = pytest.StashKey[float]()
 os.environ["MLTRADING_ROOT"] = str(ROOT)
 os.environ["OMP_WAIT_POLICY"] = "passive"  # as in stages: two test processes share the processors
 # temporary projects hold the package by link; kernels import it from where it is, or they would compile it anew for each path
@@ -40,6 +42,19 @@ class ByFile(LoadScopeScheduling):
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
     return ByFile(config, log)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--at-most", type=float, default=float("inf"), metavar="SECONDS", help="skip what has not begun by then, and say so")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[BEGAN] = time.monotonic()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if time.monotonic() - item.config.stash[BEGAN] > item.config.getoption("--at-most"):
+        pytest.skip("the time is up: run make test-all")
 
 
 def pytest_collection_finish() -> None:
