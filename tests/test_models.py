@@ -199,6 +199,7 @@ for name in ("constant", "logistic", "xgboost"):
 """
 
 
+@pytest.mark.slow
 def test_two_fresh_processes_give_the_same_bytes(tmp_path):
     told = []
     for hash_seed in ("1", "2"):

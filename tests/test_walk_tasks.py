@@ -103,6 +103,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Walked:
     return walked(small(), tmp_path_factory.mktemp("undisturbed"))
 
 
+@pytest.mark.slow
 def test_two_processes_and_a_block_give_what_one_gives_from_a_table(alone: str, tmp_path: Path) -> None:
     assert fresh(tmp_path / "two", 2, in_a_block=True) == alone
     assert not (tmp_path / "unfinished").exists()
