@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from dvc.utils.serialize import modify_yaml
 from nbclient import NotebookClient
 
 from mltrading.backtest.costs import CostParams
@@ -83,6 +84,16 @@ def test_every_stage_declares_what_it_imports(root: Path) -> None:
             todo |= imported(path.read_text(), tuple(module.split(".")[:-1]))
         undeclared = [m for m in sorted(seen) if not any(f"mltrading/{m.replace('.', '/')}.py".startswith(d) for d in deps)]
         assert undeclared == [], f"{name} uses {undeclared}"
+
+
+def test_parameters_survive_an_experiment(root: Path, tmp_path: Path) -> None:
+    """DVC writes the file anew, without quotes: what needs them is read as something else."""
+    shutil.copy(root / "params.yaml", tmp_path)
+    with modify_yaml(str(tmp_path / "params.yaml")) as plain:
+        plain["compute"]["seed"] = 1
+    told, before = read_yaml(tmp_path / "params.yaml"), read_yaml(root / "params.yaml")
+    assert told.pop("compute") == before.pop("compute") | {"seed": 1}
+    assert told == before
 
 
 def test_parameters_are_known(root: Path) -> None:
